@@ -1,0 +1,341 @@
+//! What the control API says: the plan, the moves of a group and their events.
+//!
+//! One move is one VM with its source and target host. Every type here is JSON on the control
+//! API (and, for the plan, TOML in a file). Unknown keys are errors. Units stand in the names.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// Where duplicates are looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Scope {
+    /// Nowhere: only fill pages are coded (the papers' *online compression*).
+    None,
+    /// Among the VMs that move between the same two hosts (*gang migration*).
+    Host,
+}
+
+/// What becomes of page sharing between VMs at the target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Sharing {
+    /// Every page is private at the target.
+    Off,
+}
+
+/// How page bytes are packed on the wire.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Compression {
+    /// As they are.
+    None,
+    /// zstd with a window across all VMs of a host pair.
+    Zstd,
+}
+
+/// When the VM changes hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// After its memory.
+    PreCopy,
+}
+
+/// The four settings of a migration technique.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Where duplicates are looked for.
+    pub scope: Scope,
+    /// What becomes of page sharing.
+    pub sharing: Sharing,
+    /// How page bytes are packed.
+    pub compression: Compression,
+    /// When the VM changes hosts.
+    pub mode: Mode,
+}
+
+/// A preset of [`Settings`], named after the technique of the papers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Preset {
+    /// Online compression: fill pages as runs, everything else as it is.
+    Oc,
+    /// Gang migration: each content once for each host pair.
+    Gang,
+}
+
+impl Preset {
+    /// The settings that the preset stands for.
+    #[must_use]
+    pub fn settings(self) -> Settings {
+        let scope = match self {
+            Self::Oc => Scope::None,
+            Self::Gang => Scope::Host,
+        };
+        Settings { scope, sharing: Sharing::Off, compression: Compression::None, mode: Mode::PreCopy }
+    }
+}
+
+/// A plan: which VMs move from where to where, and how. Written in TOML, sent as JSON.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    /// Technique; `gang` if absent.
+    #[serde(default)]
+    pub preset: Option<Preset>,
+    /// Overrides the preset.
+    #[serde(default)]
+    pub scope: Option<Scope>,
+    /// Overrides the preset.
+    #[serde(default)]
+    pub sharing: Option<Sharing>,
+    /// Overrides the preset.
+    #[serde(default)]
+    pub compression: Option<Compression>,
+    /// Overrides the preset.
+    #[serde(default)]
+    pub mode: Option<Mode>,
+    /// Budget of the whole group on the wire, in bytes per second; no limit if absent.
+    #[serde(default)]
+    pub max_bandwidth_bytes_per_s: Option<u64>,
+    /// Longest switch-over that QEMU may plan for; QEMU's 300 ms if absent.
+    #[serde(default)]
+    pub downtime_limit_ms: Option<u64>,
+    /// Hold every VM, stopped, between its load at the target and its start there, until
+    /// `continue` is said through the control API (for people and managers that check first).
+    #[serde(default)]
+    pub confirm_handover: bool,
+    /// How to reach the agents, by host name.
+    pub hosts: BTreeMap<String, Host>,
+    /// The moves, in the order in which they start.
+    #[serde(rename = "move")]
+    pub moves: Vec<PlanMove>,
+}
+
+/// Addresses of one agent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Host {
+    /// `host:port` of the agent's control API (TLS).
+    pub control: String,
+    /// `host:port` of the agent's bulk listener (TLS).
+    pub bulk: String,
+}
+
+/// One VM and its way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PlanMove {
+    /// Name of the VM; unique in the plan.
+    pub vm: String,
+    /// Host that it runs on.
+    pub from: String,
+    /// Host that it goes to.
+    pub to: String,
+    /// QMP socket of its QEMU on the source host, for the agent's use alone.
+    #[schema(value_type = String)]
+    pub qmp: PathBuf,
+    /// Texts replaced in the source's command line to make the target's, in this order
+    /// (paths of sockets and logs, names of taps). Ignored if `definition` is given.
+    #[serde(default)]
+    pub replace: Vec<Replace>,
+    /// The target QEMU's command line, program first, without `-incoming` and `-S`; if absent
+    /// the source's with `replace` applied. It must hold a `-qmp` or `-mon` unix socket server.
+    #[serde(default)]
+    pub definition: Option<Vec<String>>,
+    /// Limit of this VM on the wire, in bytes per second.
+    #[serde(default)]
+    pub max_bandwidth_bytes_per_s: Option<u64>,
+    /// Trust domain: contents are compared only inside one. `default` if absent.
+    #[serde(default)]
+    pub domain: Option<String>,
+}
+
+/// One replacement in a command line.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Replace {
+    /// Text to find in every argument.
+    pub from: String,
+    /// Text to put there.
+    pub to: String,
+}
+
+/// What the coordinator asks a source agent to do: one move, everything resolved.
+#[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MoveSpec {
+    /// Unique id of the move: `GROUP/VM`.
+    pub id: String,
+    /// Id of the group.
+    pub group: String,
+    /// Name of the VM.
+    pub vm: String,
+    /// QMP socket on the source host.
+    #[schema(value_type = String)]
+    pub qmp: PathBuf,
+    /// Name of the target host, for messages.
+    pub target_name: String,
+    /// Bulk address of the target agent.
+    pub target_bulk: String,
+    /// Technique.
+    pub settings: Settings,
+    /// Secret of the VM's trust domain, 64 hex digits.
+    pub domain_key: String,
+    /// As in the plan.
+    pub replace: Vec<Replace>,
+    /// As in the plan.
+    pub definition: Option<Vec<String>>,
+    /// This VM's limit on the wire.
+    pub max_bandwidth_bytes_per_s: Option<u64>,
+    /// This agent's share of the group's budget on the wire; the newest move's value counts.
+    pub group_bandwidth_bytes_per_s: Option<u64>,
+    /// As in the plan.
+    pub downtime_limit_ms: Option<u64>,
+    /// As in the plan.
+    pub confirm_handover: bool,
+}
+
+/// Where a move stands. The order is the order of a move that succeeds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// Accepted, nothing done yet. The VM runs at the source.
+    Queued,
+    /// The target QEMU is being started. The VM runs at the source.
+    Preparing,
+    /// Memory is copied in rounds. The VM runs at the source.
+    Bulk,
+    /// The VM is stopped; its last pages and its device state are on their way.
+    SwitchOver,
+    /// The target has loaded everything; the source QEMU is told, and can no longer resume by
+    /// itself. Stopped at both ends.
+    Loaded,
+    /// As `Loaded`, waiting for `continue` (`confirm_handover`).
+    Held,
+    /// The target was let go: from here on the VM never runs at the source again.
+    Released,
+    /// The VM runs at the target, the source QEMU is gone.
+    Moved,
+    /// The move failed or was cancelled; the VM runs at the source, the target QEMU is gone.
+    Stayed,
+    /// Nobody can say from here where the VM may run; it is stopped at the source.
+    NeedsPerson,
+}
+
+impl Phase {
+    /// Whether the move has ended.
+    #[must_use]
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Moved | Self::Stayed | Self::NeedsPerson)
+    }
+}
+
+/// Pages of the stream by how they crossed the wire.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PageCounts {
+    /// Page records that QEMU wrote, re-sent dirty pages included.
+    pub total: u64,
+    /// Zero pages.
+    pub zero: u64,
+    /// Other pages with all bytes equal.
+    pub fill: u64,
+    /// Pages sent with their bytes.
+    pub literal: u64,
+    /// Pages sent as the name of a content that the target has.
+    pub reference: u64,
+    /// Pages whose reference could not be served and that were read again from the source.
+    pub repaired: u64,
+}
+
+/// A snapshot of how far a move is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Progress {
+    /// QEMU's round over the memory, from 1; 0 before the first.
+    pub round: u64,
+    /// Memory of the VM in bytes.
+    pub memory_bytes: u64,
+    /// Bytes that QEMU wrote into the migration stream.
+    pub stream_bytes: u64,
+    /// Bytes written to the network for this move, before encryption.
+    pub wire_bytes: u64,
+    /// Bytes that QEMU still has to send.
+    pub remaining_bytes: u64,
+    /// Speed at which the guest dirties memory, bytes per second; from QEMU.
+    pub dirty_bytes_per_s: u64,
+    /// Speed on the wire over the last second, bytes per second.
+    pub wire_bytes_per_s: u64,
+    /// Speed of the logical stream over the last second, bytes per second.
+    pub stream_bytes_per_s: u64,
+    /// Seconds to go, if the estimate converges; it never grows by display (see the CLI).
+    pub eta_s: Option<f64>,
+    /// Written by QEMU and not yet loaded by the target QEMU, logical bytes.
+    pub backlog_bytes: u64,
+    /// Pages by kind.
+    pub pages: PageCounts,
+}
+
+/// One thing that happened to a move. NDJSON on the event streams.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct MoveEvent {
+    /// Position in the stream of events of this move, from 0.
+    pub seq: u64,
+    /// Wall clock, milliseconds since 1970 with a fraction.
+    pub at_unix_ms: f64,
+    /// Id of the move.
+    pub id: String,
+    /// Name of the VM.
+    pub vm: String,
+    /// What happened.
+    #[serde(flatten)]
+    pub what: Happening,
+}
+
+/// The kinds of events.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "event", rename_all = "kebab-case")]
+pub enum Happening {
+    /// The move entered a phase. A final phase comes once, last, with its message.
+    Phase {
+        /// The phase entered.
+        phase: Phase,
+        /// For a person: what happened, the state of the VM now, what to do.
+        message: String,
+    },
+    /// How far the move is; about twice a second.
+    Progress {
+        /// The snapshot.
+        progress: Progress,
+    },
+    /// Something worth knowing that changes no phase.
+    Note {
+        /// For a person.
+        message: String,
+    },
+}
+
+/// A move as `status` shows it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct MoveStatus {
+    /// Id of the move.
+    pub id: String,
+    /// Id of its group.
+    pub group: String,
+    /// Name of the VM.
+    pub vm: String,
+    /// Name of the target host.
+    pub target: String,
+    /// Where it stands.
+    pub phase: Phase,
+    /// Message of the newest phase event.
+    pub message: String,
+    /// Newest progress.
+    pub progress: Progress,
+}
