@@ -1,0 +1,1 @@
+//! Before and after: two or more result directories side by side.

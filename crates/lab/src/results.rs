@@ -1,0 +1,406 @@
+//! `results.json`: everything that a run of a scenario measured.
+//!
+//! The one source of the report, the terminal table and the comparison: nothing is shown that
+//! does not stand here. A value that was not measured is `null`, never 0. Units stand in the
+//! names; page counts are pages of 4 KiB.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{BufReader, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// Name of the file inside a run's output directory.
+pub const FILE_NAME: &str = "results.json";
+
+/// All runs of one invocation of `gangway-lab run`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Results {
+    /// Name of the scenario.
+    pub scenario: String,
+    /// What took part, by name (`gangway`, `qemu_source`, `qemu_target`, `kernel`, ...).
+    pub versions: BTreeMap<String, String>,
+    /// Hosts, VMs and links.
+    pub topology: Topology,
+    /// One for each technique and repeat, in the order in which they ran.
+    pub runs: Vec<Run>,
+    /// The command line that made these results, program first.
+    #[serde(default)]
+    pub command: Vec<String>,
+    /// Wall clock when the first run began, seconds since 1970.
+    #[serde(default)]
+    pub started_unix_s: Option<u64>,
+}
+
+/// Shape and speed of the lab that the runs took place in.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Topology {
+    /// Hosts in the source rack.
+    pub source_hosts: u32,
+    /// Hosts in the target rack.
+    pub target_hosts: u32,
+    /// VMs on each source host at the start.
+    pub vms_per_host: u32,
+    /// Memory of one VM.
+    pub vm_memory_bytes: u64,
+    /// Rate of the link between the racks, each way; `null` if it is not shaped.
+    pub core_bits_per_second: Option<u64>,
+    /// Rate of a host's link to its rack, each way; `null` if it is not shaped.
+    pub edge_bits_per_second: Option<u64>,
+}
+
+/// One technique, once: fresh guests, moved together.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Run {
+    /// `stock`, `stock-xbzrle`, `stock-multifd-zstd`, `oc`, `gang`, ...
+    pub technique: String,
+    /// `pre-copy`.
+    pub mode: String,
+    /// `none` or `zstd`: what gangway does with literals.
+    pub compression: String,
+    /// Number of this repetition of the technique, from 0.
+    pub repeat: u32,
+    /// VMs that were to be moved.
+    pub vms: u32,
+    /// Bytes on the link between the racks, both ways, headers included.
+    pub core_bytes: Option<u64>,
+    /// Bytes between hosts of the target rack.
+    pub target_to_target_bytes: Option<u64>,
+    /// Bytes to and from a rack index.
+    pub index_bytes: Option<u64>,
+    /// From the first start to the last VM running at its target, holds taken off.
+    pub total_migration_time_s: Option<f64>,
+    /// Mean over the VMs of the time from the VM's start to its running at the target.
+    pub mean_migration_time_s: Option<f64>,
+    /// From the first start until the source hosts are free of the VMs.
+    pub eviction_time_s: Option<f64>,
+    /// Length of the preparation phase, where there is one.
+    pub prepare_time_s: Option<f64>,
+    /// The observer's gap between heartbeats, over the VMs, holds taken off.
+    pub downtime_ms: Option<Downtime>,
+    /// Largest memory of all source hosts together (QEMUs and agents) during the run.
+    pub source_footprint_bytes: Option<u64>,
+    /// As `source_footprint_bytes`, at the target.
+    pub target_footprint_bytes: Option<u64>,
+    /// How the pages crossed.
+    pub pages: Option<Pages>,
+    /// Guest pages compared between source and target at hand-over.
+    pub compared_pages: Option<u64>,
+    /// Of these, how many differed.
+    pub mismatched_pages: Option<u64>,
+    /// VMs that run nowhere, or twice, at the end.
+    pub vms_lost: Option<u32>,
+    /// What the workloads in the guests said, by measure.
+    #[serde(default)]
+    pub application: BTreeMap<String, serde_json::Value>,
+    /// Each VM by itself.
+    #[serde(default)]
+    pub per_vm: Vec<VmResult>,
+    /// How far each VM was at which time.
+    #[serde(default)]
+    pub timeline: Vec<VmTimeline>,
+    /// CPU time by kind of process (`qemu_source`, `agent_source`, ...), in seconds.
+    #[serde(default)]
+    pub cpu_seconds: BTreeMap<String, f64>,
+    /// Stamped pages that a guest found changed.
+    #[serde(default)]
+    pub stamp_errors: Option<u64>,
+    /// Why the run did not come to its end; absent if it did.
+    #[serde(default)]
+    pub failure: Option<String>,
+}
+
+/// Downtime over the VMs of a run, in milliseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Downtime {
+    /// Arithmetic mean.
+    pub mean: f64,
+    /// Median.
+    pub p50: f64,
+    /// Largest.
+    pub max: f64,
+}
+
+/// Pages of the migration streams by how they crossed; pages sent again count again.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pages {
+    /// All of them.
+    pub total: u64,
+    /// All bytes zero.
+    pub zero: Option<u64>,
+    /// All bytes equal, not zero.
+    pub fill: Option<u64>,
+    /// With their bytes.
+    pub literal: Option<u64>,
+    /// As the name of a content that this target host has.
+    pub reference: Option<u64>,
+    /// As the name of a content that another host of the target rack has.
+    pub remote_reference: Option<u64>,
+    /// Mapped copy-on-write into the VM at the target.
+    pub mapped: Option<u64>,
+}
+
+/// One VM of a run.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct VmResult {
+    /// Name of the VM.
+    pub vm: String,
+    /// Host that it ran on.
+    pub source_host: String,
+    /// Host that it went to.
+    pub target_host: String,
+    /// From its start to its running at the target, its hold taken off.
+    pub migration_time_s: Option<f64>,
+    /// The observer's gap, its hold taken off.
+    pub downtime_ms: Option<f64>,
+    /// How long the lab held it, stopped at both ends, to compare its memory.
+    pub hold_ms: Option<f64>,
+    /// Stamped pages that the guest found changed.
+    #[serde(default)]
+    pub stamp_errors: Option<u64>,
+    /// What the VM's end was, if it was not a clean move.
+    #[serde(default)]
+    pub remark: Option<String>,
+}
+
+/// Progress of one VM over time.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct VmTimeline {
+    /// Name of the VM.
+    pub vm: String,
+    /// In the order of time.
+    pub samples: Vec<Sample>,
+}
+
+/// One reading of a VM's progress.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Sample {
+    /// Seconds since the first start of the run.
+    pub t_s: f64,
+    /// Bytes sent for this VM so far.
+    pub wire_bytes: u64,
+    /// What QEMU still has to send.
+    pub remaining_bytes: Option<u64>,
+    /// Phase of the move (`bulk`, `switch-over`, ...).
+    pub phase: String,
+}
+
+/// Reading or writing `results.json` failed.
+#[derive(Debug, thiserror::Error)]
+pub enum FileError {
+    /// The file could not be opened, read or written.
+    #[error("{path} cannot be accessed")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file is not a `results.json`.
+    #[error("{path} does not hold results of the lab")]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+impl Results {
+    /// Reads the results of an output directory, or of a `results.json` named directly.
+    pub fn load(path: &Path) -> Result<Self, FileError> {
+        let path = if path.is_dir() {
+            path.join(FILE_NAME)
+        } else {
+            path.to_owned()
+        };
+        let file = File::open(&path).map_err(|source| FileError::Io {
+            path: path.clone(),
+            source,
+        })?;
+        serde_json::from_reader(BufReader::new(file))
+            .map_err(|source| FileError::Format { path, source })
+    }
+
+    /// Writes `results.json` into `dir`. Replaces an older file only when the new one is whole.
+    pub fn save(&self, dir: &Path) -> Result<PathBuf, FileError> {
+        let path = dir.join(FILE_NAME);
+        let part = dir.join(format!("{FILE_NAME}.part"));
+        let io = |source| FileError::Io {
+            path: path.clone(),
+            source,
+        };
+        let mut out = BufWriter::new(File::create(&part).map_err(io)?);
+        serde_json::to_writer_pretty(&mut out, self).map_err(|source| FileError::Format {
+            path: path.clone(),
+            source,
+        })?;
+        out.write_all(b"\n")
+            .and_then(|()| out.flush())
+            .map_err(io)?;
+        std::fs::rename(&part, &path).map_err(io)?;
+        Ok(path)
+    }
+
+    /// The runs by technique, in the order in which the techniques first ran.
+    #[must_use]
+    pub fn techniques(&self) -> Vec<Technique<'_>> {
+        let mut found: Vec<Technique<'_>> = Vec::new();
+        for run in &self.runs {
+            let name = run.name();
+            match found.iter_mut().find(|technique| technique.name == name) {
+                Some(technique) => technique.runs.push(run),
+                None => found.push(Technique {
+                    name,
+                    runs: vec![run],
+                }),
+            }
+        }
+        found
+    }
+}
+
+/// The repetitions of one technique.
+#[derive(Clone, Debug)]
+pub struct Technique<'a> {
+    /// As [`Run::name`].
+    pub name: String,
+    /// At least one.
+    pub runs: Vec<&'a Run>,
+}
+
+impl Run {
+    /// The technique with the settings that set it apart: `gang+zstd`.
+    #[must_use]
+    pub fn name(&self) -> String {
+        let mut name = self.technique.clone();
+        if self.compression != "none" && !self.compression.is_empty() {
+            name.push('+');
+            name.push_str(&self.compression);
+        }
+        if self.mode != "pre-copy" && !self.mode.is_empty() {
+            name.push(' ');
+            name.push_str(&self.mode);
+        }
+        name
+    }
+}
+
+impl Downtime {
+    /// Over the VMs' downtimes; `None` if there is none.
+    #[must_use]
+    pub fn of(mut each_ms: Vec<f64>) -> Option<Self> {
+        each_ms.sort_by(f64::total_cmp);
+        let max = *each_ms.last()?;
+        let middle = each_ms.len() / 2;
+        let p50 = if each_ms.len() % 2 == 1 {
+            each_ms[middle]
+        } else {
+            f64::midpoint(each_ms[middle - 1], each_ms[middle])
+        };
+        let mean = each_ms.iter().sum::<f64>() / each_ms.len() as f64;
+        Some(Self { mean, p50, max })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_names_of_the_published_fields_do_not_change() {
+        let results = Results {
+            runs: vec![Run {
+                downtime_ms: Some(Downtime::default()),
+                pages: Some(Pages::default()),
+                ..Run::default()
+            }],
+            ..Results::default()
+        };
+        let json = serde_json::to_value(&results).unwrap();
+        let topology = "source_hosts target_hosts vms_per_host vm_memory_bytes \
+                        core_bits_per_second edge_bits_per_second";
+        let run = "technique mode compression repeat vms core_bytes target_to_target_bytes \
+                   index_bytes total_migration_time_s mean_migration_time_s eviction_time_s \
+                   prepare_time_s downtime_ms source_footprint_bytes target_footprint_bytes \
+                   pages compared_pages mismatched_pages vms_lost application";
+        let pages = "total zero fill literal reference remote_reference mapped";
+        for (at, names) in [
+            ("", "scenario versions topology runs"),
+            ("/topology", topology),
+            ("/runs/0", run),
+            ("/runs/0/downtime_ms", "mean p50 max"),
+            ("/runs/0/pages", pages),
+        ] {
+            let object = json.pointer(at).unwrap().as_object().unwrap();
+            for name in names.split_whitespace() {
+                assert!(object.contains_key(name), "{at}/{name} is missing");
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_not_measured_is_null() {
+        let json = serde_json::to_value(Run::default()).unwrap();
+        assert!(json["core_bytes"].is_null());
+        assert!(json["vms_lost"].is_null());
+        assert!(json["downtime_ms"].is_null());
+    }
+
+    #[test]
+    fn saved_results_load_again_from_the_directory_and_from_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let results = Results {
+            scenario: "pair".into(),
+            ..Results::default()
+        };
+        let path = results.save(dir.path()).unwrap();
+        assert_eq!(Results::load(dir.path()).unwrap(), results);
+        assert_eq!(Results::load(&path).unwrap(), results);
+    }
+
+    #[test]
+    fn a_file_that_is_not_results_is_named_in_the_error() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join(FILE_NAME), "{}").unwrap();
+        let error = Results::load(dir.path()).unwrap_err();
+        assert!(matches!(error, FileError::Format { .. }));
+        assert!(error.to_string().contains(FILE_NAME));
+    }
+
+    #[test]
+    fn techniques_keep_the_order_of_their_first_run() {
+        let run = |technique: &str, compression: &str| Run {
+            technique: technique.into(),
+            mode: "pre-copy".into(),
+            compression: compression.into(),
+            ..Run::default()
+        };
+        let results = Results {
+            runs: vec![
+                run("stock", "none"),
+                run("gang", "zstd"),
+                run("stock", "none"),
+            ],
+            ..Results::default()
+        };
+        let found = results.techniques();
+        let names: Vec<_> = found
+            .iter()
+            .map(|t| (t.name.as_str(), t.runs.len()))
+            .collect();
+        assert_eq!(names, [("stock", 2), ("gang+zstd", 1)]);
+    }
+
+    #[test]
+    fn the_median_downtime_lies_in_the_middle() {
+        let odd = Downtime::of(vec![30.0, 10.0, 20.0]).unwrap();
+        assert_eq!((odd.mean, odd.p50, odd.max), (20.0, 20.0, 30.0));
+        let even = Downtime::of(vec![40.0, 10.0, 20.0, 30.0]).unwrap();
+        assert_eq!((even.p50, even.max), (25.0, 40.0));
+        assert!(Downtime::of(Vec::new()).is_none());
+    }
+}
