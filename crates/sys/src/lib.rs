@@ -1,1 +1,16 @@
-//! (being written)
+//! What Gangway asks of the kernel: other processes, their memory, their page tables, shared memory.
+//!
+//! Thin and safe wrappers, one module for each subject. This crate and the shim are the only
+//! places with `unsafe`; every block says why it is sound. No protocol, no QEMU, no policy.
+
+mod memfd;
+mod memory;
+mod pagemap;
+mod process;
+mod userfault;
+
+pub use memfd::{Mapping, Memfd};
+pub use memory::ProcessMemory;
+pub use pagemap::{Pagemap, PagemapEntry};
+pub use process::{Process, own_session, peer_pid};
+pub use userfault::userfaultfd_usable;
