@@ -1,2 +1,39 @@
-//! (being written)
-fn main() {}
+//! PID 1 of the lab's guests.
+//!
+//! The kernel command line says what the guest is (`lab.*`, see [`settings`]). The guest tells
+//! an observer outside, with a UDP datagram every few milliseconds, that it is alive, which
+//! instance it is, and whether the memory and disk it has stamped still hold what it wrote.
+
+mod disk;
+mod heartbeat;
+mod settings;
+mod stamp;
+mod system;
+mod workload;
+
+use std::sync::Arc;
+
+use anyhow::Context;
+
+use crate::heartbeat::Health;
+use crate::settings::Settings;
+
+fn main() -> ! {
+    if let Err(error) = bring_up() {
+        // The serial console is the only place left to say it.
+        eprintln!("lab-init: {error:#}");
+    }
+    system::reap_for_ever()
+}
+
+fn bring_up() -> anyhow::Result<()> {
+    system::mount_all().context("mounting the kernel's file systems")?;
+    system::load_modules().context("loading modules")?;
+    let settings = Settings::from_command_line().context("reading the kernel command line")?;
+    system::start_userland(&settings).context("starting the userland")?;
+    let health = Arc::new(Health::default());
+    heartbeat::start(&settings, Arc::clone(&health)).context("starting the heartbeat")?;
+    workload::start(&settings, &health).context("starting the workload")?;
+    println!("lab-init: {} is up", settings.id);
+    Ok(())
+}

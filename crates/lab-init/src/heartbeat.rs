@@ -1,0 +1,68 @@
+//! The sign of life, and what it says.
+
+use std::net::UdpSocket;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+
+use crate::settings::Settings;
+
+/// What the workloads have found so far.
+#[derive(Debug, Default)]
+pub(crate) struct Health {
+    /// The workload's memory is filled.
+    pub(crate) ready: AtomicBool,
+    /// Stamped pages (and disk blocks) looked at.
+    pub(crate) checked: AtomicU64,
+    /// Of these, how many did not hold what was written.
+    pub(crate) errors: AtomicU64,
+}
+
+/// Sends a datagram every `settings.heartbeat`, for ever.
+///
+/// The text is `beat ID BOOT_ID SEQUENCE MONOTONIC_NS READY CHECKED ERRORS`. The sequence and the
+/// boot id let the observer tell one running instance from two, and a resumed guest from a
+/// rebooted one.
+pub(crate) fn start(settings: &Settings, health: Arc<Health>) -> anyhow::Result<()> {
+    let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .context("reading the boot id")?;
+    let socket = UdpSocket::bind("0.0.0.0:0").context("binding")?;
+    socket
+        .connect(settings.observer)
+        .context("routing to the observer")?;
+    let identity = format!("beat {} {}", settings.id, boot_id.trim());
+    let interval = settings.heartbeat;
+    std::thread::Builder::new()
+        .name("heartbeat".into())
+        .spawn(move || beat_for_ever(&socket, &identity, interval, &health))
+        .context("starting the thread")?;
+    Ok(())
+}
+
+fn beat_for_ever(socket: &UdpSocket, identity: &str, interval: Duration, health: &Health) {
+    // On Linux this is the thread's own priority: a busy workload must not look like downtime.
+    // Without it (never seen) heartbeats are less regular, not wrong.
+    let _ = rustix::process::setpriority_process(None, -20);
+    let started = Instant::now();
+    let mut due = started;
+    for sequence in 0u64.. {
+        let text = format!(
+            "{identity} {sequence} {} {} {} {}",
+            started.elapsed().as_nanos(),
+            u8::from(health.ready.load(Ordering::Relaxed)),
+            health.checked.load(Ordering::Relaxed),
+            health.errors.load(Ordering::Relaxed),
+        );
+        // A lost datagram is a gap that the observer sees; nobody here could do better.
+        let _ = socket.send(text.as_bytes());
+        due += interval;
+        let now = Instant::now();
+        if due < now {
+            // Late (just booted, just moved): go on from here instead of sending a burst.
+            due = now;
+        }
+        std::thread::sleep(due - now);
+    }
+}

@@ -1,0 +1,136 @@
+//! What the kernel command line asks of this guest.
+
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::str::FromStr;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+
+/// What the guest does with its memory and processors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// Nothing beyond its heartbeat.
+    Idle,
+    /// Writes `dirty_rate_mb` MB/s into an area of `dirty_mb`.
+    Dirty,
+    /// Burns one processor.
+    Cpu,
+    /// Has filled `dirty_mb` with data that is unique and cannot be compressed.
+    Random,
+}
+
+/// All of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Settings {
+    /// `lab.id`: name of the VM.
+    pub(crate) id: String,
+    /// `lab.ip`: its own address, in a network of 16 bits.
+    pub(crate) ip: Ipv4Addr,
+    /// `lab.observer`: where heartbeats go.
+    pub(crate) observer: SocketAddrV4,
+    /// `lab.heartbeat_ms`
+    pub(crate) heartbeat: Duration,
+    /// `lab.mode`
+    pub(crate) mode: Mode,
+    /// `lab.dirty_mb`
+    pub(crate) dirty_mb: usize,
+    /// `lab.dirty_rate_mb`
+    pub(crate) dirty_rate_mb: usize,
+    /// `lab.stamp_mb`: area that is stamped and checked all the time, in every mode.
+    pub(crate) stamp_mb: usize,
+}
+
+impl Settings {
+    /// Reads `/proc/cmdline`.
+    pub(crate) fn from_command_line() -> anyhow::Result<Self> {
+        let text = std::fs::read_to_string("/proc/cmdline").context("reading /proc/cmdline")?;
+        Self::parse(&text)
+    }
+
+    fn parse(text: &str) -> anyhow::Result<Self> {
+        let words = Words(text);
+        let mode = match words.find("mode").unwrap_or("idle") {
+            // `stamp` is idle with an area to stamp.
+            "idle" | "stamp" => Mode::Idle,
+            "dirty" => Mode::Dirty,
+            "cpu" => Mode::Cpu,
+            "random" => Mode::Random,
+            other => bail!("lab.mode={other} is not idle, stamp, dirty, cpu or random"),
+        };
+        Ok(Self {
+            id: words.find("id").context("lab.id is missing")?.to_owned(),
+            ip: words.required("ip")?,
+            observer: words.required("observer")?,
+            heartbeat: Duration::from_millis(words.or("heartbeat_ms", 10)?),
+            mode,
+            dirty_mb: words.or("dirty_mb", 0)?,
+            dirty_rate_mb: words.or("dirty_rate_mb", 0)?,
+            stamp_mb: words.or("stamp_mb", 0)?,
+        })
+    }
+}
+
+/// The words `lab.KEY=VALUE` of a kernel command line.
+struct Words<'a>(&'a str);
+
+impl<'a> Words<'a> {
+    fn find(&self, key: &str) -> Option<&'a str> {
+        self.0.split_whitespace().find_map(|word| {
+            word.strip_prefix("lab.")?
+                .strip_prefix(key)?
+                .strip_prefix('=')
+        })
+    }
+
+    fn required<T: FromStr<Err: std::error::Error + Send + Sync + 'static>>(
+        &self,
+        key: &str,
+    ) -> anyhow::Result<T> {
+        let value = self
+            .find(key)
+            .with_context(|| format!("lab.{key} is missing"))?;
+        value
+            .parse()
+            .with_context(|| format!("lab.{key}={value} makes no sense"))
+    }
+
+    fn or<T: FromStr<Err: std::error::Error + Send + Sync + 'static>>(
+        &self,
+        key: &str,
+        default: T,
+    ) -> anyhow::Result<T> {
+        match self.find(key) {
+            Some(_) => self.required(key),
+            None => Ok(default),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_configures_the_guest() {
+        let settings = Settings::parse(
+            "quiet lab.id=vm1 lab.ip=10.78.1.1 lab.observer=10.78.0.1:7000 lab.mode=dirty \
+             lab.dirty_mb=64 lab.dirty_rate_mb=20\n",
+        )
+        .unwrap();
+        assert_eq!(settings.id, "vm1");
+        assert_eq!(settings.mode, Mode::Dirty);
+        assert_eq!(
+            (settings.dirty_mb, settings.dirty_rate_mb, settings.stamp_mb),
+            (64, 20, 0)
+        );
+        assert_eq!(settings.heartbeat, Duration::from_millis(10));
+    }
+
+    #[test]
+    fn what_is_missing_or_makes_no_sense_is_named() {
+        let missing = Settings::parse("lab.id=vm1").unwrap_err();
+        assert!(missing.to_string().contains("lab.ip"));
+        let wrong = Settings::parse("lab.id=a lab.ip=10.0.0.1 lab.observer=x").unwrap_err();
+        assert!(wrong.to_string().contains("lab.observer=x"));
+    }
+}

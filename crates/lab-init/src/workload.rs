@@ -1,0 +1,151 @@
+//! What the guest does while it is moved.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+
+use crate::disk;
+use crate::heartbeat::Health;
+use crate::settings::{Mode, Settings};
+use crate::stamp::{self, Noise, PAGE, Page, Stamp};
+
+/// Pages of a megabyte.
+const PAGES_PER_MB: usize = (1 << 20) / PAGE;
+/// Length of a turn: short enough that a turn's work is not a visible burst.
+const TURN: Duration = Duration::from_millis(10);
+/// Turns in a second.
+const TURNS_PER_S: usize = 100;
+/// How fast the stamped area is checked, and how fast it is written again. Low: it is there to
+/// notice damage, not to be a workload.
+const STAMP_CHECK_MB_PER_S: usize = 16;
+const STAMP_WRITE_MB_PER_S: usize = 1;
+
+/// Starts the threads of the workload. `health.ready` is set when its memory is filled.
+pub(crate) fn start(settings: &Settings, health: &Arc<Health>) -> anyhow::Result<()> {
+    if settings.stamp_mb > 0 {
+        let pace = Pace {
+            check: STAMP_CHECK_MB_PER_S * PAGES_PER_MB / TURNS_PER_S,
+            write: STAMP_WRITE_MB_PER_S * PAGES_PER_MB / TURNS_PER_S,
+        };
+        let area = Area::new(stamp::owner(&settings.id, "stamp"), settings.stamp_mb);
+        spawn("stamp", health, move |health| area.tend(pace, health))?;
+    }
+    match settings.mode {
+        Mode::Idle => {}
+        Mode::Dirty => {
+            let pages = settings.dirty_rate_mb * PAGES_PER_MB / TURNS_PER_S;
+            let pace = Pace {
+                check: pages,
+                write: pages,
+            };
+            let area = Area::new(stamp::owner(&settings.id, "dirty"), settings.dirty_mb);
+            spawn("dirty", health, move |health| area.tend(pace, health))?;
+        }
+        Mode::Cpu => spawn("burn", health, |_| burn())?,
+        Mode::Random => hold_noise(settings),
+    }
+    disk::start(&settings.id, health).context("starting the disk's workload")?;
+    health.ready.store(true, Ordering::Relaxed);
+    Ok(())
+}
+
+/// Starts a thread of the workload.
+pub(crate) fn spawn(
+    name: &str,
+    health: &Arc<Health>,
+    work: impl FnOnce(&Health) + Send + 'static,
+) -> anyhow::Result<()> {
+    let health = Arc::clone(health);
+    std::thread::Builder::new()
+        .name(name.into())
+        .spawn(move || work(&health))
+        .with_context(|| format!("starting the thread `{name}`"))?;
+    Ok(())
+}
+
+/// Pages of a turn.
+#[derive(Clone, Copy)]
+struct Pace {
+    check: usize,
+    write: usize,
+}
+
+/// Memory whose every page is stamped.
+struct Area {
+    owner: u64,
+    pages: Vec<Page>,
+    generations: Vec<u64>,
+}
+
+impl Area {
+    fn new(owner: u64, size_mb: usize) -> Self {
+        let count = size_mb * PAGES_PER_MB;
+        let mut area = Self {
+            owner,
+            pages: vec![Page::ZERO; count],
+            generations: vec![0; count],
+        };
+        (0..count).for_each(|at| area.stamp(at).write(&mut area.pages[at]));
+        area
+    }
+
+    fn stamp(&self, at: usize) -> Stamp {
+        Stamp {
+            owner: self.owner,
+            index: at as u64,
+            generation: self.generations[at],
+        }
+    }
+
+    /// Goes round the area for ever, checking `pace.check` pages a turn and writing the first
+    /// `pace.write` of them again.
+    fn tend(mut self, pace: Pace, health: &Health) {
+        let mut at = 0;
+        let mut due = Instant::now();
+        while !self.pages.is_empty() {
+            for nth in 0..pace.check {
+                self.visit(at, nth < pace.write, health);
+                at = (at + 1) % self.pages.len();
+            }
+            due += TURN;
+            let now = Instant::now();
+            // A guest that was stopped does not make up for the time that it missed.
+            due = due.max(now);
+            std::thread::sleep(due - now);
+        }
+    }
+
+    fn visit(&mut self, at: usize, write: bool, health: &Health) {
+        health.checked.fetch_add(1, Ordering::Relaxed);
+        let stamp = self.stamp(at);
+        let intact = stamp.matches(&self.pages[at]);
+        if !intact {
+            health.errors.fetch_add(1, Ordering::Relaxed);
+            eprintln!("lab-init: page {at} does not hold {stamp:?}");
+        }
+        // A damaged page is written again in any case, so that it is counted once.
+        if write || !intact {
+            self.generations[at] += 1;
+            self.stamp(at).write(&mut self.pages[at]);
+        }
+    }
+}
+
+fn burn() {
+    let mut noise = Noise::new(1);
+    loop {
+        std::hint::black_box(noise.next_word());
+    }
+}
+
+/// Fills memory with noise and keeps it for the life of the guest.
+fn hold_noise(settings: &Settings) {
+    let mut noise = Noise::new(stamp::owner(&settings.id, "random"));
+    let mut pages = vec![Page::ZERO; settings.dirty_mb * PAGES_PER_MB];
+    for place in pages.iter_mut().flat_map(|page| page.0.chunks_exact_mut(8)) {
+        place.copy_from_slice(&noise.next_word().to_le_bytes());
+    }
+    std::mem::forget(pages);
+}
