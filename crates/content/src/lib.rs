@@ -1,1 +1,19 @@
-//! (being written)
+//! What each end of a session remembers of page contents.
+//!
+//! - [`HostTable`], source: content id to entry id. It says whether a content has gone to the
+//!   target host already (IRLM section 2.3 keeps it in memory shared by a host's VMs).
+//! - [`Places`], target: entry id to the place in a VM's memory where that content was put
+//!   last. The target keeps no second copy of guest memory: a content is read again from the
+//!   VM that has it, and hashed again, because the guest's newer pages may have replaced it.
+//! - [`Recent`], target: the newest contents by entry id, while they may still be on their way
+//!   into a QEMU. Bounded in bytes.
+//!
+//! No network, no page I/O: callers read memory and hash.
+
+mod host_table;
+mod places;
+mod recent;
+
+pub use host_table::{Claim, HostTable};
+pub use places::{Place, Places};
+pub use recent::{Recent, RecentPage};

@@ -76,6 +76,9 @@ mod tests {
 
     #[test]
     fn the_secret_is_not_printed() {
-        assert_eq!(format!("{:?}", ContentKey::new([9; 32])), "ContentKey(secret)");
+        assert_eq!(
+            format!("{:?}", ContentKey::new([9; 32])),
+            "ContentKey(secret)"
+        );
     }
 }

@@ -15,7 +15,7 @@ impl PageNo {
     /// The page that starts at `offset`, or `None` if the offset is unaligned or beyond 16 TiB.
     #[must_use]
     pub fn from_offset(offset: u64) -> Option<Self> {
-        if offset % PAGE_SIZE as u64 != 0 {
+        if !offset.is_multiple_of(PAGE_SIZE as u64) {
             return None;
         }
         u32::try_from(offset / PAGE_SIZE as u64).ok().map(Self)
@@ -129,7 +129,10 @@ mod tests {
 
     #[test]
     fn a_run_that_leaves_the_page_space_has_no_end() {
-        let run = PageRun { start: PageNo(u32::MAX), count: 1 };
+        let run = PageRun {
+            start: PageNo(u32::MAX),
+            count: 1,
+        };
         assert_eq!(run.end(), None);
     }
 

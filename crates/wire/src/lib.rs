@@ -1,1 +1,48 @@
-//! (being written)
+//! Everything that Gangway's processes say to each other on the bulk channels.
+//!
+//! Participants: the source agent and the target agent of a session. A *session* carries all
+//! moves of one group and trust domain between one source host and one target host, so that a
+//! page content crosses once for all of them. It is three kinds of connection, all opened by
+//! the source agent to the target's bulk listener, each opened by one [`Hello`]:
+//!
+//! ```text
+//!  source agent                                                target agent
+//!      │ ── forward: Pages, Repair, Heartbeat ─────────────────────► │   one for the session
+//!      │ ◄─ back: Ack, ReturnPath, RepairRequest, Load*, Heartbeat ─ │   one for the session
+//!      │ ◄─ control: one request, one reply, JSON ─────────────────► │   one for each move
+//! ```
+//!
+//! Each direction of the bulk path has a connection of its own, so that one thread at each end
+//! owns it (and its TLS state) without a lock. Control is apart, so that a release or an abort
+//! never queues behind page bytes.
+//!
+//! Goals: run-length coded page operations, page bytes never copied by a codec, every length
+//! checked against a named limit before it is believed. Non-goals: sockets, clocks,
+//! compression (the agent's), policy (the machines' in `migrate`).
+//!
+//! Fixed headers are little-endian [`FrameHeader`]s; small integers inside bodies are LEB128.
+
+mod control;
+mod frame;
+mod ops;
+mod varint;
+
+pub use control::{
+    Channel, ControlReply, ControlRequest, Hello, MoveState, OpenMove, WireCompression,
+    decode_control, encode_control,
+};
+pub use frame::{
+    BackMessage, FrameHeader, FrameKind, HEADER_LEN, MAX_BODY, MAX_CONTROL, MAX_RETURN_MESSAGE,
+    WireError,
+};
+pub use ops::{MAX_OPS, Op, OpReader, OpWriter, PagesBody, split_pages_body};
+
+/// Version of this protocol. A peer of another version is refused at `Hello`.
+///
+/// | version | change |
+/// |---|---|
+/// | 1 | first: pre-copy, scopes none and host, compression none and zstd |
+pub const PROTOCOL_VERSION: u16 = 1;
+
+/// First bytes of every connection, before the JSON of [`Hello`]: tells a stray client apart.
+pub const MAGIC: [u8; 4] = *b"GWAY";

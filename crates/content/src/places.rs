@@ -1,0 +1,130 @@
+//! The target's memory of where contents were put.
+
+use page::{BlockIndex, ContentId, EntryId, PageNo};
+
+/// Where a content was put: a page of one of the session's VMs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Number of the VM in its session.
+    pub vm: u16,
+    /// RAM block.
+    pub block: BlockIndex,
+    /// Page of the block.
+    pub page: PageNo,
+}
+
+/// Most entries: the same as the source's table has, so a hostile id cannot grow it further.
+const MAX_ENTRIES: usize = crate::host_table::MAX_ENTRIES as usize;
+
+/// Marks an entry that has no place; sessions number their VMs below it.
+const NO_VM: u16 = u16::MAX;
+
+/// 24 bytes an entry.
+#[derive(Clone, Copy)]
+struct Slot {
+    id: [u64; 2],
+    vm: u16,
+    block: u16,
+    page: u32,
+}
+
+const _: () = assert!(size_of::<Slot>() == 24);
+
+const NOWHERE: Slot = Slot {
+    id: [0; 2],
+    vm: NO_VM,
+    block: 0,
+    page: 0,
+};
+
+/// Entry id to content id and the place where it was put last. The newest place is the
+/// likeliest to hold it still.
+#[derive(Default)]
+pub struct Places {
+    slots: Vec<Slot>,
+}
+
+impl Places {
+    /// Remembers that `entry`, whose bytes have this `id`, was put at `place`.
+    /// An entry beyond the limit is not remembered: it will be repaired if somebody asks.
+    pub fn put(&mut self, entry: EntryId, id: ContentId, place: Place) {
+        let at = entry.0 as usize;
+        if at >= MAX_ENTRIES || place.vm == NO_VM {
+            return;
+        }
+        if at >= self.slots.len() {
+            self.slots.resize(at + 1, NOWHERE);
+        }
+        let (low, high) = halves(id);
+        self.slots[at] = Slot {
+            id: [low, high],
+            vm: place.vm,
+            block: place.block.0,
+            page: place.page.0,
+        };
+    }
+
+    /// The id that the content of `entry` must hash to, and where to look for it.
+    #[must_use]
+    pub fn find(&self, entry: EntryId) -> Option<(ContentId, Place)> {
+        let slot = self
+            .slots
+            .get(entry.0 as usize)
+            .filter(|slot| slot.vm != NO_VM)?;
+        let mut id = [0; 16];
+        id[..8].copy_from_slice(&slot.id[0].to_le_bytes());
+        id[8..].copy_from_slice(&slot.id[1].to_le_bytes());
+        let place = Place {
+            vm: slot.vm,
+            block: BlockIndex(slot.block),
+            page: PageNo(slot.page),
+        };
+        Some((ContentId(id), place))
+    }
+}
+
+fn halves(id: ContentId) -> (u64, u64) {
+    let value = u128::from_le_bytes(id.0);
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the two halves of 128 bits"
+    )]
+    (value as u64, (value >> 64) as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_place_counts_and_gaps_are_nowhere() {
+        let mut places = Places::default();
+        let id = ContentId(*b"0123456789abcdef");
+        let at = |page| Place {
+            vm: 1,
+            block: BlockIndex(2),
+            page: PageNo(page),
+        };
+        places.put(EntryId(5), id, at(10));
+        places.put(EntryId(5), id, at(11));
+        assert_eq!(places.find(EntryId(5)), Some((id, at(11))));
+        assert_eq!(places.find(EntryId(4)), None);
+        assert_eq!(places.find(EntryId(6)), None);
+    }
+
+    #[test]
+    fn an_entry_beyond_the_limit_takes_no_memory() {
+        let mut places = Places::default();
+        places.put(
+            EntryId(u32::MAX),
+            ContentId([1; 16]),
+            Place {
+                vm: 0,
+                block: BlockIndex(0),
+                page: PageNo(0),
+            },
+        );
+        assert!(places.slots.is_empty());
+        assert_eq!(places.find(EntryId(u32::MAX)), None);
+    }
+}

@@ -1,0 +1,224 @@
+//! Control messages: the opening of every connection, and one request with one reply on a
+//! move's control connection. JSON, because they are few, and read by people in traces.
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use crate::{MAX_CONTROL, PROTOCOL_VERSION, WireError};
+
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Channel {
+    /// Page operations, source to target.
+    Forward,
+    /// Acknowledgements, target to source.
+    Back,
+    /// Requests about one move.
+    Control,
+}
+
+/// Compression of the forward connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum WireCompression {
+    /// None.
+    None,
+    /// One zstd stream, flushed at each frame, over all VMs of the session.
+    Zstd {
+        /// Logarithm of the window in bytes, 20 to 27.
+        window_log: u8,
+    },
+}
+
+/// First message of every connection.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Hello {
+    /// [`PROTOCOL_VERSION`] of the sender.
+    pub version: u16,
+    /// The session: random, made by the source agent.
+    pub session: String,
+    /// What this connection is for.
+    pub channel: Channel,
+    /// Name of the source host, for messages.
+    pub source: String,
+    /// Compression of the forward connection.
+    pub compression: WireCompression,
+    /// Secret of the trust domain, 64 hex digits; only on the forward connection.
+    pub domain_key: Option<String>,
+}
+
+impl Hello {
+    /// Whether the peer speaks this version.
+    #[must_use]
+    pub fn is_compatible(&self) -> bool {
+        self.version == PROTOCOL_VERSION
+    }
+}
+
+impl std::fmt::Debug for Hello {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            version,
+            session,
+            channel,
+            source,
+            compression,
+            domain_key: _,
+        } = self;
+        write!(
+            f,
+            "Hello {{ v{version} {session} {channel:?} from {source}, {compression:?} }}"
+        )
+    }
+}
+
+/// What the target needs to receive a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OpenMove {
+    /// Id of the move.
+    pub id: String,
+    /// Name of the VM.
+    pub vm_name: String,
+    /// Number of the VM on the session's frames.
+    pub vm: u16,
+    /// Command line of the target QEMU, program first.
+    pub argv: Vec<String>,
+    /// Memory of the guest, bytes.
+    pub memory_bytes: u64,
+}
+
+/// What the source asks of the target, about the move `id`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum ControlRequest {
+    /// Start the target QEMU, paused, ready to load. Reply: `Ready` or `Refused`.
+    Open(OpenMove),
+    /// Let the VM run. May be said again: the reply is `State`.
+    Release {
+        /// Id of the move.
+        id: String,
+    },
+    /// Do away with the target QEMU, unless it was released. Reply: `State`.
+    Abort {
+        /// Id of the move.
+        id: String,
+        /// For the target's log.
+        reason: String,
+    },
+    /// How does it stand? Reply: `State`.
+    Query {
+        /// Id of the move.
+        id: String,
+    },
+}
+
+/// State of a move at the target.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum MoveState {
+    /// No such move is known here.
+    Unknown,
+    /// The target QEMU is loading; it is stopped.
+    Loading,
+    /// The target QEMU has loaded everything; it is stopped and waits for release.
+    Loaded,
+    /// The VM was let go and runs here (or ran, and has since ended by itself).
+    Running,
+    /// The target QEMU is gone, and the VM never ran here.
+    NeverRan {
+        /// Why.
+        reason: String,
+    },
+    /// The VM was let go, but its QEMU is gone and nobody knows whether it ran.
+    Lost {
+        /// What is known.
+        reason: String,
+    },
+}
+
+/// Answer to a [`ControlRequest`] or a [`Hello`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum ControlReply {
+    /// The hello is accepted.
+    Welcome,
+    /// The target QEMU waits for its stream.
+    Ready {
+        /// Its process id on the target host.
+        pid: u32,
+    },
+    /// Not done; nothing was left behind.
+    Refused {
+        /// Why, for a person.
+        reason: String,
+    },
+    /// How the move stands.
+    State(MoveState),
+}
+
+/// The bytes of a control message: length (u32, little-endian), then JSON.
+///
+/// # Errors
+/// A message longer than [`MAX_CONTROL`].
+pub fn encode_control<T: Serialize>(message: &T) -> Result<Vec<u8>, WireError> {
+    let json = serde_json::to_vec(message).map_err(|e| WireError::Control(e.to_string()))?;
+    let length = u32::try_from(json.len()).unwrap_or(u32::MAX);
+    if json.len() > MAX_CONTROL {
+        return Err(WireError::TooLong {
+            what: "a control message",
+            length: length.into(),
+            limit: MAX_CONTROL as u64,
+        });
+    }
+    let mut out = length.to_le_bytes().to_vec();
+    out.extend_from_slice(&json);
+    Ok(out)
+}
+
+/// Reads the JSON part of a control message.
+///
+/// # Errors
+/// JSON that is malformed, of another shape, or has unknown keys.
+pub fn decode_control<T: DeserializeOwned>(json: &[u8]) -> Result<T, WireError> {
+    serde_json::from_slice(json).map_err(|e| WireError::Control(e.to_string()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_comes_back_and_unknown_keys_do_not_pass() {
+        let request = ControlRequest::Abort {
+            id: "g/a".into(),
+            reason: "cancelled".into(),
+        };
+        let bytes = encode_control(&request).unwrap();
+        assert_eq!(
+            bytes.len(),
+            4 + u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]) as usize
+        );
+        assert_eq!(
+            decode_control::<ControlRequest>(&bytes[4..]).unwrap(),
+            request
+        );
+        let odd = br#"{"abort":{"id":"x","reason":"y","force":true}}"#;
+        assert!(decode_control::<ControlRequest>(odd).is_err());
+    }
+
+    #[test]
+    fn the_domain_key_is_not_printed() {
+        let hello = Hello {
+            version: 1,
+            session: "s".into(),
+            channel: Channel::Forward,
+            source: "h".into(),
+            compression: WireCompression::None,
+            domain_key: Some("00ff".into()),
+        };
+        assert!(!format!("{hello:?}").contains("00ff"));
+    }
+}

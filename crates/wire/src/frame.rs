@@ -1,0 +1,373 @@
+//! Frames: the unit on the forward and back connections.
+
+use page::{BlockIndex, PageNo, PageRun};
+use zerocopy::little_endian::{U16, U32};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::varint;
+
+/// Bytes of a [`FrameHeader`].
+pub const HEADER_LEN: usize = 16;
+
+/// Longest body, before compression: one read buffer of the source (256 KiB of QEMU's stream),
+/// its operations, and room for a device-state tail in one piece. zstd's worst case adds less
+/// than one part in 128, which the same limit covers.
+pub const MAX_BODY: usize = 1 << 20;
+
+/// Longest JSON of a control request or reply: a QEMU command line of a thousand disks is
+/// under 200 KB.
+pub const MAX_CONTROL: usize = 1 << 20;
+
+/// Longest return-path message that is relayed: QEMU's own limit is 512 bytes.
+pub const MAX_RETURN_MESSAGE: usize = 1024;
+
+/// Most runs in one repair request; a longer waiting list is asked for in several.
+const MAX_REPAIR_RUNS: u64 = 4096;
+
+/// What a frame is. Numbered by hand; 0 is invalid; 1..=31 forward, 32..=63 back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum FrameKind {
+    /// Operations on one VM's stream and their page bytes.
+    Pages = 1,
+    /// Pages read again from the source, in answer to a repair request; same body as `Pages`.
+    Repair = 2,
+    /// Nothing; says that the sender lives.
+    Heartbeat = 3,
+    /// The VM's move is over for the stream: drop what is held for it.
+    Close = 4,
+    /// A [`BackMessage`].
+    Back = 32,
+    /// Nothing; says that the sender lives.
+    BackHeartbeat = 33,
+}
+
+impl FrameKind {
+    fn from_number(number: u8) -> Option<Self> {
+        Some(match number {
+            1 => Self::Pages,
+            2 => Self::Repair,
+            3 => Self::Heartbeat,
+            4 => Self::Close,
+            32 => Self::Back,
+            33 => Self::BackHeartbeat,
+            _ => return None,
+        })
+    }
+}
+
+/// What can be wrong with bytes from a peer.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum WireError {
+    /// The bytes end inside a value.
+    #[error("the message ends inside a value")]
+    Truncated,
+    /// A number has more than 64 bits, or more than its field may have.
+    #[error("a number is out of its range")]
+    NumberTooLarge,
+    /// A length is above its limit.
+    #[error("{what} of {length} bytes is above the limit of {limit}")]
+    TooLong {
+        /// Which length.
+        what: &'static str,
+        /// As claimed.
+        length: u64,
+        /// As allowed.
+        limit: u64,
+    },
+    /// A frame kind that this version does not know, or one that does not belong on this
+    /// connection.
+    #[error("frame kind {0} is not expected here")]
+    UnexpectedKind(u8),
+    /// An operation that this version does not know.
+    #[error("operation {0} is unknown")]
+    UnknownOp(u8),
+    /// Page bytes and operations of a body do not add up.
+    #[error("the body holds {held} bytes of pages where its operations need {needed}")]
+    PageBytes {
+        /// Bytes present.
+        held: u64,
+        /// Bytes needed.
+        needed: u64,
+    },
+    /// Text that is not what it should be.
+    #[error("a control message is malformed: {0}")]
+    Control(String),
+}
+
+/// Head of a frame.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct FrameHeader {
+    kind: u8,
+    /// 1 if the body is a piece of the connection's compressed stream.
+    compressed: u8,
+    vm: U16,
+    body_len: U32,
+    raw_len: U32,
+    reserved: U32,
+}
+
+const _: () = assert!(size_of::<FrameHeader>() == HEADER_LEN);
+
+impl FrameHeader {
+    /// Head of a frame for the VM numbered `vm` in this session.
+    ///
+    /// `body_len` bytes follow; they unpack to `raw_len` bytes. Both are at most [`MAX_BODY`],
+    /// the sender's business to keep.
+    #[must_use]
+    pub fn new(kind: FrameKind, vm: u16, body_len: u32, raw_len: u32) -> Self {
+        let (kind, compressed) = (kind as u8, 0);
+        Self {
+            kind,
+            compressed,
+            vm: vm.into(),
+            body_len: body_len.into(),
+            raw_len: raw_len.into(),
+            reserved: 0.into(),
+        }
+    }
+
+    /// Marks the body as compressed.
+    #[must_use]
+    pub fn with_compression(mut self, compressed: bool) -> Self {
+        self.compressed = u8::from(compressed);
+        self
+    }
+
+    /// The header's bytes.
+    #[must_use]
+    pub fn to_bytes(self) -> [u8; HEADER_LEN] {
+        zerocopy::transmute!(self)
+    }
+
+    /// Checks a header from the peer.
+    ///
+    /// # Errors
+    /// An unknown kind, or a length above its limit.
+    pub fn parse(bytes: [u8; HEADER_LEN]) -> Result<Self, WireError> {
+        let header: Self = zerocopy::transmute!(bytes);
+        if FrameKind::from_number(header.kind).is_none() {
+            return Err(WireError::UnexpectedKind(header.kind));
+        }
+        for (what, length) in [
+            ("a frame", header.body_len.get()),
+            ("an unpacked frame", header.raw_len.get()),
+        ] {
+            if length as usize > MAX_BODY {
+                return Err(WireError::TooLong {
+                    what,
+                    length: length.into(),
+                    limit: MAX_BODY as u64,
+                });
+            }
+        }
+        if header.compressed > 1 || (header.compressed == 0 && header.body_len != header.raw_len) {
+            return Err(WireError::Control(
+                "compression flag and lengths disagree".into(),
+            ));
+        }
+        Ok(header)
+    }
+
+    /// The kind; checked by [`parse`](Self::parse).
+    #[must_use]
+    pub fn kind(&self) -> FrameKind {
+        FrameKind::from_number(self.kind).unwrap_or(FrameKind::Heartbeat)
+    }
+
+    /// Number of the VM in this session.
+    #[must_use]
+    pub fn vm(&self) -> u16 {
+        self.vm.get()
+    }
+
+    /// Bytes that follow, at most [`MAX_BODY`].
+    #[must_use]
+    pub fn body_len(&self) -> usize {
+        self.body_len.get() as usize
+    }
+
+    /// Bytes after unpacking, at most [`MAX_BODY`].
+    #[must_use]
+    pub fn raw_len(&self) -> usize {
+        self.raw_len.get() as usize
+    }
+
+    /// Whether the body is compressed.
+    #[must_use]
+    pub fn is_compressed(&self) -> bool {
+        self.compressed == 1
+    }
+}
+
+/// What the target says on the back connection, about one VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BackMessage {
+    /// Everything up to this position of the source QEMU's stream is in the target QEMU.
+    Ack {
+        /// Bytes from the start of the source QEMU's stream.
+        position: u64,
+    },
+    /// A return-path message of the target QEMU for the source QEMU, verbatim.
+    ReturnPath(Vec<u8>),
+    /// These pages cannot be made from what the target has: read them again.
+    RepairRequest(Vec<(BlockIndex, PageRun)>),
+    /// The target QEMU has reported a successful load, and stands stopped.
+    Loaded,
+    /// The target QEMU failed or is gone; it never ran.
+    LoadFailed(String),
+}
+
+impl BackMessage {
+    /// Appends the body.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        match self {
+            Self::Ack { position } => {
+                out.push(1);
+                varint::put(out, *position);
+            }
+            Self::ReturnPath(message) => {
+                out.push(2);
+                out.extend_from_slice(message);
+            }
+            Self::RepairRequest(runs) => {
+                out.push(3);
+                varint::put(out, runs.len() as u64);
+                for (block, run) in runs {
+                    varint::put(out, block.0.into());
+                    varint::put(out, run.start.0.into());
+                    varint::put(out, run.count.into());
+                }
+            }
+            Self::Loaded => out.push(4),
+            Self::LoadFailed(reason) => {
+                out.push(5);
+                out.extend_from_slice(reason.as_bytes());
+            }
+        }
+    }
+
+    /// Reads a whole body.
+    ///
+    /// # Errors
+    /// Whatever a hostile peer can put there; nothing is allocated beyond the body's length.
+    pub fn decode(body: &[u8]) -> Result<Self, WireError> {
+        let (&tag, mut rest) = body.split_first().ok_or(WireError::Truncated)?;
+        let message = match tag {
+            1 => Self::Ack {
+                position: varint::take(&mut rest)?,
+            },
+            2 => {
+                check_length("a return-path message", rest.len(), MAX_RETURN_MESSAGE)?;
+                return Ok(Self::ReturnPath(rest.to_vec()));
+            }
+            3 => Self::RepairRequest(decode_runs(&mut rest)?),
+            4 => Self::Loaded,
+            5 => return Ok(Self::LoadFailed(String::from_utf8_lossy(rest).into_owned())),
+            other => return Err(WireError::UnknownOp(other)),
+        };
+        if rest.is_empty() {
+            Ok(message)
+        } else {
+            Err(WireError::Control("bytes after the end".into()))
+        }
+    }
+}
+
+fn decode_runs(rest: &mut &[u8]) -> Result<Vec<(BlockIndex, PageRun)>, WireError> {
+    let count = varint::take(rest)?;
+    if count > MAX_REPAIR_RUNS {
+        return Err(WireError::TooLong {
+            what: "a repair request",
+            length: count,
+            limit: MAX_REPAIR_RUNS,
+        });
+    }
+    let mut runs = Vec::new();
+    for _ in 0..count {
+        let block = u16::try_from(varint::take(rest)?).map_err(|_| WireError::NumberTooLarge)?;
+        let start = PageNo(take_u32(rest)?);
+        let run = PageRun {
+            start,
+            count: take_u32(rest)?,
+        };
+        if run.count == 0 || run.end().is_none() {
+            return Err(WireError::NumberTooLarge);
+        }
+        runs.push((BlockIndex(block), run));
+    }
+    Ok(runs)
+}
+
+pub(crate) fn take_u32(input: &mut &[u8]) -> Result<u32, WireError> {
+    u32::try_from(varint::take(input)?).map_err(|_| WireError::NumberTooLarge)
+}
+
+fn check_length(what: &'static str, length: usize, limit: usize) -> Result<(), WireError> {
+    if length > limit {
+        return Err(WireError::TooLong {
+            what,
+            length: length as u64,
+            limit: limit as u64,
+        });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_header_above_the_limit_or_of_no_kind_is_refused() {
+        let mut bytes = FrameHeader::new(FrameKind::Pages, 3, 10, 10).to_bytes();
+        let header = FrameHeader::parse(bytes).unwrap();
+        assert_eq!(
+            (header.kind(), header.vm(), header.body_len()),
+            (FrameKind::Pages, 3, 10)
+        );
+        bytes[7] = 0xff;
+        assert!(matches!(
+            FrameHeader::parse(bytes),
+            Err(WireError::TooLong { .. })
+        ));
+        bytes[0] = 0;
+        assert_eq!(
+            FrameHeader::parse(bytes).unwrap_err(),
+            WireError::UnexpectedKind(0)
+        );
+    }
+
+    #[test]
+    fn a_repair_request_cannot_claim_more_runs_than_it_holds() {
+        let mut body = vec![3];
+        varint::put(&mut body, MAX_REPAIR_RUNS);
+        assert_eq!(BackMessage::decode(&body), Err(WireError::Truncated));
+    }
+
+    proptest! {
+        #[test]
+        fn back_messages_come_back(position: u64, text in ".{0,40}", block: u16, start in 0..u32::MAX / 2, count in 1_u32..1000) {
+            let run = PageRun { start: PageNo(start), count };
+            for message in [
+                BackMessage::Ack { position },
+                BackMessage::ReturnPath(text.clone().into_bytes()),
+                BackMessage::RepairRequest(vec![(BlockIndex(block), run); 3]),
+                BackMessage::Loaded,
+                BackMessage::LoadFailed(text.clone()),
+            ] {
+                let mut body = Vec::new();
+                message.encode(&mut body);
+                prop_assert_eq!(BackMessage::decode(&body)?, message);
+            }
+        }
+
+        #[test]
+        fn no_bytes_make_the_decoder_panic(body: Vec<u8>, head: [u8; HEADER_LEN]) {
+            let _ = BackMessage::decode(&body);
+            let _ = FrameHeader::parse(head);
+        }
+    }
+}

@@ -1,0 +1,534 @@
+//! Operations: the body of a `Pages` or `Repair` frame.
+//!
+//! ```text
+//! position (LEB128) · length of the operations (LEB128) · operations · page bytes
+//! ```
+//! Operations are applied in order. Pages are coded as runs; the start of a run is coded as
+//! its distance from the end of the run before, so that a sweep over memory costs one byte a
+//! run for it. Page bytes stand at the end, in the order of the operations that need them.
+
+use page::{BlockIndex, EntryId, PageNo, PageRun};
+
+use crate::frame::take_u32;
+use crate::{MAX_BODY, WireError, varint};
+
+/// Most bytes of operations in one body: every page of a full read buffer (28 thousand zero
+/// records of 9 bytes) as a run of its own takes under 8 bytes each.
+pub const MAX_OPS: usize = MAX_BODY / 2;
+
+/// One step of rebuilding a VM's stream at the target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op<'a> {
+    /// Bytes before the RAM section's start, to be passed on verbatim.
+    Raw(&'a [u8]),
+    /// The RAM section's start with its block list, verbatim.
+    RamStart(&'a [u8]),
+    /// The pages that follow belong to this block.
+    Block(BlockIndex),
+    /// Zero pages.
+    Zero(PageRun),
+    /// Pages filled with one byte.
+    Fill(PageRun, u8),
+    /// Pages with their bytes; nobody will refer to them.
+    Plain(PageRun),
+    /// Pages with their bytes, which become the entries from this one on.
+    Literal(PageRun, EntryId),
+    /// Pages whose bytes are those of the entries from this one on.
+    Reference(PageRun, EntryId),
+    /// The last RAM section begins: everything before must have been delivered.
+    EndBegin,
+    /// The last RAM section ends.
+    EndClosed,
+    /// Bytes after RAM: device state, verbatim.
+    Tail(&'a [u8]),
+}
+
+impl Op<'_> {
+    /// Pages whose bytes stand at the end of the body.
+    #[must_use]
+    pub fn pages_with_bytes(&self) -> u32 {
+        match self {
+            Self::Plain(run) | Self::Literal(run, _) => run.count,
+            _ => 0,
+        }
+    }
+}
+
+mod tag {
+    pub(super) const RAW: u8 = 1;
+    pub(super) const RAM_START: u8 = 2;
+    pub(super) const BLOCK: u8 = 3;
+    pub(super) const ZERO: u8 = 4;
+    pub(super) const FILL: u8 = 5;
+    pub(super) const PLAIN: u8 = 6;
+    pub(super) const LITERAL: u8 = 7;
+    pub(super) const REFERENCE: u8 = 8;
+    pub(super) const END_BEGIN: u8 = 9;
+    pub(super) const END_CLOSED: u8 = 10;
+    pub(super) const TAIL: u8 = 11;
+}
+
+/// Kinds of page operations that extend a run.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum RunKind {
+    Zero,
+    Fill(u8),
+    Plain,
+    /// First entry of the run.
+    Literal(EntryId),
+    /// First entry of the run.
+    Reference(EntryId),
+}
+
+/// Writes operations, joining neighbouring pages into runs.
+#[derive(Default)]
+pub struct OpWriter {
+    out: Vec<u8>,
+    open: Option<(RunKind, PageRun)>,
+    block: Option<BlockIndex>,
+    /// End of the run before, as in the module's page.
+    last_end: u32,
+}
+
+impl OpWriter {
+    /// A writer for a new body. The current block does not carry over from body to body.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Whether nothing was written.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.out.is_empty() && self.open.is_none()
+    }
+
+    /// Bytes written so far, the open run not counted.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.out.len()
+    }
+
+    /// A zero page.
+    pub fn zero(&mut self, block: BlockIndex, page: PageNo) {
+        self.page(block, page, RunKind::Zero);
+    }
+
+    /// A page filled with `byte`.
+    pub fn fill(&mut self, block: BlockIndex, page: PageNo, byte: u8) {
+        self.page(block, page, RunKind::Fill(byte));
+    }
+
+    /// A page with bytes and no entry.
+    pub fn plain(&mut self, block: BlockIndex, page: PageNo) {
+        self.page(block, page, RunKind::Plain);
+    }
+
+    /// A page with bytes that becomes `entry`.
+    pub fn literal(&mut self, block: BlockIndex, page: PageNo, entry: EntryId) {
+        self.page(block, page, RunKind::Literal(entry));
+    }
+
+    /// A page with the bytes of `entry`.
+    pub fn reference(&mut self, block: BlockIndex, page: PageNo, entry: EntryId) {
+        self.page(block, page, RunKind::Reference(entry));
+    }
+
+    /// Bytes to pass on verbatim, before RAM.
+    pub fn raw(&mut self, bytes: &[u8]) {
+        self.bytes(tag::RAW, bytes);
+    }
+
+    /// The start of the RAM section.
+    pub fn ram_start(&mut self, bytes: &[u8]) {
+        self.bytes(tag::RAM_START, bytes);
+    }
+
+    /// Bytes to pass on verbatim, after RAM.
+    pub fn tail(&mut self, bytes: &[u8]) {
+        self.bytes(tag::TAIL, bytes);
+    }
+
+    /// The last RAM section begins.
+    pub fn end_begin(&mut self) {
+        self.close_run();
+        self.out.push(tag::END_BEGIN);
+    }
+
+    /// The last RAM section ends.
+    pub fn end_closed(&mut self) {
+        self.close_run();
+        self.out.push(tag::END_CLOSED);
+    }
+
+    /// The front of a body, up to the page bytes.
+    #[must_use]
+    pub fn finish(mut self, position: u64) -> Vec<u8> {
+        self.close_run();
+        let mut body = Vec::with_capacity(self.out.len() + 16);
+        varint::put(&mut body, position);
+        varint::put(&mut body, self.out.len() as u64);
+        body.extend_from_slice(&self.out);
+        body
+    }
+
+    fn page(&mut self, block: BlockIndex, page: PageNo, kind: RunKind) {
+        if let Some((open, run)) = &mut self.open
+            && self.block == Some(block)
+            && run.end() == Some(page.0)
+            && extends(*open, run.count, kind)
+        {
+            run.count += 1;
+            return;
+        }
+        self.close_run();
+        if self.block != Some(block) {
+            self.out.push(tag::BLOCK);
+            varint::put(&mut self.out, block.0.into());
+            self.block = Some(block);
+            self.last_end = 0;
+        }
+        self.open = Some((
+            kind,
+            PageRun {
+                start: page,
+                count: 1,
+            },
+        ));
+    }
+
+    fn close_run(&mut self) {
+        let Some((kind, run)) = self.open.take() else {
+            return;
+        };
+        let (tag, entry) = match kind {
+            RunKind::Zero => (tag::ZERO, None),
+            RunKind::Fill(_) => (tag::FILL, None),
+            RunKind::Plain => (tag::PLAIN, None),
+            RunKind::Literal(entry) => (tag::LITERAL, Some(entry)),
+            RunKind::Reference(entry) => (tag::REFERENCE, Some(entry)),
+        };
+        self.out.push(tag);
+        varint::put(
+            &mut self.out,
+            varint::zigzag(i64::from(run.start.0) - i64::from(self.last_end)),
+        );
+        varint::put(&mut self.out, run.count.into());
+        if let RunKind::Fill(byte) = kind {
+            self.out.push(byte);
+        }
+        if let Some(entry) = entry {
+            varint::put(&mut self.out, entry.0.into());
+        }
+        self.last_end = run.start.0.saturating_add(run.count);
+    }
+
+    fn bytes(&mut self, tag: u8, bytes: &[u8]) {
+        self.close_run();
+        self.out.push(tag);
+        varint::put(&mut self.out, bytes.len() as u64);
+        self.out.extend_from_slice(bytes);
+    }
+}
+
+fn extends(open: RunKind, count: u32, next: RunKind) -> bool {
+    match (open, next) {
+        (RunKind::Literal(first), RunKind::Literal(entry))
+        | (RunKind::Reference(first), RunKind::Reference(entry)) => {
+            first.0.checked_add(count) == Some(entry.0)
+        }
+        _ => open == next,
+    }
+}
+
+/// A body taken apart.
+#[derive(Clone, Copy, Debug)]
+pub struct PagesBody<'a> {
+    /// Position in the source QEMU's stream after this body.
+    pub position: u64,
+    /// The operations.
+    pub ops: &'a [u8],
+    /// The page bytes.
+    pub pages: &'a [u8],
+}
+
+/// Takes a body apart without looking into the operations.
+///
+/// # Errors
+/// Lengths that do not fit the body.
+pub fn split_pages_body(body: &[u8]) -> Result<PagesBody<'_>, WireError> {
+    let mut rest = body;
+    let position = varint::take(&mut rest)?;
+    let length = varint::take(&mut rest)?;
+    if length > rest.len() as u64 {
+        return Err(WireError::Truncated);
+    }
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "at most the length of a slice"
+    )]
+    let (ops, pages) = rest.split_at(length as usize);
+    if ops.len() > MAX_OPS {
+        return Err(WireError::TooLong {
+            what: "a list of operations",
+            length,
+            limit: MAX_OPS as u64,
+        });
+    }
+    Ok(PagesBody {
+        position,
+        ops,
+        pages,
+    })
+}
+
+/// Reads operations one by one.
+pub struct OpReader<'a> {
+    rest: &'a [u8],
+    last_end: u32,
+}
+
+impl<'a> OpReader<'a> {
+    /// Reads the operations of a body.
+    #[must_use]
+    pub fn new(ops: &'a [u8]) -> Self {
+        Self {
+            rest: ops,
+            last_end: 0,
+        }
+    }
+
+    fn run(&mut self) -> Result<PageRun, WireError> {
+        let distance = varint::unzigzag(varint::take(&mut self.rest)?);
+        let start = i64::from(self.last_end)
+            .checked_add(distance)
+            .ok_or(WireError::NumberTooLarge)?;
+        let start = PageNo(u32::try_from(start).map_err(|_| WireError::NumberTooLarge)?);
+        let run = PageRun {
+            start,
+            count: take_u32(&mut self.rest)?,
+        };
+        match run.end() {
+            Some(end) if run.count > 0 => self.last_end = end,
+            _ => return Err(WireError::NumberTooLarge),
+        }
+        Ok(run)
+    }
+
+    fn entries(&mut self, run: PageRun) -> Result<EntryId, WireError> {
+        let first = take_u32(&mut self.rest)?;
+        first
+            .checked_add(run.count)
+            .ok_or(WireError::NumberTooLarge)?;
+        Ok(EntryId(first))
+    }
+
+    fn bytes(&mut self) -> Result<&'a [u8], WireError> {
+        let length = varint::take(&mut self.rest)?;
+        if length > self.rest.len() as u64 {
+            return Err(WireError::Truncated);
+        }
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "at most the length of a slice"
+        )]
+        let (bytes, rest) = self.rest.split_at(length as usize);
+        self.rest = rest;
+        Ok(bytes)
+    }
+
+    fn op(&mut self, tag: u8) -> Result<Op<'a>, WireError> {
+        Ok(match tag {
+            tag::RAW => Op::Raw(self.bytes()?),
+            tag::RAM_START => Op::RamStart(self.bytes()?),
+            tag::BLOCK => {
+                let block = u16::try_from(varint::take(&mut self.rest)?)
+                    .map_err(|_| WireError::NumberTooLarge)?;
+                self.last_end = 0;
+                Op::Block(BlockIndex(block))
+            }
+            tag::ZERO => Op::Zero(self.run()?),
+            tag::FILL => {
+                let run = self.run()?;
+                let (&byte, rest) = self.rest.split_first().ok_or(WireError::Truncated)?;
+                self.rest = rest;
+                Op::Fill(run, byte)
+            }
+            tag::PLAIN => Op::Plain(self.run()?),
+            tag::LITERAL => {
+                let run = self.run()?;
+                Op::Literal(run, self.entries(run)?)
+            }
+            tag::REFERENCE => {
+                let run = self.run()?;
+                Op::Reference(run, self.entries(run)?)
+            }
+            tag::END_BEGIN => Op::EndBegin,
+            tag::END_CLOSED => Op::EndClosed,
+            tag::TAIL => Op::Tail(self.bytes()?),
+            other => return Err(WireError::UnknownOp(other)),
+        })
+    }
+}
+
+impl<'a> Iterator for OpReader<'a> {
+    type Item = Result<Op<'a>, WireError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let (&tag, rest) = self.rest.split_first()?;
+        self.rest = rest;
+        let op = self.op(tag);
+        if op.is_err() {
+            self.rest = &[];
+        }
+        Some(op)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn read(body: &[u8]) -> Vec<Op<'_>> {
+        OpReader::new(split_pages_body(body).unwrap().ops)
+            .collect::<Result<_, _>>()
+            .unwrap()
+    }
+
+    #[test]
+    fn neighbours_of_one_kind_become_one_run() {
+        let mut w = OpWriter::new();
+        let b = BlockIndex(0);
+        for i in 0..5 {
+            w.literal(b, PageNo(10 + i), EntryId(7 + i));
+        }
+        w.reference(b, PageNo(15), EntryId(1));
+        w.reference(b, PageNo(16), EntryId(2));
+        w.reference(b, PageNo(17), EntryId(9));
+        w.zero(b, PageNo(3));
+        let body = w.finish(99);
+        assert_eq!(
+            read(&body),
+            [
+                Op::Block(b),
+                Op::Literal(
+                    PageRun {
+                        start: PageNo(10),
+                        count: 5
+                    },
+                    EntryId(7)
+                ),
+                Op::Reference(
+                    PageRun {
+                        start: PageNo(15),
+                        count: 2
+                    },
+                    EntryId(1)
+                ),
+                Op::Reference(
+                    PageRun {
+                        start: PageNo(17),
+                        count: 1
+                    },
+                    EntryId(9)
+                ),
+                Op::Zero(PageRun {
+                    start: PageNo(3),
+                    count: 1
+                }),
+            ]
+        );
+        assert_eq!(split_pages_body(&body).unwrap().position, 99);
+    }
+
+    #[test]
+    fn a_run_beyond_the_page_space_is_an_error() {
+        let mut w = OpWriter::new();
+        w.zero(BlockIndex(0), PageNo(u32::MAX));
+        let body = w.finish(0);
+        let ops = split_pages_body(&body).unwrap().ops;
+        assert_eq!(
+            OpReader::new(ops).last(),
+            Some(Err(WireError::NumberTooLarge))
+        );
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Zero,
+        Fill(u8),
+        Plain,
+        Literal(u32),
+        Reference(u32),
+        Raw(Vec<u8>),
+        End,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            Just(Step::Zero),
+            (0_u8..3).prop_map(Step::Fill),
+            Just(Step::Plain),
+            (0_u32..50).prop_map(Step::Literal),
+            (0_u32..50).prop_map(Step::Reference),
+            proptest::collection::vec(any::<u8>(), 0..20).prop_map(Step::Raw),
+            Just(Step::End),
+        ]
+    }
+
+    /// Pages one by one, whatever the runs.
+    fn flat(ops: &[Op<'_>]) -> Vec<(u16, u32, u8, u32)> {
+        let (mut block, mut out) = (0, Vec::new());
+        for op in ops {
+            let (run, kind, value) = match *op {
+                Op::Block(b) => {
+                    block = b.0;
+                    continue;
+                }
+                Op::Zero(run) => (run, 0, 0),
+                Op::Fill(run, byte) => (run, 1, u32::from(byte)),
+                Op::Plain(run) => (run, 2, 0),
+                Op::Literal(run, entry) => (run, 3, entry.0),
+                Op::Reference(run, entry) => (run, 4, entry.0),
+                _ => continue,
+            };
+            let counts = kind >= 3;
+            out.extend(
+                run.pages()
+                    .zip(0..)
+                    .map(|(p, i)| (block, p.0, kind, value + if counts { i } else { 0 })),
+            );
+        }
+        out
+    }
+
+    proptest! {
+        #[test]
+        fn what_was_written_is_read(steps in proptest::collection::vec((step(), 0_u16..3, 0_u32..6), 0..60)) {
+            let mut w = OpWriter::new();
+            let mut expected = Vec::new();
+            for (step, block, page) in &steps {
+                let (b, p) = (BlockIndex(*block), PageNo(*page));
+                match step {
+                    Step::Zero => { w.zero(b, p); expected.push((*block, *page, 0, 0)); }
+                    Step::Fill(v) => { w.fill(b, p, *v); expected.push((*block, *page, 1, u32::from(*v))); }
+                    Step::Plain => { w.plain(b, p); expected.push((*block, *page, 2, 0)); }
+                    Step::Literal(e) => { w.literal(b, p, EntryId(*e)); expected.push((*block, *page, 3, *e)); }
+                    Step::Reference(e) => { w.reference(b, p, EntryId(*e)); expected.push((*block, *page, 4, *e)); }
+                    Step::Raw(bytes) => w.raw(bytes),
+                    Step::End => w.end_begin(),
+                }
+            }
+            let body = w.finish(1);
+            prop_assert_eq!(flat(&read(&body)), expected);
+        }
+
+        #[test]
+        fn no_bytes_make_the_reader_panic_or_run_forever(body: Vec<u8>) {
+            if let Ok(parts) = split_pages_body(&body) {
+                prop_assert!(OpReader::new(parts.ops).count() <= parts.ops.len());
+            }
+        }
+    }
+}
