@@ -1,2 +1,5 @@
 //! (being written)
+pub mod api;
+pub mod config;
+pub mod plan;
 pub mod types;

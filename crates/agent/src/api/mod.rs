@@ -1,0 +1,3 @@
+//! The control API of one agent.
+
+pub mod mover;

@@ -1,0 +1,454 @@
+//! Reading a plan: from TOML with places in its errors, then checked as a whole, then resolved
+//! into one [`MoveSpec`] for each move.
+
+use std::collections::{BTreeMap, HashSet};
+use std::ops::Range;
+use std::path::Path;
+
+use crate::types::{MoveSpec, Plan, PlanMove, Preset, Settings};
+
+/// Trust domain of a move that names none.
+pub const DEFAULT_DOMAIN: &str = "default";
+
+/// Names become parts of file names, ids and unix socket paths.
+const NAME_BYTES_MAX: usize = 48;
+/// A rack of forty hosts with a hundred VMs each; the coordinator follows each move.
+const MOVES_MAX: usize = 4096;
+/// Below this not even the protocol's headers get through in a peer's timeout.
+const BANDWIDTH_BYTES_PER_S_MIN: u64 = 64 * 1024;
+/// QEMU's own limit of `downtime-limit`.
+const DOWNTIME_LIMIT_MS_MAX: u64 = 2_000_000;
+
+/// Why a plan cannot be used; found before anything is asked of any agent.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum PlanError {
+    /// Not TOML, or a key is unknown, missing or of the wrong type.
+    #[error("{at}: {message}")]
+    Syntax {
+        /// `file:line:column`.
+        at: String,
+        /// What is wrong there.
+        message: String,
+    },
+    /// There is nothing to do, or too much.
+    #[error("the plan has {0} moves: it must have 1 to {MOVES_MAX}")]
+    MoveCount(usize),
+    /// A name with characters that names may not have.
+    #[error("{what} `{name}`: {must}")]
+    Name {
+        /// VM, host, group or trust domain.
+        what: &'static str,
+        /// The name.
+        name: String,
+        /// What it must be.
+        must: &'static str,
+    },
+    /// Two moves of one VM.
+    #[error("VM `{0}` has two moves: a VM moves once in a plan")]
+    TwoMoves(String),
+    /// A move from or to a host that `hosts` does not have.
+    #[error("VM `{vm}` moves {direction} host `{host}`, which the plan's [hosts] does not have")]
+    UnknownHost {
+        /// The VM.
+        vm: String,
+        /// `from` or `to`.
+        direction: &'static str,
+        /// The host.
+        host: String,
+    },
+    /// Source and target are the same.
+    #[error("VM `{vm}` moves from host `{host}` to itself")]
+    SameHost {
+        /// The VM.
+        vm: String,
+        /// The host, or the address that both hosts share.
+        host: String,
+    },
+    /// A limit that cannot be.
+    #[error("{whose}: `{key}` is {value}: it must be {min} to {max}")]
+    Limit {
+        /// The plan or a VM.
+        whose: String,
+        /// The key.
+        key: &'static str,
+        /// What it holds.
+        value: u64,
+        /// Least.
+        min: u64,
+        /// Most.
+        max: u64,
+    },
+    /// An address without a port.
+    #[error("host `{host}`: `{key}` is `{value}`: it must be HOST:PORT")]
+    Address {
+        /// The host.
+        host: String,
+        /// `control` or `bulk`.
+        key: &'static str,
+        /// What it holds.
+        value: String,
+    },
+    /// A command line or a replacement that cannot work.
+    #[error("VM `{vm}`: `{key}` {problem}")]
+    CommandLine {
+        /// The VM.
+        vm: String,
+        /// `definition`, `replace` or `qmp`.
+        key: &'static str,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+}
+
+impl Plan {
+    /// Parses the TOML text of the file `path` and checks it.
+    pub fn parse(path: &Path, text: &str) -> Result<Self, PlanError> {
+        let plan: Self = toml::from_str(text).map_err(|error| PlanError::Syntax {
+            at: position(path, text, error.span()),
+            message: error.message().to_owned(),
+        })?;
+        plan.check()?;
+        Ok(plan)
+    }
+
+    /// Checks what concerns the plan as a whole.
+    pub fn check(&self) -> Result<(), PlanError> {
+        if self.moves.is_empty() || self.moves.len() > MOVES_MAX {
+            return Err(PlanError::MoveCount(self.moves.len()));
+        }
+        check_limit("the plan", self.max_bandwidth_bytes_per_s)?;
+        if let Some(value) = self
+            .downtime_limit_ms
+            .filter(|ms| !(1..=DOWNTIME_LIMIT_MS_MAX).contains(ms))
+        {
+            return Err(PlanError::Limit {
+                whose: "the plan".to_owned(),
+                key: "downtime_limit_ms",
+                value,
+                min: 1,
+                max: DOWNTIME_LIMIT_MS_MAX,
+            });
+        }
+        self.check_hosts()?;
+        let mut seen = HashSet::new();
+        for plan_move in &self.moves {
+            self.check_move(plan_move)?;
+            if !seen.insert(&plan_move.vm) {
+                return Err(PlanError::TwoMoves(plan_move.vm.clone()));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_hosts(&self) -> Result<(), PlanError> {
+        for (name, host) in &self.hosts {
+            named("host", name)?;
+            for (key, value) in [("control", &host.control), ("bulk", &host.bulk)] {
+                if host_and_port(value).is_none() {
+                    let (host, value) = (name.clone(), value.clone());
+                    return Err(PlanError::Address { host, key, value });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_move(&self, plan_move: &PlanMove) -> Result<(), PlanError> {
+        let vm = &plan_move.vm;
+        named("VM", vm)?;
+        named("trust domain", plan_move.domain())?;
+        check_limit(&format!("VM `{vm}`"), plan_move.max_bandwidth_bytes_per_s)?;
+        for (direction, host) in [("from", &plan_move.from), ("to", &plan_move.to)] {
+            if !self.hosts.contains_key(host) {
+                let (vm, host) = (vm.clone(), host.clone());
+                return Err(PlanError::UnknownHost {
+                    vm,
+                    direction,
+                    host,
+                });
+            }
+        }
+        if plan_move.from == plan_move.to {
+            return Err(PlanError::SameHost {
+                vm: vm.clone(),
+                host: plan_move.from.clone(),
+            });
+        }
+        let (from, to) = (&self.hosts[&plan_move.from], &self.hosts[&plan_move.to]);
+        if from.control == to.control || from.bulk == to.bulk {
+            let host = format!("{} (two names of one agent)", plan_move.from);
+            return Err(PlanError::SameHost {
+                vm: vm.clone(),
+                host,
+            });
+        }
+        plan_move
+            .command_line_problem()
+            .map_or(Ok(()), |(key, problem)| {
+                Err(PlanError::CommandLine {
+                    vm: vm.clone(),
+                    key,
+                    problem,
+                })
+            })
+    }
+
+    /// The preset with the plan's overrides.
+    #[must_use]
+    pub fn settings(&self) -> Settings {
+        let preset = self.preset.unwrap_or(Preset::Gang).settings();
+        Settings {
+            scope: self.scope.unwrap_or(preset.scope),
+            sharing: self.sharing.unwrap_or(preset.sharing),
+            compression: self.compression.unwrap_or(preset.compression),
+            mode: self.mode.unwrap_or(preset.mode),
+        }
+    }
+
+    /// The specs of a checked plan's moves, in its order. `keys` has a secret for each of
+    /// [`Self::domains`]; the group's budget is not divided yet.
+    #[must_use]
+    pub fn specs(&self, group: &str, keys: &BTreeMap<String, String>) -> Vec<MoveSpec> {
+        let settings = self.settings();
+        let spec = |plan_move: &PlanMove| MoveSpec {
+            id: format!("{group}/{}", plan_move.vm),
+            group: group.to_owned(),
+            vm: plan_move.vm.clone(),
+            qmp: plan_move.qmp.clone(),
+            target_name: plan_move.to.clone(),
+            target_bulk: self.hosts[&plan_move.to].bulk.clone(),
+            settings,
+            domain_key: keys.get(plan_move.domain()).cloned().unwrap_or_default(),
+            replace: plan_move.replace.clone(),
+            definition: plan_move.definition.clone(),
+            max_bandwidth_bytes_per_s: plan_move.max_bandwidth_bytes_per_s,
+            group_bandwidth_bytes_per_s: None,
+            downtime_limit_ms: self.downtime_limit_ms,
+            confirm_handover: self.confirm_handover,
+        };
+        self.moves.iter().map(spec).collect()
+    }
+
+    /// The trust domains that the plan names.
+    pub fn domains(&self) -> impl Iterator<Item = &str> {
+        self.moves.iter().map(PlanMove::domain)
+    }
+}
+
+impl PlanMove {
+    /// The trust domain of the VM.
+    #[must_use]
+    pub fn domain(&self) -> &str {
+        self.domain.as_deref().unwrap_or(DEFAULT_DOMAIN)
+    }
+
+    fn command_line_problem(&self) -> Option<(&'static str, &'static str)> {
+        if !self.qmp.is_absolute() {
+            return Some(("qmp", "must be an absolute path on the source host"));
+        }
+        if self.definition.as_ref().is_some_and(Vec::is_empty) {
+            return Some(("definition", "is empty: it starts with the program"));
+        }
+        self.replace
+            .iter()
+            .any(|replace| replace.from.is_empty())
+            .then_some(("replace", "has an empty `from`"))
+    }
+}
+
+/// Checks a group's id.
+pub fn check_group_id(id: &str) -> Result<(), PlanError> {
+    named("group", id)
+}
+
+fn named(what: &'static str, name: &str) -> Result<(), PlanError> {
+    check_name(name).map_err(|must| PlanError::Name {
+        what,
+        name: name.to_owned(),
+        must,
+    })
+}
+
+/// Names of VMs, hosts, groups and domains; the error says what a name must be.
+pub(crate) fn check_name(name: &str) -> Result<(), &'static str> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    let starts_well = name.starts_with(|c: char| c.is_ascii_alphanumeric());
+    if starts_well && name.len() <= NAME_BYTES_MAX && name.chars().all(plain) {
+        Ok(())
+    } else {
+        Err("a name is 1 to 48 letters, digits, `.`, `_` or `-`, and starts with a letter or digit")
+    }
+}
+
+fn check_limit(whose: &str, limit: Option<u64>) -> Result<(), PlanError> {
+    let (min, max) = (BANDWIDTH_BYTES_PER_S_MIN, u64::from(u32::MAX) * 1024);
+    match limit {
+        Some(value) if !(min..=max).contains(&value) => {
+            let (whose, key) = (whose.to_owned(), "max_bandwidth_bytes_per_s");
+            Err(PlanError::Limit {
+                whose,
+                key,
+                value,
+                min,
+                max,
+            })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Splits `host:port`, with an IPv6 host in brackets.
+pub(crate) fn host_and_port(address: &str) -> Option<(&str, u16)> {
+    let (host, port) = address.rsplit_once(':')?;
+    let host = match host.strip_prefix('[') {
+        Some(inner) => inner.strip_suffix(']')?,
+        None if host.contains(':') => return None,
+        None => host,
+    };
+    let port = port.parse().ok().filter(|&port| port != 0)?;
+    (!host.is_empty()).then_some((host, port))
+}
+
+/// `file:line:column` of the start of a span of the text.
+pub(crate) fn position(path: &Path, text: &str, span: Option<Range<usize>>) -> String {
+    let before = span.and_then(|span| text.get(..span.start)).unwrap_or("");
+    let line = before.matches('\n').count() + 1;
+    let column = before.rsplit('\n').next().unwrap_or("").chars().count() + 1;
+    format!("{}:{line}:{column}", path.display())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{Compression, Scope};
+
+    const PLAN: &str = r#"
+preset = "oc"
+compression = "zstd"
+
+[hosts.a]
+control = "10.0.0.1:7000"
+bulk = "10.0.0.1:7001"
+[hosts.b]
+control = "[fd00::2]:7000"
+bulk = "[fd00::2]:7001"
+
+[[move]]
+vm = "web-1"
+from = "a"
+to = "b"
+qmp = "/run/vm/web-1.qmp"
+
+[[move]]
+vm = "db.2"
+from = "b"
+to = "a"
+qmp = "/run/vm/db.qmp"
+domain = "red"
+replace = [{ from = "/run/a", to = "/run/b" }]
+"#;
+
+    fn parse(text: &str) -> Result<Plan, String> {
+        Plan::parse(Path::new("plan.toml"), text).map_err(|error| error.to_string())
+    }
+
+    fn refusal(find: &str, put: &str) -> String {
+        assert!(PLAN.contains(find));
+        parse(&PLAN.replacen(find, put, 1)).unwrap_err()
+    }
+
+    #[test]
+    fn a_plan_resolves_to_specs_in_its_order_with_the_preset_overridden() {
+        let plan = parse(PLAN).unwrap();
+        let keys = [("default", "00"), ("red", "11")]
+            .map(|(name, key)| (name.to_owned(), key.to_owned()))
+            .into();
+        let specs = plan.specs("g1", &keys);
+        assert_eq!(specs.len(), 2);
+        assert_eq!(
+            (specs[0].id.as_str(), specs[1].id.as_str()),
+            ("g1/web-1", "g1/db.2")
+        );
+        assert_eq!(specs[0].target_bulk, "[fd00::2]:7001");
+        assert_eq!(
+            (specs[0].domain_key.as_str(), specs[1].domain_key.as_str()),
+            ("00", "11")
+        );
+        assert_eq!(specs[0].settings.scope, Scope::None);
+        assert_eq!(specs[0].settings.compression, Compression::Zstd);
+        assert_eq!(specs[1].replace[0].to, "/run/b");
+    }
+
+    #[test]
+    fn a_plan_without_a_preset_is_gang() {
+        let plan = parse(&PLAN.replace("preset = \"oc\"", "")).unwrap();
+        assert_eq!(plan.settings().scope, Scope::Host);
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_file_line_and_column() {
+        let error = refusal("vm = \"web-1\"", "vm = \"web-1\"\nfrmo = \"a\"");
+        assert!(error.starts_with("plan.toml:14:1: "), "{error}");
+        assert!(error.contains("frmo"), "{error}");
+        let error = refusal("\"oc\"", "\"warp\"");
+        assert!(error.starts_with("plan.toml:2:10: "), "{error}");
+        assert!(error.contains("warp"), "{error}");
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_with_the_names() {
+        for (find, put, expected) in [
+            (
+                "\"db.2\"",
+                "\"web-1\"",
+                "VM `web-1` has two moves: a VM moves once in a plan",
+            ),
+            (
+                "to = \"b\"",
+                "to = \"c\"",
+                "VM `web-1` moves to host `c`, which the plan's [hosts] does not have",
+            ),
+            (
+                "to = \"b\"",
+                "to = \"a\"",
+                "VM `web-1` moves from host `a` to itself",
+            ),
+            (
+                "[fd00::2]:7000",
+                "10.0.0.1:7000",
+                "VM `web-1` moves from host `a (two names of one agent)` to itself",
+            ),
+            (
+                "10.0.0.1:7001",
+                "10.0.0.1",
+                "host `a`: `bulk` is `10.0.0.1`: it must be HOST:PORT",
+            ),
+            (
+                "/run/vm/web-1.qmp",
+                "web-1.qmp",
+                "VM `web-1`: `qmp` must be an absolute path on the source host",
+            ),
+            (
+                "from = \"/run/a\"",
+                "from = \"\"",
+                "VM `db.2`: `replace` has an empty `from`",
+            ),
+            (
+                "domain = \"red\"",
+                "definition = []",
+                "VM `db.2`: `definition` is empty: it starts with the program",
+            ),
+        ] {
+            assert_eq!(refusal(find, put), expected);
+        }
+        let error = refusal("web-1\"\nfrom", "../web\"\nfrom");
+        assert!(error.starts_with("VM `../web`: a name is "), "{error}");
+        let error = refusal("preset", "max_bandwidth_bytes_per_s = 10\npreset");
+        assert!(
+            error.starts_with("the plan: `max_bandwidth_bytes_per_s` is 10"),
+            "{error}"
+        );
+        let empty = parse("move = []\n[hosts]\n").unwrap_err();
+        assert!(empty.starts_with("the plan has 0 moves"), "{empty}");
+    }
+}
