@@ -1,0 +1,154 @@
+//! The measures that table, plots and comparison show, as data.
+
+use super::spread::Spread;
+use super::text;
+use crate::results::{Run, Technique};
+
+/// Technique that all others are set against.
+pub(crate) const BASELINE: &str = "stock";
+
+/// One number of a run; less is better for all of them.
+pub(crate) struct Metric {
+    /// Where it stands in `results.json`, below `runs[]`.
+    pub(crate) field: &'static str,
+    /// Heading of its plot.
+    pub(crate) title: &'static str,
+    /// As it stands in a sentence: "the ... of gang".
+    pub(crate) noun: &'static str,
+    /// What is counted, in a few words.
+    pub(crate) meaning: &'static str,
+    pub(crate) unit: Unit,
+    pub(crate) read: fn(&Run) -> Option<f64>,
+}
+
+/// How a measure is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unit {
+    /// Powers of 1000, as links are sold.
+    WireBytes,
+    /// Powers of 1024, as memory is.
+    MemoryBytes,
+    Seconds,
+    Milliseconds,
+}
+
+impl Unit {
+    /// What the steps of an axis are multiples of.
+    pub(crate) fn step(self) -> f64 {
+        if self == Self::MemoryBytes {
+            1_048_576.0
+        } else {
+            1.0
+        }
+    }
+
+    pub(crate) fn write(self, value: f64) -> String {
+        match self {
+            Self::WireBytes => text::wire_bytes(value),
+            Self::MemoryBytes => text::memory_bytes(value),
+            Self::Seconds => text::seconds(value),
+            Self::Milliseconds => text::milliseconds(value),
+        }
+    }
+}
+
+pub(crate) const CORE_BYTES: Metric = Metric {
+    field: "core_bytes",
+    title: "Bytes on the core link",
+    noun: "core traffic",
+    meaning: "Both ways, headers included, from the interface counters",
+    unit: Unit::WireBytes,
+    read: |run| run.core_bytes.map(|bytes| bytes as f64),
+};
+
+pub(crate) const TOTAL_TIME: Metric = Metric {
+    field: "total_migration_time_s",
+    title: "Total migration time",
+    noun: "total migration time",
+    meaning: "From the first start to the last VM running at its target",
+    unit: Unit::Seconds,
+    read: |run| run.total_migration_time_s,
+};
+
+pub(crate) const MEAN_TIME: Metric = Metric {
+    field: "mean_migration_time_s",
+    title: "Mean migration time of a VM",
+    noun: "mean migration time",
+    meaning: "From a VM's start to its running at the target",
+    unit: Unit::Seconds,
+    read: |run| run.mean_migration_time_s,
+};
+
+pub(crate) const EVICTION_TIME: Metric = Metric {
+    field: "eviction_time_s",
+    title: "Eviction time",
+    noun: "eviction time",
+    meaning: "Until the source hosts are free of the VMs",
+    unit: Unit::Seconds,
+    read: |run| run.eviction_time_s,
+};
+
+pub(crate) const DOWNTIME_MEAN: Metric = Metric {
+    field: "downtime_ms.mean",
+    title: "Downtime, mean over the VMs",
+    noun: "mean downtime",
+    meaning: "Gap in the heartbeats that an observer sees",
+    unit: Unit::Milliseconds,
+    read: |run| run.downtime_ms.map(|downtime| downtime.mean),
+};
+
+pub(crate) const DOWNTIME_MAX: Metric = Metric {
+    field: "downtime_ms.max",
+    title: "Downtime, worst VM",
+    noun: "longest downtime",
+    meaning: "Gap in the heartbeats that an observer sees",
+    unit: Unit::Milliseconds,
+    read: |run| run.downtime_ms.map(|downtime| downtime.max),
+};
+
+pub(crate) const SOURCE_FOOTPRINT: Metric = Metric {
+    field: "source_footprint_bytes",
+    title: "Memory footprint, source hosts",
+    noun: "source footprint",
+    meaning: "Largest memory of QEMUs and agents, all hosts together",
+    unit: Unit::MemoryBytes,
+    read: |run| run.source_footprint_bytes.map(|bytes| bytes as f64),
+};
+
+pub(crate) const TARGET_FOOTPRINT: Metric = Metric {
+    field: "target_footprint_bytes",
+    title: "Memory footprint, target hosts",
+    noun: "target footprint",
+    meaning: "Largest memory of QEMUs and agents, all hosts together",
+    unit: Unit::MemoryBytes,
+    read: |run| run.target_footprint_bytes.map(|bytes| bytes as f64),
+};
+
+pub(crate) const CPU_TIME: Metric = Metric {
+    field: "cpu_seconds",
+    title: "CPU time",
+    noun: "CPU time",
+    meaning: "QEMUs and agents of both racks together",
+    unit: Unit::Seconds,
+    read: |run| (!run.cpu_seconds.is_empty()).then(|| run.cpu_seconds.values().sum()),
+};
+
+/// In the order in which they are plotted and compared.
+pub(crate) const ALL: &[Metric] = &[
+    CORE_BYTES,
+    TOTAL_TIME,
+    DOWNTIME_MEAN,
+    DOWNTIME_MAX,
+    EVICTION_TIME,
+    MEAN_TIME,
+    SOURCE_FOOTPRINT,
+    TARGET_FOOTPRINT,
+    CPU_TIME,
+];
+
+impl Metric {
+    /// Over the repetitions of a technique in which it was measured.
+    pub(crate) fn spread(&self, technique: &Technique<'_>) -> Option<Spread> {
+        Spread::of(technique.runs.iter().filter_map(|run| (self.read)(run)))
+    }
+}

@@ -1,0 +1,197 @@
+//! The comparison of techniques: once computed, shown on the page and on the terminal.
+
+use super::metric::{self, BASELINE, Metric};
+use super::spread::Spread;
+use super::text;
+use crate::results::{Results, Run, Technique, Topology};
+
+/// Headings of [`Row::cells`].
+pub(crate) const COLUMNS: [&str; 8] = [
+    "core bytes",
+    "x stock",
+    "total time",
+    "x stock",
+    "downtime mean / max",
+    "pages compared",
+    "differ",
+    "VMs lost",
+];
+
+/// Written for a value that was not measured.
+const NOTHING: &str = "–";
+
+/// One technique.
+pub(crate) struct Row {
+    pub(crate) technique: String,
+    pub(crate) runs: usize,
+    /// As [`COLUMNS`].
+    pub(crate) cells: [String; COLUMNS.len()],
+    pub(crate) integrity: Integrity,
+}
+
+/// Whether anything went wrong, over all repetitions of a technique or of all of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Integrity {
+    pub(crate) compared: Option<u64>,
+    pub(crate) mismatched: Option<u64>,
+    pub(crate) lost: Option<u64>,
+    pub(crate) stamp_errors: Option<u64>,
+    pub(crate) failures: usize,
+}
+
+impl Integrity {
+    pub(crate) fn of<'a>(runs: impl IntoIterator<Item = &'a Run>) -> Self {
+        runs.into_iter().fold(Self::default(), |all, run| Self {
+            compared: add(all.compared, run.compared_pages),
+            mismatched: add(all.mismatched, run.mismatched_pages),
+            lost: add(all.lost, run.vms_lost.map(u64::from)),
+            stamp_errors: add(all.stamp_errors, run.stamp_errors),
+            failures: all.failures + usize::from(run.failure.is_some()),
+        })
+    }
+
+    /// Something is known to be wrong.
+    pub(crate) fn is_broken(&self) -> bool {
+        let wrong = [self.mismatched, self.lost, self.stamp_errors];
+        self.failures > 0 || wrong.into_iter().flatten().any(|count| count > 0)
+    }
+}
+
+/// A sum of what was measured: absent only if nothing was.
+fn add(sum: Option<u64>, value: Option<u64>) -> Option<u64> {
+    match (sum, value) {
+        (Some(sum), Some(value)) => Some(sum + value),
+        (sum, value) => sum.or(value),
+    }
+}
+
+/// A row for each technique, in the order in which they ran.
+pub(crate) fn rows(techniques: &[Technique<'_>]) -> Vec<Row> {
+    let baseline = techniques
+        .iter()
+        .find(|technique| technique.name == BASELINE);
+    techniques
+        .iter()
+        .map(|technique| row(technique, baseline))
+        .collect()
+}
+
+fn row(technique: &Technique<'_>, baseline: Option<&Technique<'_>>) -> Row {
+    let value = |metric: &Metric| {
+        metric
+            .spread(technique)
+            .map_or(NOTHING.to_owned(), |spread| write(metric, spread))
+    };
+    let ratio = |metric: &Metric| {
+        let ratio = metric
+            .spread(technique)?
+            .ratio_to(&metric.spread(baseline?)?);
+        ratio.map(text::ratio)
+    };
+    let ratio = |metric: &Metric| ratio(metric).unwrap_or_else(|| NOTHING.to_owned());
+    let mean = |metric: &Metric| metric.spread(technique).map(|spread| spread.mean);
+    let downtime = match (mean(&metric::DOWNTIME_MEAN), mean(&metric::DOWNTIME_MAX)) {
+        (Some(mean), Some(max)) => {
+            format!("{} / {}", text::milliseconds(mean), text::milliseconds(max))
+        }
+        _ => NOTHING.to_owned(),
+    };
+    let integrity = Integrity::of(technique.runs.iter().copied());
+    let count = |count: Option<u64>| count.map_or(NOTHING.to_owned(), text::count);
+    Row {
+        technique: technique.name.clone(),
+        runs: technique.runs.len(),
+        cells: [
+            value(&metric::CORE_BYTES),
+            ratio(&metric::CORE_BYTES),
+            value(&metric::TOTAL_TIME),
+            ratio(&metric::TOTAL_TIME),
+            downtime,
+            count(integrity.compared),
+            count(integrity.mismatched),
+            count(integrity.lost),
+        ],
+        integrity,
+    }
+}
+
+/// The mean, and how far the runs lie from it at most.
+fn write(metric: &Metric, spread: Spread) -> String {
+    let mean = metric.unit.write(spread.mean);
+    let away = (spread.max - spread.mean).max(spread.mean - spread.min);
+    if spread.is_known() && spread.mean > 0.0 {
+        format!("{mean} ± {}", text::percent(away / spread.mean))
+    } else {
+        mean
+    }
+}
+
+/// "2 source hosts and 2 target hosts, 2 VMs of 256 MiB on each source host, ...".
+pub(crate) fn topology(topology: &Topology) -> String {
+    let rate = |rate: Option<u64>| {
+        rate.map_or("unshaped".to_owned(), |bits| {
+            text::bits_per_second(bits as f64)
+        })
+    };
+    format!(
+        "{} and {}, {} of {} on each source host, core link {}, edge links {}",
+        text::plural(topology.source_hosts.into(), "source host"),
+        text::plural(topology.target_hosts.into(), "target host"),
+        text::plural(topology.vms_per_host.into(), "VM"),
+        text::memory_bytes(topology.vm_memory_bytes as f64),
+        rate(topology.core_bits_per_second),
+        rate(topology.edge_bits_per_second),
+    )
+}
+
+/// The table for a terminal, with a line about the lab above and about failures below.
+#[must_use]
+pub fn table(results: &Results) -> String {
+    let mut lines = vec![vec!["technique".to_owned(), "runs".to_owned()]];
+    lines[0].extend(COLUMNS.map(str::to_owned));
+    for row in rows(&results.techniques()) {
+        let mut line = vec![row.technique, row.runs.to_string()];
+        line.extend(row.cells);
+        lines.push(line);
+    }
+    let mut out = format!("{}: {}\n\n", results.scenario, topology(&results.topology));
+    out += &align(&lines);
+    for run in &results.runs {
+        if let Some(failure) = &run.failure {
+            out += &format!(
+                "\n{} (repeat {}) failed: {failure}\n",
+                run.name(),
+                run.repeat
+            );
+        }
+    }
+    out
+}
+
+/// Columns to their widest cell: the first to the left, numbers to the right.
+pub(crate) fn align(lines: &[Vec<String>]) -> String {
+    let columns = lines.iter().map(Vec::len).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..columns)
+        .map(|at| {
+            let cells = lines.iter().filter_map(|line| line.get(at));
+            cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+        })
+        .collect();
+    let mut out = String::new();
+    for line in lines {
+        let cells = line
+            .iter()
+            .zip(&widths)
+            .enumerate()
+            .map(|(at, (cell, &width))| {
+                if at == 0 {
+                    format!("{cell:<width$}")
+                } else {
+                    format!("{cell:>width$}")
+                }
+            });
+        out += cells.collect::<Vec<_>>().join("  ").trim_end();
+        out.push('\n');
+    }
+    out
+}
