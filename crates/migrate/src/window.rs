@@ -1,1 +1,241 @@
-//! (being written)
+//! How far the source QEMU may be ahead of the target QEMU.
+//!
+//! QEMU believes that what a socket accepted has arrived: it plans its switch-over by the rate
+//! at which it can write. So what was read from it and is not yet loaded by the target QEMU is
+//! bounded in bytes and in time; and the rate that QEMU is told for its planning is that of
+//! page bytes end to end, not that of references.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// Time that the wire may be behind: a third of QEMU's default downtime limit of 300 ms, so
+/// that the backlog at switch-over stays the smaller part of the downtime.
+const TIME_LIMIT_MS: u64 = 100;
+
+/// Below this the window never closes on time alone: one read buffer, or nothing would move.
+const FLOOR_BYTES: u64 = 256 << 10;
+
+/// Interval over which rates are measured; QEMU uses the same.
+const MEASURE: Duration = Duration::from_millis(250);
+
+/// Something sent and not acknowledged.
+struct Flight {
+    position: u64,
+    wire_bytes: u64,
+    page_bytes: u64,
+}
+
+/// The window of one VM's stream.
+pub struct Window {
+    limit_bytes: u64,
+    position: u64,
+    acked: u64,
+    flights: VecDeque<Flight>,
+    wire_in_flight: u64,
+    meter: Meter,
+}
+
+/// Rates as the acknowledgements show them, bytes per second.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rates {
+    /// On the wire.
+    pub wire: u64,
+    /// Page bytes that crossed as bytes: what a unique page gets.
+    pub unique: u64,
+    /// Of QEMU's stream.
+    pub stream: u64,
+}
+
+impl Window {
+    /// A window of at most `limit_bytes` of QEMU's stream.
+    #[must_use]
+    pub fn new(limit_bytes: u64) -> Self {
+        Self {
+            limit_bytes,
+            position: 0,
+            acked: 0,
+            flights: VecDeque::new(),
+            wire_in_flight: 0,
+            meter: Meter::default(),
+        }
+    }
+
+    /// A frame was queued: it ends at `position` of the stream, takes about `wire_bytes` on the
+    /// wire, and holds `page_bytes` of pages.
+    pub fn sent(&mut self, position: u64, wire_bytes: u64, page_bytes: u64) {
+        self.position = self.position.max(position);
+        self.wire_in_flight += wire_bytes;
+        self.flights.push_back(Flight {
+            position,
+            wire_bytes,
+            page_bytes,
+        });
+    }
+
+    /// The target QEMU has loaded everything up to `position`.
+    pub fn acknowledged(&mut self, position: u64, now: Duration) {
+        let before = self.acked;
+        self.acked = self.acked.max(position.min(self.position));
+        let (mut wire, mut pages) = (0, 0);
+        while let Some(flight) = self.flights.front().filter(|f| f.position <= self.acked) {
+            wire += flight.wire_bytes;
+            pages += flight.page_bytes;
+            self.flights.pop_front();
+        }
+        self.wire_in_flight -= wire;
+        self.meter.add(
+            Rates {
+                wire,
+                unique: pages,
+                stream: self.acked - before,
+            },
+            now,
+        );
+    }
+
+    /// Whether more may be read from QEMU.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        let in_time = self.meter.best.wire.saturating_mul(TIME_LIMIT_MS) / 1000;
+        self.backlog() < self.limit_bytes && self.wire_in_flight < in_time.max(FLOOR_BYTES)
+    }
+
+    /// The reader waited for the window for this long.
+    pub fn waited(&mut self, time: Duration) {
+        self.meter.waited += time;
+    }
+
+    /// Bytes of QEMU's stream that the target QEMU has not loaded.
+    #[must_use]
+    pub fn backlog(&self) -> u64 {
+        self.position - self.acked
+    }
+
+    /// Position that the target QEMU has loaded.
+    #[must_use]
+    pub fn acked(&self) -> u64 {
+        self.acked
+    }
+
+    /// Rates of the last interval, for people.
+    #[must_use]
+    pub fn rates(&self) -> Rates {
+        self.meter.last
+    }
+
+    /// Rates that the path has shown it can do, for QEMU's planning. A slow interval in which
+    /// QEMU was the slow one says nothing about the path.
+    #[must_use]
+    pub fn capable_rates(&self) -> Rates {
+        self.meter.best
+    }
+}
+
+#[derive(Default)]
+struct Meter {
+    since: Option<Duration>,
+    sum: Rates,
+    /// Time in this interval that the reader waited for the window.
+    waited: Duration,
+    last: Rates,
+    best: Rates,
+}
+
+impl Meter {
+    fn add(&mut self, bytes: Rates, now: Duration) {
+        let Some(since) = self.since else {
+            // The first acknowledgement only starts the clock: its bytes came before it.
+            self.since = Some(now);
+            return;
+        };
+        self.sum.wire += bytes.wire;
+        self.sum.unique += bytes.unique;
+        self.sum.stream += bytes.stream;
+        let elapsed = now.saturating_sub(since);
+        if elapsed < MEASURE {
+            return;
+        }
+        let per_second =
+            |bytes: u64| bytes.saturating_mul(1000) / (elapsed.as_millis() as u64).max(1);
+        self.last = Rates {
+            wire: per_second(self.sum.wire),
+            unique: per_second(self.sum.unique),
+            stream: per_second(self.sum.stream),
+        };
+        let path_was_the_limit = self.waited * 2 > elapsed;
+        self.best = if path_was_the_limit {
+            // Smoothed: intervals are short against the queues in between.
+            Rates {
+                wire: self.best.wire.midpoint(self.last.wire),
+                unique: self.best.unique.midpoint(self.last.unique),
+                stream: self.best.stream.midpoint(self.last.stream),
+            }
+        } else {
+            Rates {
+                wire: self.best.wire.max(self.last.wire),
+                unique: self.best.unique.max(self.last.unique),
+                stream: self.best.stream.max(self.last.stream),
+            }
+        };
+        self.sum = Rates::default();
+        self.waited = Duration::ZERO;
+        self.since = Some(now);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ms(n: u64) -> Duration {
+        Duration::from_millis(n)
+    }
+
+    #[test]
+    fn the_window_closes_on_stream_bytes_even_if_nothing_is_on_the_wire() {
+        let mut w = Window::new(8 << 20);
+        w.sent(8 << 20, 100, 0);
+        assert!(!w.is_open());
+        w.acknowledged(1, ms(0));
+        assert!(w.is_open());
+        assert_eq!(w.backlog(), (8 << 20) - 1);
+    }
+
+    #[test]
+    fn the_window_closes_on_wire_time() {
+        let mut w = Window::new(8 << 20);
+        w.sent(1, FLOOR_BYTES, 0);
+        assert!(!w.is_open(), "nothing is known of the path yet");
+        // 10 MB a second: 1 MB may be under way.
+        for step in 1..=20 {
+            w.sent(step + 1, 1_000_000, 1_000_000);
+            w.acknowledged(step + 1, ms(100 * step));
+        }
+        w.sent(100, 900_000, 0);
+        assert!(w.is_open());
+        w.sent(101, 200_000, 0);
+        assert!(!w.is_open());
+    }
+
+    #[test]
+    fn a_pause_of_qemu_does_not_lower_what_the_path_can_do() {
+        let mut w = Window::new(8 << 20);
+        for step in 1..=20 {
+            w.sent(step, 1_000_000, 1_000_000);
+            w.acknowledged(step, ms(100 * step));
+        }
+        let able = w.capable_rates().wire;
+        w.sent(30, 10, 0);
+        w.acknowledged(30, ms(5000));
+        assert_eq!(w.capable_rates().wire, able);
+        assert!(w.rates().wire < able);
+    }
+
+    #[test]
+    fn an_acknowledgement_of_what_was_never_sent_is_not_believed() {
+        let mut w = Window::new(8 << 20);
+        w.sent(10, 10, 10);
+        w.acknowledged(u64::MAX, ms(1));
+        assert_eq!(w.backlog(), 0);
+    }
+}

@@ -44,6 +44,19 @@ pub enum Op<'a> {
 }
 
 impl Op<'_> {
+    /// Pages that the operation is about.
+    #[must_use]
+    pub fn pages(&self) -> u32 {
+        match self {
+            Self::Zero(run)
+            | Self::Fill(run, _)
+            | Self::Plain(run)
+            | Self::Literal(run, _)
+            | Self::Reference(run, _) => run.count,
+            _ => 0,
+        }
+    }
+
     /// Pages whose bytes stand at the end of the body.
     #[must_use]
     pub fn pages_with_bytes(&self) -> u32 {
