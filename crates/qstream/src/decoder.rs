@@ -15,8 +15,8 @@ use crate::virtio_mem;
 /// No item but [`Item::Tail`] is longer: an input buffer of this size never gets stuck.
 ///
 /// The longest items are the RAM START section with [`crate::MAX_BLOCKS`] names of 255 bytes
-/// (272 KiB), and the bitmap of a virtio-mem device, cut off at this size (8 TiB in blocks of
-/// 1 MiB). Ordinary guests stay below 5 KiB.
+/// (272 KiB), and the bitmap of a virtio-mem device, of which half of this is accepted (4 TiB in
+/// blocks of 1 MiB). Ordinary guests stay below 5 KiB.
 pub const MAX_ITEM: usize = 1 << 20;
 
 /// Decodes what a source QEMU writes, item by item.
