@@ -91,7 +91,7 @@ mod tests {
     #[test]
     fn a_different_page_turns_the_verdict() {
         let mut results = sample::results();
-        assert!(!html(&results).contains("verdict broken"));
+        assert!(html(&results).contains("verdict whole"));
         results.runs[0].mismatched_pages = Some(1);
         assert!(html(&results).contains("verdict broken"));
     }
@@ -121,6 +121,7 @@ mod tests {
             ..Default::default()
         }];
         assert!(html(&results).contains("Memory was not compared"));
+        assert!(html(&results).contains("verdict open"));
         results.runs.clear();
         assert!(html(&results).contains("racks-small"));
     }

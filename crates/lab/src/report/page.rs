@@ -4,7 +4,7 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use super::kinds::{self, Mix};
 use super::metric::{self, Metric};
-use super::table::{self, COLUMNS, Integrity};
+use super::table::{self, COLUMNS, Integrity, Verdict};
 use super::{bars, sentence, text, timeline};
 use crate::results::{Results, Run, Technique};
 
@@ -47,6 +47,11 @@ pub(crate) fn render(results: &Results) -> Markup {
 fn verdict(results: &Results) -> Markup {
     let techniques = results.techniques();
     let integrity = Integrity::of(&results.runs);
+    let (class, mark) = match integrity.verdict() {
+        Verdict::Whole => ("whole", "✓"),
+        Verdict::Open => ("open", "?"),
+        Verdict::Broken => ("broken", "✕"),
+    };
     let sentences = [
         metric::CORE_BYTES,
         metric::TOTAL_TIME,
@@ -56,9 +61,9 @@ fn verdict(results: &Results) -> Markup {
     .filter_map(|metric| sentence::of_metric(metric, &techniques))
     .collect::<Vec<_>>();
     html! {
-        section class=(if integrity.is_broken() { "verdict broken" } else { "verdict" }) {
+        section class={ "verdict " (class) } {
             p.state {
-                span.mark { (if integrity.is_broken() { "✕" } else { "✓" }) }
+                span.mark { (mark) }
                 (integrity_sentence(&integrity))
             }
             @for sentence in &sentences { p { (sentence) } }
@@ -125,7 +130,7 @@ fn headline(techniques: &[Technique<'_>]) -> Markup {
                     }
                     tbody {
                         @for row in table::rows(techniques) {
-                            tr.broken[row.integrity.is_broken()] {
+                            tr.broken[row.integrity.verdict() == Verdict::Broken] {
                                 th scope="row" { (row.technique) }
                                 td { (row.runs) }
                                 @for cell in &row.cells { td { (cell) } }

@@ -39,6 +39,17 @@ pub(crate) struct Integrity {
     pub(crate) failures: usize,
 }
 
+/// What [`Integrity`] comes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// Memory was compared and VMs were counted, and all is well.
+    Whole,
+    /// Nothing is known to be wrong, but not everything was looked at.
+    Open,
+    /// Something is known to be wrong.
+    Broken,
+}
+
 impl Integrity {
     pub(crate) fn of<'a>(runs: impl IntoIterator<Item = &'a Run>) -> Self {
         runs.into_iter().fold(Self::default(), |all, run| Self {
@@ -50,10 +61,15 @@ impl Integrity {
         })
     }
 
-    /// Something is known to be wrong.
-    pub(crate) fn is_broken(&self) -> bool {
+    pub(crate) fn verdict(&self) -> Verdict {
         let wrong = [self.mismatched, self.lost, self.stamp_errors];
-        self.failures > 0 || wrong.into_iter().flatten().any(|count| count > 0)
+        if self.failures > 0 || wrong.into_iter().flatten().any(|count| count > 0) {
+            Verdict::Broken
+        } else if self.mismatched.is_some() && self.lost.is_some() {
+            Verdict::Whole
+        } else {
+            Verdict::Open
+        }
     }
 }
 
