@@ -45,7 +45,7 @@ pub(crate) fn draw(techniques: &[Technique<'_>]) -> Option<Markup> {
         .reduce(f64::max)?;
 
     let x = Scale::new((LEFT, PAGE_WIDTH - LEFT - RIGHT), last, 1.0, 10.0);
-    let y = Scale::new((0.0, PANEL), most, 1.0, 2.0);
+    let y = Scale::new((0.0, PANEL), most, 1.0, 4.0);
     let height = (PANEL + BETWEEN) * shown.len() as f64 + AXIS;
     let view_box = format!("0 0 {PAGE_WIDTH} {height}");
     Some(html! {
