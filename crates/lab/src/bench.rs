@@ -1,0 +1,215 @@
+//! One run's surroundings: networks, hosts, the observer, and booted guests.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Context;
+
+use crate::cgroup::Cgroup;
+use crate::clock::UnixMs;
+use crate::guest::{self, Host, Running, Vm};
+use crate::install::{Image, Qemu};
+use crate::net::{Counters, Net, Rack};
+use crate::observer::Observer;
+use crate::scenario::Scenario;
+use crate::session::Session;
+use crate::shell::say;
+
+/// How long one guest may take to boot and to fill its memory. Emulated guests that boot on a
+/// machine that also compiles were seen to take 40 s.
+const BOOT_PATIENCE: Duration = Duration::from_secs(240);
+
+/// Programs of a scenario.
+#[derive(Clone, Debug)]
+pub struct Programs {
+    /// QEMU of the source hosts.
+    pub source: Qemu,
+    /// QEMU of the target hosts.
+    pub target: Qemu,
+    /// What guests boot.
+    pub image: Image,
+}
+
+/// Fresh racks with running guests.
+#[derive(Debug)]
+pub struct Bench<'a> {
+    /// The experiment.
+    pub scenario: &'a Scenario,
+    /// What runs in it.
+    pub programs: &'a Programs,
+    /// The networks.
+    pub net: Net,
+    /// Receives heartbeats.
+    pub observer: Observer,
+    /// All hosts, sources first.
+    pub hosts: Vec<Host>,
+    /// All VMs, by number.
+    pub vms: Vec<Vm>,
+    /// Their source QEMUs, in the same order.
+    pub running: Vec<Running>,
+}
+
+impl<'a> Bench<'a> {
+    /// Builds the racks and boots every VM on its source host.
+    pub fn start(
+        session: &Session,
+        scenario: &'a Scenario,
+        programs: &'a Programs,
+    ) -> anyhow::Result<Self> {
+        session.clear()?;
+        let counts = scenario.hosts;
+        say(&format!(
+            "building racks of {} and {} hosts",
+            counts.source, counts.target
+        ));
+        let net = Net::build(session, counts.source, counts.target, scenario.links)
+            .context("building the networks")?;
+        let observer = Observer::start(&net.observer_namespace_file(), net.hosts())?;
+        let hosts = net
+            .hosts()
+            .iter()
+            .map(|address| {
+                let dir = session.dir().join(&address.name);
+                std::fs::create_dir_all(&dir)
+                    .with_context(|| format!("making {}", dir.display()))?;
+                let cgroup = Cgroup::create(session.prefix(), &address.name)?;
+                Ok(Host {
+                    address: address.clone(),
+                    dir,
+                    cgroup,
+                })
+            })
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        let storage = session.dir().join("storage");
+        std::fs::create_dir_all(&storage).context("making the shared storage")?;
+        let vms = place(&hosts, scenario, &storage);
+        let mut bench = Self {
+            scenario,
+            programs,
+            net,
+            observer,
+            hosts,
+            vms,
+            running: Vec::new(),
+        };
+        bench.running = bench.boot_all()?;
+        say(&format!(
+            "letting the guests settle for {} s",
+            scenario.settle_s
+        ));
+        thread::sleep(Duration::from_secs(scenario.settle_s));
+        Ok(bench)
+    }
+
+    /// Hosts of one rack.
+    pub fn rack(&self, rack: Rack) -> impl Iterator<Item = &Host> {
+        self.hosts
+            .iter()
+            .filter(move |host| host.address.rack == rack)
+    }
+
+    /// Memory held by all hosts of a rack.
+    #[must_use]
+    pub fn footprint_bytes(&self, rack: Rack) -> Option<u64> {
+        self.rack(rack)
+            .map(|host| host.cgroup.footprint_bytes())
+            .sum()
+    }
+
+    /// Processor time used by all hosts of a rack.
+    #[must_use]
+    pub fn processor_s(&self, rack: Rack) -> Option<f64> {
+        self.rack(rack).map(|host| host.cgroup.processor_s()).sum()
+    }
+
+    /// Bytes that have crossed the links.
+    pub fn counters(&self) -> anyhow::Result<Counters> {
+        self.net.counters()
+    }
+
+    fn boot_all(&self) -> anyhow::Result<Vec<Running>> {
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        say(&format!(
+            "booting {} VMs, {cores} at a time",
+            self.vms.len()
+        ));
+        let next = AtomicUsize::new(0);
+        let booted = thread::scope(|scope| {
+            let work = || {
+                let mut booted = Vec::new();
+                while let Some(vm) = self.vms.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    booted.push((vm.number, self.boot(vm)?));
+                }
+                Ok(booted)
+            };
+            let workers: Vec<_> = (0..cores).map(|_| scope.spawn(work)).collect();
+            let joined = workers.into_iter().map(|worker| {
+                worker
+                    .join()
+                    .map_err(|_| anyhow::anyhow!("a booting thread panicked"))?
+            });
+            joined.collect::<anyhow::Result<Vec<Vec<_>>>>()
+        })?;
+        let mut booted: Vec<(u32, Running)> = booted.into_iter().flatten().collect();
+        booted.sort_by_key(|(number, _)| *number);
+        Ok(booted.into_iter().map(|(_, running)| running).collect())
+    }
+
+    fn boot(&self, vm: &Vm) -> anyhow::Result<Running> {
+        let began = UnixMs::now();
+        vm.make_disk(self.scenario)?;
+        for host in [&vm.source, &vm.target] {
+            self.net.add_tap(&host.address, &vm.tap())?;
+        }
+        let arguments = vm.arguments(&vm.source, self.scenario, &self.programs.image);
+        let running = guest::start(vm, &vm.source, &self.programs.source, &arguments, &[])?;
+        self.observer
+            .wait_for(&vm.name, BOOT_PATIENCE, |beat| beat.ready)
+            .with_context(|| self.last_words(vm))?;
+        let took = UnixMs::now().s_since(began);
+        say(&format!(
+            "{} runs on {} ({took:.1} s)",
+            vm.name,
+            vm.source.name()
+        ));
+        Ok(running)
+    }
+
+    /// What QEMU and the guest said last, for the error message.
+    fn last_words(&self, vm: &Vm) -> String {
+        let read = |name: String| {
+            let text = std::fs::read(vm.source.dir.join(name)).unwrap_or_default();
+            let text = String::from_utf8_lossy(&text);
+            let lines: Vec<&str> = text.lines().rev().take(5).collect();
+            lines.into_iter().rev().collect::<Vec<_>>().join(" | ")
+        };
+        let (log, console) = (read(format!("{}.log", vm.name)), read(vm.name.clone()));
+        format!(
+            "booting {}; QEMU says: {log}; the guest says: {console}",
+            vm.name
+        )
+    }
+}
+
+/// VMs of source host n go to target host n, round and round if there are fewer targets.
+fn place(hosts: &[Host], scenario: &Scenario, storage: &std::path::Path) -> Vec<Vm> {
+    let of = |rack| {
+        hosts
+            .iter()
+            .filter(move |host: &&Host| host.address.rack == rack)
+    };
+    let targets: Vec<&Host> = of(Rack::Target).collect();
+    of(Rack::Source)
+        .zip(targets.into_iter().cycle())
+        .flat_map(|pair| (0..scenario.hosts.vms_per_host).map(move |_| pair))
+        .zip(1..)
+        .map(|((source, target), number)| Vm {
+            name: format!("vm{number}"),
+            number,
+            source: source.clone(),
+            target: target.clone(),
+            storage: storage.to_owned(),
+        })
+        .collect()
+}

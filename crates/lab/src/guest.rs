@@ -1,0 +1,260 @@
+//! Hosts and the guests on them.
+
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use anyhow::Context;
+
+use crate::cgroup::Cgroup;
+use crate::clock::UnixMs;
+use crate::install::{Image, Qemu};
+use crate::net::{HostAddress, OBSERVER};
+use crate::observer;
+use crate::qmp::Qmp;
+use crate::scenario::{Machine, Scenario};
+
+/// Translated code that an emulating QEMU keeps. Its default of 1 GiB would drown the footprint of
+/// the small guests that the lab runs.
+const TRANSLATION_CACHE_MB: u32 = 64;
+/// A disk's size. It is a sparse file.
+const DISK_BYTES: u64 = 64 << 20;
+/// How long a QEMU may take from its start to listening on its QMP socket.
+const QMP_PATIENCE: Duration = Duration::from_secs(20);
+
+/// A host of a rack.
+#[derive(Clone, Debug)]
+pub struct Host {
+    /// Names and address.
+    pub address: HostAddress,
+    /// Sockets, logs and configuration of what runs on it.
+    pub dir: PathBuf,
+    /// Everything on it belongs to this.
+    pub cgroup: Cgroup,
+}
+
+impl Host {
+    /// Name, as in plans and reports.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.address.name
+    }
+
+    /// A command that runs `program` on this host: in its network and its cgroups. The process id
+    /// of the child is the program's.
+    #[must_use]
+    pub fn command(&self, program: &Path) -> Command {
+        let script = r#"for f in "$1" "$2"; do echo $$ > "$f"; done; ns=$3; shift 3
+exec ip netns exec "$ns" "$@""#;
+        let [memory, processor] = self.cgroup.joins();
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", script, "sh"])
+            .args([memory, processor])
+            .arg(&self.address.namespace)
+            .arg(program)
+            .stdin(Stdio::null());
+        command
+    }
+}
+
+/// A VM of the scenario: its names and its way.
+#[derive(Clone, Debug)]
+pub struct Vm {
+    /// `vm1`
+    pub name: String,
+    /// From 1.
+    pub number: u32,
+    /// Host that it boots on.
+    pub source: Host,
+    /// Host that it goes to.
+    pub target: Host,
+    /// Where disks lie, for both racks.
+    pub storage: PathBuf,
+}
+
+impl Vm {
+    /// Name of its tap, the same on both hosts.
+    #[must_use]
+    pub fn tap(&self) -> String {
+        format!("tap{}", self.number)
+    }
+
+    /// QMP socket on `host` that belongs to the lab.
+    #[must_use]
+    pub fn lab_socket(&self, host: &Host) -> PathBuf {
+        host.dir.join(format!("{}.lab.qmp", self.name))
+    }
+
+    /// QMP socket on `host` that belongs to the agent.
+    #[must_use]
+    pub fn agent_socket(&self, host: &Host) -> PathBuf {
+        host.dir.join(format!("{}.qmp", self.name))
+    }
+
+    /// Connects to the lab's QMP socket on `host`.
+    pub fn qmp(&self, host: &Host) -> anyhow::Result<Qmp> {
+        Qmp::connect(&self.lab_socket(host), QMP_PATIENCE)
+            .with_context(|| format!("talking to the QEMU of {} on {}", self.name, host.name()))
+    }
+
+    /// Creates its disk, if the scenario gives it one.
+    pub fn make_disk(&self, scenario: &Scenario) -> anyhow::Result<()> {
+        if scenario.vm.disk {
+            let path = self.disk();
+            let file = std::fs::File::create(&path)
+                .with_context(|| format!("creating {}", path.display()))?;
+            file.set_len(DISK_BYTES)
+                .with_context(|| format!("sizing {}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    fn disk(&self) -> PathBuf {
+        self.storage.join(format!("{}.raw", self.name))
+    }
+
+    /// QEMU's arguments for this VM on `host`.
+    #[must_use]
+    pub fn arguments(&self, host: &Host, scenario: &Scenario, image: &Image) -> Vec<String> {
+        let vm = &scenario.vm;
+        let chipset = match vm.machine {
+            Machine::Pc => "pc-i440fx",
+            Machine::Q35 => "pc-q35",
+        };
+        let socket = |path: PathBuf| format!("unix:{},server=on,wait=off", path.display());
+        let mut arguments: Vec<String> = [
+            ("-name", format!("guest={},debug-threads=on", self.name)),
+            ("-machine", format!("{chipset}-{}", scenario.qemu.machine)),
+            ("-accel", format!("tcg,tb-size={TRANSLATION_CACHE_MB}")),
+            ("-cpu", "qemu64".into()),
+            ("-m", vm.memory_mb.to_string()),
+            ("-smp", vm.cpus.to_string()),
+            ("-kernel", image.kernel.display().to_string()),
+            ("-initrd", image.initrd.display().to_string()),
+            ("-append", self.kernel_command_line(scenario)),
+            ("-display", "none".into()),
+            ("-vga", "std".into()),
+            (
+                "-serial",
+                format!("file:{}", host.dir.join(&self.name).display()),
+            ),
+            (
+                "-netdev",
+                format!("tap,id=net0,ifname={},script=no,downscript=no", self.tap()),
+            ),
+            // Without a boot ROM, whose size differs between QEMU's versions.
+            (
+                "-device",
+                format!("virtio-net-pci,netdev=net0,mac={},romfile=", self.mac()),
+            ),
+            ("-qmp", socket(self.agent_socket(host))),
+            ("-qmp", socket(self.lab_socket(host))),
+        ]
+        .into_iter()
+        .flat_map(|(option, value)| [option.to_owned(), value])
+        .collect();
+        if vm.disk {
+            let file = self.disk().display().to_string();
+            let drive = format!("file={file},format=raw,if=none,id=disk0,cache=none,aio=threads");
+            let device = "virtio-blk-pci,drive=disk0".to_owned();
+            arguments.extend(["-drive".into(), drive, "-device".into(), device]);
+        }
+        arguments.extend(["-nodefaults", "-no-user-config", "-no-reboot"].map(str::to_owned));
+        arguments
+    }
+
+    fn kernel_command_line(&self, scenario: &Scenario) -> String {
+        let vm = &scenario.vm;
+        format!(
+            "console=ttyS0 quiet panic=-1 lab.id={} lab.ip={} lab.observer={OBSERVER}:{} \
+             lab.heartbeat_ms={} lab.mode={} lab.stamp_mb={} lab.dirty_mb={} lab.dirty_rate_mb={}",
+            self.name,
+            self.ip(),
+            observer::PORT,
+            vm.heartbeat_ms,
+            vm.mode,
+            vm.stamp_mb,
+            vm.dirty_mb,
+            vm.dirty_rate_mb
+        )
+    }
+
+    fn bytes(&self) -> [u8; 2] {
+        // At most 64 x 64 VMs: the number fits into two bytes.
+        let [.., high, low] = self.number.to_be_bytes();
+        [high, low]
+    }
+
+    fn ip(&self) -> Ipv4Addr {
+        let [high, low] = self.bytes();
+        // The third byte starts at 1 because 10.78.0.1 is the observer; the last must be neither
+        // 0 nor 255 only where it is the network's first or last address, which it is not here.
+        Ipv4Addr::new(10, 78, 1 + high, low)
+    }
+
+    fn mac(&self) -> String {
+        let [high, low] = self.bytes();
+        format!("52:54:00:67:{high:02x}:{low:02x}")
+    }
+}
+
+/// A running source QEMU.
+#[derive(Clone, Debug)]
+pub struct Running {
+    /// Its process.
+    pub pid: u32,
+    gone: Arc<OnceLock<UnixMs>>,
+}
+
+impl Running {
+    /// When its process ended.
+    #[must_use]
+    pub fn gone_at(&self) -> Option<UnixMs> {
+        self.gone.get().copied()
+    }
+}
+
+/// Starts a QEMU for `vm` on `host`; `extra` are further arguments. Its messages go to a file.
+pub fn start(
+    vm: &Vm,
+    host: &Host,
+    qemu: &Qemu,
+    arguments: &[String],
+    extra: &[&str],
+) -> anyhow::Result<Running> {
+    let log_path = host.dir.join(format!("{}.log", vm.name));
+    let log = std::fs::File::create(&log_path)
+        .with_context(|| format!("creating {}", log_path.display()))?;
+    let child = host
+        .command(&qemu.program)
+        .args(arguments)
+        .args(extra)
+        .stdout(log.try_clone().context("sharing the log")?)
+        .stderr(log)
+        .spawn()
+        .with_context(|| format!("starting the QEMU of {} on {}", vm.name, host.name()))?;
+    let pid = child.id();
+    Ok(Running {
+        pid,
+        gone: note_end(child)?,
+    })
+}
+
+/// Waits for the child in a thread of its own: the moment of its end is a measure.
+fn note_end(mut child: Child) -> anyhow::Result<Arc<OnceLock<UnixMs>>> {
+    let gone = Arc::new(OnceLock::new());
+    let noted = Arc::clone(&gone);
+    std::thread::Builder::new()
+        .name("wait".into())
+        .spawn(move || {
+            let waited = child.wait();
+            if waited.is_ok() {
+                noted.get_or_init(UnixMs::now);
+            }
+        })
+        .context("watching QEMU")?;
+    Ok(gone)
+}

@@ -1,0 +1,289 @@
+//! Turns what was seen of a run into its entry in `results.json`.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use crate::bench::Bench;
+use crate::clock::UnixMs;
+use crate::net::{Counters, Rack};
+use crate::observer::{Life, Track};
+use crate::outcome::{Moved, Outcome};
+use crate::results::{Downtime, Pages, Run, VmResult, VmTimeline};
+
+/// Interval between readings of the hosts' memory.
+const FOOTPRINT_EVERY: Duration = Duration::from_millis(250);
+/// How long a VM that has arrived may take to be heard, with its workload going on.
+const REVIVAL_PATIENCE: Duration = Duration::from_secs(30);
+/// How long the guests are listened to after the last of them has arrived: a second instance
+/// would be heard within a few heartbeats.
+const LISTEN: Duration = Duration::from_secs(2);
+
+/// Readings taken before a migration, to be compared with those after it.
+#[derive(Debug)]
+pub struct Before {
+    counters: Counters,
+    processor_s: [Option<f64>; 2],
+    checked: Vec<u64>,
+}
+
+impl Before {
+    /// Reads everything.
+    pub fn read(bench: &Bench<'_>) -> anyhow::Result<Self> {
+        let checked = bench.vms.iter().map(|vm| {
+            bench
+                .observer
+                .track(&vm.name)
+                .0
+                .last()
+                .map_or(0, |beat| beat.checked)
+        });
+        Ok(Self {
+            checked: checked.collect(),
+            processor_s: [Rack::Source, Rack::Target].map(|rack| bench.processor_s(rack)),
+            counters: bench.counters()?,
+        })
+    }
+}
+
+/// Runs `work` and reports the largest memory that source and target hosts held meanwhile.
+pub fn with_footprints<T>(bench: &Bench<'_>, work: impl FnOnce() -> T) -> (T, [Option<u64>; 2]) {
+    let done = AtomicBool::new(false);
+    let largest = [AtomicU64::new(0), AtomicU64::new(0)];
+    let result = thread::scope(|scope| {
+        scope.spawn(|| {
+            loop {
+                for (rack, largest) in [Rack::Source, Rack::Target].into_iter().zip(&largest) {
+                    let bytes = bench.footprint_bytes(rack).unwrap_or(0);
+                    largest.fetch_max(bytes, Ordering::Relaxed);
+                }
+                if done.load(Ordering::Relaxed) {
+                    return;
+                }
+                thread::sleep(FOOTPRINT_EVERY);
+            }
+        });
+        let result = work();
+        done.store(true, Ordering::Relaxed);
+        result
+    });
+    // A rack with running guests never holds nothing: 0 means that there is no such measure here.
+    (
+        result,
+        largest.map(|bytes| Some(bytes.into_inner()).filter(|bytes| *bytes > 0)),
+    )
+}
+
+/// Waits until every VM that should have arrived is heard from its target, then listens a little.
+pub fn listen(bench: &Bench<'_>, outcome: &Outcome) {
+    for (vm, moved) in bench.vms.iter().zip(&outcome.moved) {
+        if moved.remark.is_none() {
+            // A VM that stays silent shows in its track.
+            let _ = bench.observer.wait_for(&vm.name, REVIVAL_PATIENCE, |beat| {
+                beat.host == vm.target.name()
+            });
+        }
+    }
+    thread::sleep(LISTEN);
+}
+
+/// Everything measured, except what only the caller knows (technique, repeat).
+pub fn run(bench: &Bench<'_>, before: &Before, outcome: &Outcome) -> anyhow::Result<Run> {
+    let counters = bench.counters()?.since(before.counters);
+    let lives: Vec<VmLife> = (0..bench.vms.len())
+        .map(|nth| VmLife::judge(bench, outcome, nth, before.checked[nth]))
+        .collect();
+    let end = |life: &VmLife| {
+        life.running
+            .map(|at| at.s_since(outcome.started) - life.hold_s())
+    };
+    let times: Vec<f64> = lives
+        .iter()
+        .filter_map(|life| life.result.migration_time_s)
+        .collect();
+    let compared: Vec<_> = outcome
+        .moved
+        .iter()
+        .filter_map(|moved| moved.compared)
+        .collect();
+    Ok(Run {
+        vms: bench.scenario.vms(),
+        core_bytes: Some(counters.core()),
+        target_to_target_bytes: Some(counters.target_to_target()),
+        total_migration_time_s: latest(lives.iter().map(end)),
+        mean_migration_time_s: mean_of_all(&times, lives.len()),
+        eviction_time_s: eviction_s(bench, outcome, &lives),
+        downtime_ms: Downtime::of(
+            lives
+                .iter()
+                .filter_map(|life| life.result.downtime_ms)
+                .collect(),
+        ),
+        pages: total_pages(&outcome.moved),
+        compared_pages: (!compared.is_empty()).then(|| compared.iter().map(|c| c.pages).sum()),
+        mismatched_pages: (!compared.is_empty())
+            .then(|| compared.iter().map(|c| c.mismatched).sum()),
+        vms_lost: Some(u32::try_from(
+            lives.iter().filter(|life| life.lost).count(),
+        )?),
+        stamp_errors: lives.iter().map(|life| life.result.stamp_errors).sum(),
+        application: application(&lives, counters, outcome),
+        cpu_seconds: cpu_seconds(bench, before, outcome),
+        timeline: outcome
+            .moved
+            .iter()
+            .map(|moved| VmTimeline {
+                vm: moved.vm.clone(),
+                samples: moved.samples.clone(),
+            })
+            .collect(),
+        per_vm: lives.into_iter().map(|life| life.result).collect(),
+        ..Run::default()
+    })
+}
+
+/// What became of one VM.
+struct VmLife {
+    result: VmResult,
+    /// First heartbeat from the target.
+    running: Option<UnixMs>,
+    lost: bool,
+    /// Pages that the guest has checked since the migration began.
+    checked: u64,
+}
+
+impl VmLife {
+    fn judge(bench: &Bench<'_>, outcome: &Outcome, nth: usize, checked_before: u64) -> Self {
+        let (vm, moved) = (&bench.vms[nth], &outcome.moved[nth]);
+        let track = bench.observer.track(&vm.name);
+        let arrived = moved.remark.is_none();
+        let expected = if arrived {
+            vm.target.name()
+        } else {
+            vm.source.name()
+        };
+        let trouble = trouble(&track, expected);
+        let running = track
+            .first_from(vm.target.name())
+            .map(|beat| beat.at)
+            .filter(|_| arrived);
+        let hold_ms = moved.hold.map(|hold| hold.ms());
+        let without_hold = |ms: f64| ms - hold_ms.unwrap_or(0.0);
+        let last = track.0.last();
+        let result = VmResult {
+            vm: vm.name.clone(),
+            source_host: vm.source.name().to_owned(),
+            target_host: vm.target.name().to_owned(),
+            migration_time_s: running.map(|at| without_hold(at.ms_since(moved.started)) / 1e3),
+            downtime_ms: track
+                .gap_ms(vm.target.name())
+                .filter(|_| arrived)
+                .map(without_hold),
+            hold_ms,
+            stamp_errors: last.map(|beat| beat.errors),
+            remark: join(trouble.clone(), moved.remark.clone()),
+        };
+        let checked = last
+            .map_or(0, |beat| beat.checked)
+            .saturating_sub(checked_before);
+        Self {
+            result,
+            running,
+            lost: trouble.is_some(),
+            checked,
+        }
+    }
+
+    fn hold_s(&self) -> f64 {
+        self.result.hold_ms.unwrap_or(0.0) / 1e3
+    }
+}
+
+/// Why a VM counts as lost, if it does.
+fn trouble(track: &Track, expected_host: &str) -> Option<String> {
+    let recently = UnixMs(UnixMs::now().0 - LISTEN.as_secs_f64() * 1e3);
+    match track.life(recently) {
+        Life::Runs { host } if host == expected_host => None,
+        Life::Runs { host } => Some(format!("runs on {host}, should run on {expected_host}")),
+        Life::Silent => Some("is not heard any more".into()),
+        Life::Twice(how) => Some(format!("ran twice: {how}")),
+        Life::Rebooted => Some("is not the instance that was started".into()),
+    }
+}
+
+fn join(first: Option<String>, second: Option<String>) -> Option<String> {
+    match (first, second) {
+        (Some(first), Some(second)) => Some(format!("{first}; {second}")),
+        (first, second) => first.or(second),
+    }
+}
+
+/// The latest of all, if all are known.
+fn latest(times: impl Iterator<Item = Option<f64>>) -> Option<f64> {
+    times
+        .collect::<Option<Vec<f64>>>()?
+        .into_iter()
+        .reduce(f64::max)
+}
+
+fn mean_of_all(times: &[f64], expected: usize) -> Option<f64> {
+    (times.len() == expected).then(|| times.iter().sum::<f64>() / expected as f64)
+}
+
+fn eviction_s(bench: &Bench<'_>, outcome: &Outcome, lives: &[VmLife]) -> Option<f64> {
+    latest(bench.running.iter().zip(lives).map(|(running, life)| {
+        running
+            .gone_at()
+            .map(|at| at.s_since(outcome.started) - life.hold_s())
+    }))
+}
+
+fn total_pages(moved: &[Moved]) -> Option<Pages> {
+    let mut all = moved.iter().filter_map(|moved| moved.pages);
+    let first = all.next()?;
+    let plus = |a: Option<u64>, b: Option<u64>| a.zip(b).map(|(a, b)| a + b);
+    Some(all.fold(first, |sum, one| Pages {
+        total: sum.total + one.total,
+        zero: plus(sum.zero, one.zero),
+        fill: plus(sum.fill, one.fill),
+        literal: plus(sum.literal, one.literal),
+        reference: plus(sum.reference, one.reference),
+        remote_reference: plus(sum.remote_reference, one.remote_reference),
+        mapped: plus(sum.mapped, one.mapped),
+    }))
+}
+
+fn application(
+    lives: &[VmLife],
+    counters: Counters,
+    outcome: &Outcome,
+) -> BTreeMap<String, serde_json::Value> {
+    let checked: u64 = lives.iter().map(|life| life.checked).sum();
+    [
+        ("stamped_pages_checked".to_owned(), checked.into()),
+        (
+            "core_bytes_source_to_target".to_owned(),
+            counters.core_to_target.into(),
+        ),
+        (
+            "core_bytes_target_to_source".to_owned(),
+            counters.core_to_source.into(),
+        ),
+    ]
+    .into_iter()
+    .chain(outcome.figures.iter().cloned())
+    .collect()
+}
+
+fn cpu_seconds(bench: &Bench<'_>, before: &Before, outcome: &Outcome) -> BTreeMap<String, f64> {
+    let racks = [(Rack::Source, "all_source"), (Rack::Target, "all_target")];
+    racks
+        .into_iter()
+        .zip(before.processor_s)
+        .filter_map(|((rack, name), before)| {
+            Some((name.to_owned(), bench.processor_s(rack)? - before?))
+        })
+        .chain(outcome.cpu_seconds.iter().cloned())
+        .collect()
+}

@@ -1,0 +1,207 @@
+//! Compares the memory of a guest between its source QEMU and its target QEMU, every page of it.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::thread;
+
+use anyhow::{Context, ensure};
+
+use crate::qmp::Qmp;
+
+const PAGE: usize = 4096;
+/// Bytes read at a time: large enough that system calls do not count.
+const CHUNK: usize = 4 << 20;
+/// Name of the RAM block that holds all of a guest's memory on pc and q35.
+const BLOCK: &str = "pc.ram";
+
+/// A guest's memory inside its QEMU.
+#[derive(Debug)]
+pub struct GuestMemory {
+    file: File,
+    base: u64,
+    length: u64,
+}
+
+/// What a comparison found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Compared {
+    /// Pages looked at: all of the guest's.
+    pub pages: u64,
+    /// Of these, how many differ.
+    pub mismatched: u64,
+}
+
+impl GuestMemory {
+    /// Finds the guest's memory in the QEMU at the other end of `qmp`.
+    pub fn of(qmp: &mut Qmp) -> anyhow::Result<Self> {
+        let pid = qmp.peer_pid()?;
+        let blocks = qmp.human("info ramblock")?;
+        let block = parse_block(&blocks).with_context(|| format!("no {BLOCK} in `{blocks}`"))?;
+        let base = match block.address {
+            Some(address) => address,
+            // QEMU before 8.x does not list addresses. The block is contiguous in QEMU's memory,
+            // and guest address 0 is its beginning.
+            None => parse_gpa2hva(&qmp.human("gpa2hva 0")?)?,
+        };
+        let path = format!("/proc/{pid}/mem");
+        let file = File::open(&path).with_context(|| format!("opening {path}"))?;
+        Ok(Self {
+            file,
+            base,
+            length: block.length,
+        })
+    }
+
+    fn read(&self, at: u64, into: &mut [u8]) -> anyhow::Result<()> {
+        self.file
+            .read_exact_at(into, self.base + at)
+            .with_context(|| format!("reading {} bytes of guest memory at {at:#x}", into.len()))
+    }
+}
+
+/// Compares all pages of two guests that are both stopped.
+pub fn compare(source: &GuestMemory, target: &GuestMemory) -> anyhow::Result<Compared> {
+    ensure!(
+        source.length == target.length,
+        "the VM has {:#x} bytes at the source and {:#x} at the target",
+        source.length,
+        target.length
+    );
+    let middle = source.length / 2 / PAGE as u64 * PAGE as u64;
+    let (first, second) = thread::scope(|scope| {
+        let half = scope.spawn(|| compare_range(source, target, 0, middle));
+        let second = compare_range(source, target, middle, source.length);
+        (half.join(), second)
+    });
+    let first = first.map_err(|_| anyhow::anyhow!("the comparison panicked"))??;
+    let second = second?;
+    Ok(Compared {
+        pages: first.pages + second.pages,
+        mismatched: first.mismatched + second.mismatched,
+    })
+}
+
+fn compare_range(
+    source: &GuestMemory,
+    target: &GuestMemory,
+    from: u64,
+    to: u64,
+) -> anyhow::Result<Compared> {
+    let mut buffers = [vec![0; CHUNK], vec![0; CHUNK]];
+    let mut found = Compared::default();
+    let mut at = from;
+    while at < to {
+        let length = usize::try_from(to - at).unwrap_or(CHUNK).min(CHUNK);
+        let [left, right] = &mut buffers;
+        let (left, right) = (&mut left[..length], &mut right[..length]);
+        source.read(at, left)?;
+        target.read(at, right)?;
+        found.pages += length.div_ceil(PAGE) as u64;
+        if left != right {
+            let pairs = left.chunks(PAGE).zip(right.chunks(PAGE));
+            found.mismatched += pairs.filter(|(a, b)| a != b).count() as u64;
+        }
+        at += length as u64;
+    }
+    Ok(found)
+}
+
+struct Block {
+    length: u64,
+    address: Option<u64>,
+}
+
+/// Finds the block in the output of `info ramblock`. Its columns with `0x` are offset, used, total
+/// and, where the header names it, the address in QEMU.
+fn parse_block(text: &str) -> Option<Block> {
+    let has_address = text.lines().next()?.contains("HVA");
+    let line = text
+        .lines()
+        .find(|line| line.split_whitespace().next() == Some(BLOCK))?;
+    let numbers: Vec<u64> = line
+        .split_whitespace()
+        .filter_map(|word| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok())
+        .collect();
+    let address = if has_address {
+        Some(*numbers.get(3)?)
+    } else {
+        None
+    };
+    Some(Block {
+        length: *numbers.get(1)?,
+        address,
+    })
+}
+
+/// Reads `Host virtual address for 0x0 (pc.ram) is 0x7f..`.
+fn parse_gpa2hva(text: &str) -> anyhow::Result<u64> {
+    text.trim()
+        .rsplit_once("is 0x")
+        .and_then(|(_, number)| u64::from_str_radix(number, 16).ok())
+        .with_context(|| format!("`gpa2hva 0` answers `{text}`"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NEW: &str = "\
+              Block Name    PSize              Offset               Used              Total                HVA  RO
+                  pc.ram    4 KiB  0x0000000000000000 0x0000000010000000 0x0000000010000000 0x00007f5a3fe00000  rw
+                vga.vram    4 KiB  0x0000000010080000 0x0000000001000000 0x0000000001000000 0x00007f5a3ec00000  rw
+";
+    const OLD: &str = "\
+              Block Name    PSize              Offset               Used              Total
+                  pc.ram    4 KiB  0x0000000000000000 0x0000000010000000 0x0000000010000000
+";
+
+    #[test]
+    fn the_memory_is_found_in_the_listings_of_both_generations_of_qemu() {
+        let new = parse_block(NEW).unwrap();
+        assert_eq!(
+            (new.length, new.address),
+            (0x1000_0000, Some(0x7f5a_3fe0_0000))
+        );
+        let old = parse_block(OLD).unwrap();
+        assert_eq!((old.length, old.address), (0x1000_0000, None));
+        let text = "Host virtual address for 0x0 (pc.ram) is 0x7f0000400000\r\n";
+        assert_eq!(parse_gpa2hva(text).unwrap(), 0x7f00_0040_0000);
+        assert!(parse_block("").is_none());
+        assert!(parse_gpa2hva("Memory at address 0x0 is not RAM").is_err());
+    }
+
+    #[test]
+    fn every_page_that_differs_is_counted_once() {
+        let path = tempfile::tempdir().unwrap();
+        let memory = |name: &str, bytes: &[u8]| {
+            let path = path.path().join(name);
+            std::fs::write(&path, bytes).unwrap();
+            GuestMemory {
+                file: File::open(path).unwrap(),
+                base: 0,
+                length: bytes.len() as u64,
+            }
+        };
+        let mut bytes = vec![7; 9 * (1 << 20)];
+        let source = memory("source", &bytes);
+        let same = compare(&source, &memory("same", &bytes)).unwrap();
+        assert_eq!(
+            same,
+            Compared {
+                pages: 2304,
+                mismatched: 0
+            }
+        );
+        for at in [0, 1, PAGE, bytes.len() - 1] {
+            bytes[at] = 8;
+        }
+        let other = compare(&source, &memory("other", &bytes)).unwrap();
+        assert_eq!(
+            other,
+            Compared {
+                pages: 2304,
+                mismatched: 3
+            }
+        );
+    }
+}

@@ -1,0 +1,330 @@
+//! The racks: namespaces, bridges and shaped links.
+//!
+//! ```text
+//!   s1 ─edge─┐                                ┌─edge─ t1
+//!   s2 ─edge─┤ bridge of sr ─core─ bridge of tr ├─edge─ t2      10.77.0.0/16, shaped
+//!
+//!   s1 ─obs──┬──┬── observer ns ──┬──┬──obs─ t1                 10.78.0.0/16, not shaped
+//!   s2 ─obs──┘  └─────────────────┘  └──obs─ t2
+//! ```
+//! Each host is a namespace. Its `edge` interface is the host's uplink to its rack's switch: a
+//! bridge in a namespace of its own; the core link joins the two bridges. `tbf` shapes both
+//! directions of edge and core links.
+//!
+//! Guests' taps hang on a separate network that is not shaped, and whose far ends the observer
+//! holds: one interface for each host, all with the same two addresses (IP and MAC). A guest finds
+//! the observer at the same place wherever it runs, and the observer knows from which host each
+//! heartbeat came.
+
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::Context;
+use serde::Deserialize;
+
+use crate::session::Session;
+use crate::shell::{output, output_with_input};
+
+/// Where the observer listens, on every host's observation link.
+pub const OBSERVER: Ipv4Addr = Ipv4Addr::new(10, 78, 0, 1);
+/// Name of the observer's namespace.
+pub const OBSERVER_HOST: &str = "obs";
+const OBSERVER_MAC: &str = "02:67:77:00:00:01";
+
+/// How long a packet may wait in a shaped link's queue before it is dropped: about what the buffer
+/// of a switch port holds, and enough for TCP to fill the link at the lab's round-trip times.
+const QUEUE_MS: u64 = 30;
+/// A link's burst: what it passes in this time at its rate, and at least [`BURST_MIN_BYTES`].
+const BURST_MS: u64 = 1;
+/// `tbf` drops packets above its burst; larger segments are split for it by the kernel.
+const BURST_MIN_BYTES: u64 = 16 * 1024;
+
+/// Which rack a host stands in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rack {
+    /// The one that VMs leave.
+    Source,
+    /// The one that they go to.
+    Target,
+}
+
+impl Rack {
+    fn letter(self) -> char {
+        match self {
+            Self::Source => 's',
+            Self::Target => 't',
+        }
+    }
+
+    fn switch(self) -> &'static str {
+        match self {
+            Self::Source => "sr",
+            Self::Target => "tr",
+        }
+    }
+
+    fn subnet(self) -> u8 {
+        match self {
+            Self::Source => 1,
+            Self::Target => 2,
+        }
+    }
+}
+
+/// A host's names and address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostAddress {
+    /// `s1`, `t2`
+    pub name: String,
+    /// Name of its network namespace.
+    pub namespace: String,
+    /// Its address on the edge link.
+    pub ip: Ipv4Addr,
+    /// Its rack.
+    pub rack: Rack,
+}
+
+/// Rates of the links in Mbit/s; 0 leaves a link unshaped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Links {
+    /// Between the racks.
+    pub core_mbit: u64,
+    /// From each host to its rack's switch.
+    pub edge_mbit: u64,
+}
+
+/// Bytes that have crossed links so far, headers included.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Core link, source rack to target rack.
+    pub core_to_target: u64,
+    /// Core link, target rack to source rack.
+    pub core_to_source: u64,
+    /// Sent by all target hosts on their edge links.
+    pub target_edges_sent: u64,
+}
+
+impl Counters {
+    /// What has crossed since `earlier`.
+    #[must_use]
+    pub fn since(self, earlier: Self) -> Self {
+        Self {
+            core_to_target: self.core_to_target.saturating_sub(earlier.core_to_target),
+            core_to_source: self.core_to_source.saturating_sub(earlier.core_to_source),
+            target_edges_sent: self
+                .target_edges_sent
+                .saturating_sub(earlier.target_edges_sent),
+        }
+    }
+
+    /// Both ways on the core link.
+    #[must_use]
+    pub fn core(self) -> u64 {
+        self.core_to_target + self.core_to_source
+    }
+
+    /// What targets sent that did not leave their rack.
+    #[must_use]
+    pub fn target_to_target(self) -> u64 {
+        self.target_edges_sent.saturating_sub(self.core_to_source)
+    }
+}
+
+/// The networks of one run. They disappear with their [`Session`].
+#[derive(Debug)]
+pub struct Net {
+    hosts: Vec<HostAddress>,
+    observer_namespace: String,
+    core_namespaces: [String; 2],
+}
+
+impl Net {
+    /// Builds both racks with so many hosts each.
+    pub fn build(
+        session: &Session,
+        sources: u32,
+        targets: u32,
+        links: Links,
+    ) -> anyhow::Result<Self> {
+        let hosts: Vec<HostAddress> = [(Rack::Source, sources), (Rack::Target, targets)]
+            .into_iter()
+            .flat_map(|(rack, count)| (1..=count).map(move |nth| (rack, nth)))
+            .map(|(rack, nth)| address(session, rack, nth))
+            .collect::<anyhow::Result<_>>()?;
+        let core_namespaces = [Rack::Source, Rack::Target].map(|r| session.namespace(r.switch()));
+        let observer_namespace = session.namespace(OBSERVER_HOST);
+        let net = Self {
+            hosts,
+            observer_namespace,
+            core_namespaces,
+        };
+        net.make_namespaces()?;
+        net.make_core(links)?;
+        for host in &net.hosts {
+            net.make_host(host, links)
+                .with_context(|| format!("connecting host {}", host.name))?;
+        }
+        Ok(net)
+    }
+
+    /// All hosts, sources first.
+    #[must_use]
+    pub fn hosts(&self) -> &[HostAddress] {
+        &self.hosts
+    }
+
+    /// The observer's namespace, as a file to enter it by.
+    #[must_use]
+    pub fn observer_namespace_file(&self) -> PathBuf {
+        PathBuf::from("/run/netns").join(&self.observer_namespace)
+    }
+
+    /// Adds a tap for a guest to `host` and connects it to the observation network.
+    pub fn add_tap(&self, host: &HostAddress, tap: &str) -> anyhow::Result<()> {
+        ip(
+            &host.namespace,
+            &format!("tuntap add dev {tap} mode tap\nlink set {tap} master obr up\n"),
+        )
+    }
+
+    /// Reads the interfaces' counters.
+    pub fn counters(&self) -> anyhow::Result<Counters> {
+        let mut target_edges_sent = 0;
+        for host in self.hosts.iter().filter(|host| host.rack == Rack::Target) {
+            target_edges_sent += sent_bytes(&host.namespace, "edge")?;
+        }
+        Ok(Counters {
+            core_to_target: sent_bytes(&self.core_namespaces[0], "core")?,
+            core_to_source: sent_bytes(&self.core_namespaces[1], "core")?,
+            target_edges_sent,
+        })
+    }
+
+    /// Takes the edge link of `host` down (at the switch, as when a cable is pulled) or up again.
+    pub fn set_edge(&self, host: &HostAddress, up: bool) -> anyhow::Result<()> {
+        let state = if up { "up" } else { "down" };
+        let switch = self.switch_of(host);
+        ip(switch, &format!("link set {} {state}\n", host.name))
+    }
+
+    fn switch_of(&self, host: &HostAddress) -> &str {
+        match host.rack {
+            Rack::Source => &self.core_namespaces[0],
+            Rack::Target => &self.core_namespaces[1],
+        }
+    }
+
+    fn make_namespaces(&self) -> anyhow::Result<()> {
+        let hosts = self.hosts.iter().map(|host| &host.namespace);
+        let all = hosts
+            .chain(&self.core_namespaces)
+            .chain([&self.observer_namespace]);
+        let lines: String = all.map(|name| format!("netns add {name}\n")).collect();
+        output_with_input(Command::new("ip").args(["-batch", "-"]), &lines)?;
+        Ok(())
+    }
+
+    fn make_core(&self, links: Links) -> anyhow::Result<()> {
+        let [source, target] = &self.core_namespaces;
+        for switch in [source, target] {
+            ip(switch, "link add br0 type bridge\nlink set br0 up\n")?;
+        }
+        ip(
+            source,
+            &format!("link add core type veth peer name core netns {target}\n"),
+        )?;
+        for switch in [source, target] {
+            ip(switch, "link set core master br0 up\n")?;
+            shape(switch, "core", links.core_mbit)?;
+        }
+        Ok(())
+    }
+
+    fn make_host(&self, host: &HostAddress, links: Links) -> anyhow::Result<()> {
+        let switch = self.switch_of(host);
+        let (name, observer) = (&host.name, &self.observer_namespace);
+        ip(
+            &host.namespace,
+            &format!(
+                "link set lo up\n\
+                 link add edge type veth peer name {name} netns {switch}\n\
+                 addr add {}/16 dev edge\n\
+                 link set edge up\n\
+                 link add obs type veth peer name {name} netns {observer}\n\
+                 link add obr type bridge\n\
+                 link set obs master obr up\n\
+                 link set obr up\n",
+                host.ip
+            ),
+        )?;
+        ip(switch, &format!("link set {name} master br0 up\n"))?;
+        shape(&host.namespace, "edge", links.edge_mbit)?;
+        shape(switch, name, links.edge_mbit)?;
+        ip(
+            observer,
+            &format!(
+                "link set {name} address {OBSERVER_MAC}\n\
+                 addr add {OBSERVER}/16 dev {name}\n\
+                 link set {name} up\n"
+            ),
+        )
+    }
+}
+
+fn address(session: &Session, rack: Rack, nth: u32) -> anyhow::Result<HostAddress> {
+    let last = u8::try_from(nth)
+        .ok()
+        .filter(|n| *n < 255)
+        .context("too many hosts in a rack")?;
+    let name = format!("{}{nth}", rack.letter());
+    Ok(HostAddress {
+        namespace: session.namespace(&name),
+        ip: Ipv4Addr::new(10, 77, rack.subnet(), last),
+        name,
+        rack,
+    })
+}
+
+/// Runs lines of `ip` in a namespace.
+fn ip(namespace: &str, lines: &str) -> anyhow::Result<()> {
+    output_with_input(
+        Command::new("ip").args(["-n", namespace, "-batch", "-"]),
+        lines,
+    )?;
+    Ok(())
+}
+
+fn shape(namespace: &str, device: &str, mbit: u64) -> anyhow::Result<()> {
+    if mbit == 0 {
+        return Ok(());
+    }
+    let burst = (mbit * 1_000_000 / 8 * BURST_MS / 1000).max(BURST_MIN_BYTES);
+    output(
+        Command::new("tc")
+            .args(["-n", namespace, "qdisc", "add", "dev", device, "root"])
+            .args([
+                "tbf".into(),
+                "rate".into(),
+                format!("{mbit}mbit"),
+                "burst".into(),
+                format!("{burst}"),
+                "latency".into(),
+                format!("{QUEUE_MS}ms"),
+            ]),
+    )?;
+    Ok(())
+}
+
+fn sent_bytes(namespace: &str, device: &str) -> anyhow::Result<u64> {
+    let text = output(
+        Command::new("ip").args(["-n", namespace, "-s", "-j", "link", "show", "dev", device]),
+    )?;
+    let value: serde_json::Value =
+        serde_json::from_str(&text).with_context(|| format!("statistics of {device}"))?;
+    value
+        .pointer("/0/stats64/tx/bytes")
+        .and_then(serde_json::Value::as_u64)
+        .with_context(|| format!("`ip` shows no statistics of {device}"))
+}

@@ -1,0 +1,180 @@
+//! Runs a scenario: each technique, each repeat, on fresh guests; writes the results.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::Context;
+
+use crate::bench::{Bench, Programs};
+use crate::clock::UnixMs;
+use crate::gangway;
+use crate::install;
+use crate::measure::{self, Before};
+use crate::outcome::EventLog;
+use crate::results::{Results, Run, Topology};
+use crate::scenario::{Scenario, Technique};
+use crate::session::Session;
+use crate::shell::{output, say};
+use crate::stock;
+
+/// Runs all of `scenario` and leaves `results.json` and `events.jsonl` in `out`. A run that fails
+/// is part of the results; only what keeps the lab itself from working is an error.
+pub fn scenario(name: &str, scenario: &Scenario, out: &Path) -> anyhow::Result<Results> {
+    std::fs::create_dir_all(out).with_context(|| format!("making {}", out.display()))?;
+    let programs = Programs {
+        source: install::qemu(&scenario.qemu.source)?,
+        target: install::qemu(&scenario.qemu.target)?,
+        image: install::image()?,
+    };
+    let _ = std::fs::remove_file(out.join("events.jsonl"));
+    let session = Session::start()?;
+    let mut results = Results {
+        scenario: name.to_owned(),
+        versions: versions(scenario, &programs)?,
+        topology: topology(scenario),
+        runs: Vec::new(),
+        command: std::env::args().collect(),
+        started_unix_s: Some(seconds(UnixMs::now())),
+    };
+    for repeat in 0..scenario.repeats {
+        for &technique in &scenario.techniques {
+            say(&format!(
+                "{name}: {technique}, run {} of {}",
+                repeat + 1,
+                scenario.repeats
+            ));
+            let log = EventLog::open(out, technique.to_string(), repeat)?;
+            let run = one(&session, scenario, &programs, technique, &log).unwrap_or_else(|error| {
+                say(&format!("{technique} failed: {error:#}"));
+                let failure = Some(format!("{error:#}"));
+                Run {
+                    vms: scenario.vms(),
+                    failure,
+                    ..Run::default()
+                }
+            });
+            results.runs.push(Run {
+                technique: technique.base().into(),
+                mode: "pre-copy".into(),
+                compression: technique.compression().into(),
+                repeat,
+                ..run
+            });
+            // What is measured is kept, whatever happens to the runs that follow.
+            results.save(out)?;
+        }
+    }
+    Ok(results)
+}
+
+/// Whether every run came to its end with every VM intact.
+#[must_use]
+pub fn all_intact(results: &Results) -> bool {
+    results.runs.iter().all(|run| {
+        run.failure.is_none()
+            && run.vms_lost == Some(0)
+            && run.mismatched_pages.unwrap_or(0) == 0
+            && run.stamp_errors.unwrap_or(0) == 0
+    })
+}
+
+fn one(
+    session: &Session,
+    scenario: &Scenario,
+    programs: &Programs,
+    technique: Technique,
+    log: &EventLog,
+) -> anyhow::Result<Run> {
+    let bench = Bench::start(session, scenario, programs)?;
+    let agents = match technique {
+        Technique::Stock(_) => None,
+        Technique::Gangway { .. } => Some(gangway::Agents::start(&bench, session)?),
+    };
+    let before = Before::read(&bench)?;
+    say(&format!("moving {} VMs with {technique}", bench.vms.len()));
+    let (outcome, [source_footprint_bytes, target_footprint_bytes]) =
+        measure::with_footprints(&bench, || match (technique, &agents) {
+            (Technique::Stock(stock), _) => Ok(stock::migrate(&bench, stock, log)),
+            (Technique::Gangway { preset, zstd }, Some(agents)) => {
+                agents.migrate(&bench, (preset, zstd), log)
+            }
+            (Technique::Gangway { .. }, None) => anyhow::bail!("no agents were started"),
+        });
+    let outcome = outcome?;
+    say("listening to the guests after their move");
+    measure::listen(&bench, &outcome);
+    let run = measure::run(&bench, &before, &outcome)?;
+    say(&summary(&run));
+    let stayed: Vec<String> = run
+        .per_vm
+        .iter()
+        .filter_map(|vm| Some(format!("{}: {}", vm.vm, vm.remark.as_ref()?)))
+        .collect();
+    let failure = (scenario.fault.is_none() && !stayed.is_empty()).then(|| stayed.join("; "));
+    Ok(Run {
+        source_footprint_bytes,
+        target_footprint_bytes,
+        failure,
+        ..run
+    })
+}
+
+/// One line for the terminal.
+fn summary(run: &Run) -> String {
+    let mb = |bytes: Option<u64>| bytes.map_or("?".into(), |b| format!("{:.1}", b as f64 / 1e6));
+    let s = |time: Option<f64>| time.map_or("?".into(), |time| format!("{time:.2}"));
+    let count = |count: Option<u64>| count.map_or("?".into(), |count| count.to_string());
+    format!(
+        "core {} MB, total {} s, mean downtime {} ms, {} pages compared, {} differ, {} VMs lost",
+        mb(run.core_bytes),
+        s(run.total_migration_time_s),
+        run.downtime_ms
+            .map_or("?".into(), |downtime| format!("{:.0}", downtime.mean)),
+        count(run.compared_pages),
+        count(run.mismatched_pages),
+        count(run.vms_lost.map(u64::from)),
+    )
+}
+
+fn versions(scenario: &Scenario, programs: &Programs) -> anyhow::Result<BTreeMap<String, String>> {
+    let mut versions = BTreeMap::from([
+        ("qemu_source".to_owned(), programs.source.version.clone()),
+        ("qemu_target".to_owned(), programs.target.version.clone()),
+        ("machine".to_owned(), scenario.qemu.machine.clone()),
+        ("guest_kernel".to_owned(), programs.image.release.clone()),
+        ("lab".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
+    ]);
+    let kernel = rustix::system::uname()
+        .release()
+        .to_string_lossy()
+        .into_owned();
+    versions.insert("host_kernel".to_owned(), kernel);
+    if scenario
+        .techniques
+        .iter()
+        .any(|technique| matches!(technique, Technique::Gangway { .. }))
+    {
+        let program = install::gangway(scenario.gangway.as_deref())?;
+        let version = output(std::process::Command::new(program).arg("--version"))?;
+        versions.insert("gangway".to_owned(), version.trim().to_owned());
+    }
+    Ok(versions)
+}
+
+fn topology(scenario: &Scenario) -> Topology {
+    let bits = |mbit: u64| (mbit > 0).then_some(mbit * 1_000_000);
+    Topology {
+        source_hosts: scenario.hosts.source,
+        target_hosts: scenario.hosts.target,
+        vms_per_host: scenario.hosts.vms_per_host,
+        vm_memory_bytes: scenario.vm.memory_mb << 20,
+        core_bits_per_second: bits(scenario.links.core_mbit),
+        edge_bits_per_second: bits(scenario.links.edge_mbit),
+    }
+}
+
+fn seconds(at: UnixMs) -> u64 {
+    std::time::Duration::try_from_secs_f64(at.0 / 1e3)
+        .unwrap_or_default()
+        .as_secs()
+}

@@ -1,0 +1,423 @@
+//! Scenarios: what is built, what runs on it and which techniques move it. Files in `scenarios/`.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use anyhow::{Context, bail, ensure};
+use serde::Deserialize;
+use toml::{Table, Value};
+
+use crate::fault::Fault;
+use crate::net::Links;
+
+/// The scenarios that come with the lab.
+const BUILT_IN: &[(&str, &str)] = &[
+    ("pair", include_str!("../scenarios/pair.toml")),
+    ("racks-small", include_str!("../scenarios/racks-small.toml")),
+    ("racks", include_str!("../scenarios/racks.toml")),
+    ("pair-big", include_str!("../scenarios/pair-big.toml")),
+    ("versions", include_str!("../scenarios/versions.toml")),
+    (
+        "versions-old",
+        include_str!("../scenarios/versions-old.toml"),
+    ),
+    ("unshaped", include_str!("../scenarios/unshaped.toml")),
+];
+
+/// One experiment.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Scenario {
+    /// One line for `gangway-lab list`.
+    pub title: String,
+    /// In the order in which they run, each on freshly booted guests.
+    pub techniques: Vec<Technique>,
+    /// How often each technique runs.
+    #[serde(default = "once")]
+    pub repeats: u32,
+    /// Seconds between the last guest's being ready and the migration.
+    #[serde(default = "settle")]
+    pub settle_s: u64,
+    /// A run that takes longer has failed.
+    #[serde(default = "patience")]
+    pub patience_s: u64,
+    /// How many of them.
+    pub hosts: Hosts,
+    /// Speed of the network.
+    pub links: Links,
+    /// What the VMs are.
+    pub vm: Vm,
+    /// Which QEMUs run them.
+    #[serde(default)]
+    pub qemu: Versions,
+    /// What goes wrong, and when.
+    #[serde(default)]
+    pub fault: Option<Fault>,
+    /// `gangway` to test; the one beside `gangway-lab` if absent.
+    #[serde(default)]
+    pub gangway: Option<PathBuf>,
+}
+
+/// Counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Hosts {
+    /// Hosts in the source rack.
+    pub source: u32,
+    /// Hosts in the target rack.
+    pub target: u32,
+    /// VMs on each source host.
+    pub vms_per_host: u32,
+}
+
+/// What each VM is. The workload's keys are those of the guest's kernel command line.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Vm {
+    /// Memory in MiB.
+    pub memory_mb: u64,
+    /// Virtual processors.
+    #[serde(default = "one_cpu")]
+    pub cpus: u32,
+    /// Chipset.
+    #[serde(default)]
+    pub machine: Machine,
+    /// Whether it has a virtio-blk disk on storage that both racks share.
+    #[serde(default)]
+    pub disk: bool,
+    /// `idle`, `stamp`, `dirty`, `cpu` or `random`.
+    pub mode: String,
+    /// MiB that are stamped and checked.
+    #[serde(default)]
+    pub stamp_mb: u32,
+    /// MiB that `dirty` and `random` fill.
+    #[serde(default)]
+    pub dirty_mb: u32,
+    /// MiB/s that `dirty` writes.
+    #[serde(default)]
+    pub dirty_rate_mb: u32,
+    /// Interval between heartbeats.
+    #[serde(default = "heartbeat")]
+    pub heartbeat_ms: u32,
+}
+
+/// Chipset of the VMs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Machine {
+    /// i440FX.
+    #[default]
+    Pc,
+    /// Q35.
+    Q35,
+}
+
+/// Versions of QEMU, like `10.0`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Versions {
+    /// At the source.
+    pub source: String,
+    /// At the target.
+    pub target: String,
+    /// Of the machine type, which both must know.
+    pub machine: String,
+}
+
+impl Default for Versions {
+    fn default() -> Self {
+        let version = || "10.0".to_owned();
+        Self {
+            source: version(),
+            target: version(),
+            machine: version(),
+        }
+    }
+}
+
+/// A way to move VMs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub enum Technique {
+    /// QEMU to QEMU, without Gangway.
+    Stock(Stock),
+    /// Through Gangway's agents.
+    Gangway {
+        /// Preset of the plan.
+        preset: Preset,
+        /// Whether literals are compressed.
+        zstd: bool,
+    },
+}
+
+/// What QEMU is told to use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stock {
+    /// Its defaults.
+    Plain,
+    /// Differences to pages sent before.
+    Xbzrle,
+    /// Several channels, compressed.
+    MultifdZstd,
+}
+
+/// Presets that the lab runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Preset {
+    /// Online compression.
+    Oc,
+    /// Gang migration.
+    Gang,
+}
+
+impl Technique {
+    /// Name without settings, as in `results.json`.
+    #[must_use]
+    pub fn base(self) -> &'static str {
+        match self {
+            Self::Stock(Stock::Plain) => "stock",
+            Self::Stock(Stock::Xbzrle) => "stock-xbzrle",
+            Self::Stock(Stock::MultifdZstd) => "stock-multifd-zstd",
+            Self::Gangway {
+                preset: Preset::Oc, ..
+            } => "oc",
+            Self::Gangway {
+                preset: Preset::Gang,
+                ..
+            } => "gang",
+        }
+    }
+
+    /// Gangway's compression.
+    #[must_use]
+    pub fn compression(self) -> &'static str {
+        match self {
+            Self::Gangway { zstd: true, .. } => "zstd",
+            _ => "none",
+        }
+    }
+}
+
+impl fmt::Display for Technique {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.base())?;
+        match self.compression() {
+            "none" => Ok(()),
+            compression => write!(f, "+{compression}"),
+        }
+    }
+}
+
+impl FromStr for Technique {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> anyhow::Result<Self> {
+        let (base, zstd) = match text.strip_suffix("+zstd") {
+            Some(base) => (base, true),
+            None => (text, false),
+        };
+        match (base, zstd) {
+            ("stock", false) => Ok(Self::Stock(Stock::Plain)),
+            ("stock-xbzrle", false) => Ok(Self::Stock(Stock::Xbzrle)),
+            ("stock-multifd-zstd", false) => Ok(Self::Stock(Stock::MultifdZstd)),
+            ("oc", zstd) => Ok(Self::Gangway {
+                preset: Preset::Oc,
+                zstd,
+            }),
+            ("gang", zstd) => Ok(Self::Gangway {
+                preset: Preset::Gang,
+                zstd,
+            }),
+            _ => bail!(
+                "`{text}` is no technique; there are stock, stock-xbzrle, stock-multifd-zstd, oc, \
+                 gang, oc+zstd, gang+zstd"
+            ),
+        }
+    }
+}
+
+impl TryFrom<String> for Technique {
+    type Error = anyhow::Error;
+
+    fn try_from(text: String) -> anyhow::Result<Self> {
+        text.parse()
+    }
+}
+
+fn once() -> u32 {
+    1
+}
+
+fn settle() -> u64 {
+    3
+}
+
+fn patience() -> u64 {
+    600
+}
+
+fn one_cpu() -> u32 {
+    1
+}
+
+fn heartbeat() -> u32 {
+    10
+}
+
+impl Scenario {
+    /// Loads a scenario by name, or from a file, with `KEY=VALUE` settings on top.
+    pub fn load(name: &str, settings: &[String]) -> anyhow::Result<Self> {
+        let mut table = text_of(name)?
+            .parse::<Table>()
+            .with_context(|| format!("reading {name}"))?;
+        for setting in settings {
+            apply(&mut table, setting).with_context(|| format!("--set {setting}"))?;
+        }
+        let scenario: Self = table
+            .try_into()
+            .with_context(|| format!("understanding scenario {name}"))?;
+        scenario.check()?;
+        Ok(scenario)
+    }
+
+    /// Names and titles of the built-in scenarios.
+    pub fn list() -> anyhow::Result<Vec<(&'static str, String)>> {
+        let titled = |(name, _): &(&'static str, &str)| Ok((*name, Self::load(name, &[])?.title));
+        BUILT_IN.iter().map(titled).collect()
+    }
+
+    /// VMs of all hosts.
+    #[must_use]
+    pub fn vms(&self) -> u32 {
+        self.hosts.source * self.hosts.vms_per_host
+    }
+
+    fn check(&self) -> anyhow::Result<()> {
+        ensure!(!self.techniques.is_empty(), "a scenario needs a technique");
+        for (name, value, most) in [
+            ("repeats", self.repeats, 100),
+            ("hosts.source", self.hosts.source, 64),
+            ("hosts.target", self.hosts.target, 64),
+            ("hosts.vms_per_host", self.hosts.vms_per_host, 64),
+            ("vm.cpus", self.vm.cpus, 16),
+        ] {
+            ensure!(
+                (1..=most).contains(&value),
+                "{name} = {value}: must be 1 to {most}"
+            );
+        }
+        let filled = u64::from(self.vm.stamp_mb) + u64::from(self.vm.dirty_mb);
+        // What the guest's kernel, programs and file system need.
+        let own = 80;
+        ensure!(
+            self.vm.memory_mb >= filled + own,
+            "vm.memory_mb = {}: {filled} MiB of workload need {own} MiB more than that",
+            self.vm.memory_mb
+        );
+        Ok(())
+    }
+}
+
+fn text_of(name: &str) -> anyhow::Result<String> {
+    if let Some((_, text)) = BUILT_IN.iter().find(|(known, _)| *known == name) {
+        return Ok((*text).to_owned());
+    }
+    if Path::new(name)
+        .extension()
+        .is_some_and(|extension| extension == "toml")
+    {
+        return std::fs::read_to_string(name).with_context(|| format!("reading {name}"));
+    }
+    let known: Vec<_> = BUILT_IN.iter().map(|(name, _)| *name).collect();
+    bail!(
+        "there is no scenario `{name}`; there are {} (or name a .toml file)",
+        known.join(", ")
+    )
+}
+
+/// Sets `a.b=value`. The value is TOML, or text if it is not; a comma makes a list of a list's key.
+fn apply(table: &mut Table, setting: &str) -> anyhow::Result<()> {
+    let (path, text) = setting.split_once('=').context("must be KEY=VALUE")?;
+    let mut keys: Vec<&str> = path.split('.').collect();
+    let last = keys.pop().context("must be KEY=VALUE")?;
+    let mut place = table;
+    for key in keys {
+        place = place
+            .entry(key)
+            .or_insert_with(|| Value::Table(Table::new()))
+            .as_table_mut()
+            .with_context(|| format!("`{key}` is not a table"))?;
+    }
+    let value = match place.get(last) {
+        Some(Value::Array(_)) if !text.starts_with('[') => Value::Array(
+            text.split(',')
+                .map(|item| Value::String(item.to_owned()))
+                .collect(),
+        ),
+        Some(Value::String(_)) => Value::String(text.to_owned()),
+        _ => parse_value(text),
+    };
+    place.insert(last.to_owned(), value);
+    Ok(())
+}
+
+fn parse_value(text: &str) -> Value {
+    let parsed = format!("value = {text}").parse::<Table>().ok();
+    parsed
+        .and_then(|mut table| table.remove("value"))
+        .unwrap_or_else(|| Value::String(text.to_owned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_scenario_that_comes_with_the_lab_is_valid() {
+        assert_eq!(Scenario::list().unwrap().len(), BUILT_IN.len());
+    }
+
+    #[test]
+    fn settings_change_a_scenario_and_wrong_ones_are_named() {
+        let load = |settings: &[&str]| {
+            let settings: Vec<String> = settings.iter().map(|&s| s.to_owned()).collect();
+            Scenario::load("pair", &settings)
+        };
+        let changed = load(&[
+            "repeats=3",
+            "vm.memory_mb=512",
+            "techniques=stock,gang+zstd",
+            "qemu.target=7.2",
+            "qemu.source=7.2",
+            "qemu.machine=7.2",
+            "gangway=/x/gangway",
+        ])
+        .unwrap();
+        assert_eq!((changed.repeats, changed.vm.memory_mb), (3, 512));
+        let names: Vec<_> = changed.techniques.iter().map(ToString::to_string).collect();
+        assert_eq!(names, ["stock", "gang+zstd"]);
+        assert_eq!(changed.gangway.as_deref(), Some(Path::new("/x/gangway")));
+        for wrong in [
+            "repeats=0",
+            "vm.size=1",
+            "techniques=magic",
+            "vm.memory_mb=16",
+            "repeats",
+        ] {
+            let error = format!("{:#}", load(&[wrong]).unwrap_err());
+            let word = wrong.split(['=', '.']).next_back().unwrap();
+            let key = wrong
+                .split('=')
+                .next()
+                .unwrap()
+                .split('.')
+                .next_back()
+                .unwrap();
+            assert!(
+                error.contains(word) || error.contains(key),
+                "{wrong}: {error}"
+            );
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! One invocation of the lab on this machine: its names, and the certainty that nothing stays.
+//!
+//! Whatever the lab makes outside its own process carries the session's prefix `gw<pid>`: network
+//! namespaces `gw<pid>-HOST`, cgroups `gw<pid>`, the directory `gw<pid>` for sockets and logs.
+//! Every process of a run lives in one of the namespaces. So the name alone is enough to remove
+//! all of it: at the end, on a signal, or when a later session finds the leftovers of a dead one.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::Context;
+use rustix::process::{Pid, Signal, kill_process};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::cgroup;
+use crate::shell::{output, say};
+
+/// Where `ip netns` keeps the names of namespaces.
+const NAMESPACES: &str = "/run/netns";
+const PREFIX: &str = "gw";
+
+/// The names of one session. Dropping it removes all that carries them.
+#[derive(Debug)]
+pub struct Session {
+    prefix: String,
+}
+
+impl Session {
+    /// Starts a session: leftovers of dead ones are removed, and signals will end this one cleanly.
+    pub fn start() -> anyhow::Result<Self> {
+        anyhow::ensure!(
+            rustix::process::geteuid().is_root(),
+            "the lab needs root: it makes network namespaces and reads the memory of QEMU"
+        );
+        remove_leftovers();
+        let prefix = format!("{PREFIX}{}", std::process::id());
+        fs::create_dir_all(dir_of(&prefix)).context("making the session's directory")?;
+        remove_on_signal(prefix.clone())?;
+        Ok(Self { prefix })
+    }
+
+    /// Name of the namespace of `host`.
+    #[must_use]
+    pub fn namespace(&self, host: &str) -> String {
+        format!("{}-{host}", self.prefix)
+    }
+
+    /// The session's prefix, which names its cgroups.
+    #[must_use]
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    /// Directory for sockets and logs. Short, because the path of a unix socket must fit into 108
+    /// bytes.
+    #[must_use]
+    pub fn dir(&self) -> PathBuf {
+        dir_of(&self.prefix)
+    }
+
+    /// Ends all processes of the session's namespaces and removes these, for a fresh run.
+    pub fn clear(&self) -> anyhow::Result<()> {
+        remove(&self.prefix);
+        fs::create_dir_all(self.dir()).context("making the session's directory")
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        remove(&self.prefix);
+    }
+}
+
+fn dir_of(prefix: &str) -> PathBuf {
+    std::env::temp_dir().join(prefix)
+}
+
+fn remove_on_signal(prefix: String) -> anyhow::Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM]).context("watching for signals")?;
+    std::thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            if let Some(signal) = signals.forever().next() {
+                say("interrupted: removing guests and networks");
+                remove(&prefix);
+                std::process::exit(128 + signal);
+            }
+        })
+        .context("watching for signals")?;
+    Ok(())
+}
+
+fn remove_leftovers() {
+    let mut found: Vec<String> = [Path::new(NAMESPACES), &std::env::temp_dir()]
+        .into_iter()
+        .flat_map(entries)
+        .chain(cgroup::names())
+        .filter_map(|name| session_of(&name))
+        .filter(|(_, pid)| !Path::new(&format!("/proc/{pid}")).exists())
+        .map(|(prefix, _)| prefix)
+        .collect();
+    found.sort();
+    found.dedup();
+    for prefix in found {
+        say(&format!("removing what the dead session {prefix} left"));
+        remove(&prefix);
+    }
+}
+
+/// The prefix and the process id in a name of ours.
+fn session_of(name: &str) -> Option<(String, u32)> {
+    let prefix = name.split('-').next()?;
+    let pid = prefix.strip_prefix(PREFIX)?.parse().ok()?;
+    Some((prefix.to_owned(), pid))
+}
+
+fn entries(dir: &Path) -> Vec<String> {
+    let Ok(found) = fs::read_dir(dir) else {
+        return Vec::new();
+    };
+    found
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect()
+}
+
+/// Removes everything with the prefix. What cannot be removed is said, and left.
+fn remove(prefix: &str) {
+    let namespaces: Vec<String> = entries(Path::new(NAMESPACES))
+        .into_iter()
+        .filter(|name| session_of(name).is_some_and(|(of, _)| of == prefix))
+        .collect();
+    for namespace in &namespaces {
+        end_processes(namespace);
+    }
+    for namespace in &namespaces {
+        if let Err(error) = output(Command::new("ip").args(["netns", "del", namespace])) {
+            say(&format!("{error:#}"));
+        }
+    }
+    cgroup::remove(prefix);
+    let dir = dir_of(prefix);
+    if let Err(error) = fs::remove_dir_all(&dir)
+        && dir.exists()
+    {
+        say(&format!("removing {}: {error}", dir.display()));
+    }
+}
+
+/// Kills every process of a namespace and waits until they are gone.
+fn end_processes(namespace: &str) {
+    // Twice the time that a QEMU with much memory was seen to need; then the namespace goes anyway.
+    for _ in 0..100 {
+        let listed = output(Command::new("ip").args(["netns", "pids", namespace]));
+        let pids: Vec<Pid> = listed
+            .unwrap_or_default()
+            .lines()
+            .filter_map(|line| Pid::from_raw(line.trim().parse().ok()?))
+            .filter(|pid| *pid != rustix::process::getpid())
+            .collect();
+        if pids.is_empty() {
+            return;
+        }
+        for pid in pids {
+            // It may have ended by itself meanwhile.
+            let _ = kill_process(pid, Signal::KILL);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_names_of_a_session_are_taken_for_leftovers() {
+        assert_eq!(session_of("gw123-s1"), Some(("gw123".into(), 123)));
+        assert_eq!(session_of("gw123"), Some(("gw123".into(), 123)));
+        for other in ["gateway-1", "gw-1", "gwx", "", "s1-gw12"] {
+            assert_eq!(session_of(other), None, "{other}");
+        }
+    }
+}

@@ -1,0 +1,237 @@
+//! The baseline: QEMU to QEMU over TCP between the hosts, driven by the lab, without Gangway.
+//!
+//! As a careful manager does it: the target is started paused, the return path is open so that the
+//! source is given up only after the target has loaded, and there is no bandwidth limit. All VMs of
+//! the scenario move at once.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use serde_json::{Value, json};
+
+use crate::bench::Bench;
+use crate::clock::UnixMs;
+use crate::guest::{self, Vm};
+use crate::memory::{GuestMemory, compare};
+use crate::outcome::{EventLog, Hold, Moved, Outcome};
+use crate::qmp::Qmp;
+use crate::results::Sample;
+use crate::scenario::Stock;
+
+/// Port of the first VM; each has one of its own.
+const FIRST_PORT: u32 = 4000;
+/// Interval between looks at the source's progress.
+const LOOK: Duration = Duration::from_millis(250);
+/// How long a source that has sent everything may take to hear that the target has loaded.
+const RETURN_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Moves all VMs of the bench.
+pub fn migrate(bench: &Bench<'_>, stock: Stock, log: &EventLog) -> Outcome {
+    let started = UnixMs::now();
+    let moved = thread::scope(|scope| {
+        let moves: Vec<_> = bench
+            .vms
+            .iter()
+            .map(|vm| {
+                scope.spawn(move || {
+                    Move {
+                        bench,
+                        vm,
+                        stock,
+                        log,
+                        started,
+                    }
+                    .run()
+                })
+            })
+            .collect();
+        moves
+            .into_iter()
+            .zip(&bench.vms)
+            .map(|(handle, vm)| {
+                handle.join().unwrap_or_else(|_| {
+                    let remark = Some("the lab's thread panicked".into());
+                    Moved {
+                        remark,
+                        ..Moved::begin(&vm.name)
+                    }
+                })
+            })
+            .collect()
+    });
+    Outcome {
+        started,
+        moved,
+        figures: Vec::new(),
+        cpu_seconds: Vec::new(),
+    }
+}
+
+struct Move<'a> {
+    bench: &'a Bench<'a>,
+    vm: &'a Vm,
+    stock: Stock,
+    log: &'a EventLog,
+    started: UnixMs,
+}
+
+impl Move<'_> {
+    fn run(&self) -> Moved {
+        let mut moved = Moved::begin(&self.vm.name);
+        if let Err(error) = self.go(&mut moved) {
+            moved.remark = Some(format!("{error:#}"));
+            self.log.note(
+                &self.vm.name,
+                "failed",
+                json!({"message": format!("{error:#}")}),
+            );
+        }
+        moved
+    }
+
+    fn go(&self, moved: &mut Moved) -> anyhow::Result<()> {
+        self.log
+            .note(&self.vm.name, "phase", json!({"phase": "preparing"}));
+        let mut target = self.start_target()?;
+        let mut source = self.vm.qmp(&self.vm.source)?;
+        self.configure(&mut source, "source")?;
+        self.configure(&mut target, "target")?;
+        let uri = format!(
+            "tcp:{}:{}",
+            self.vm.target.address.ip,
+            FIRST_PORT + self.vm.number
+        );
+        target.execute("migrate-incoming", json!({"uri": uri}))?;
+        source.execute("migrate", json!({"uri": uri}))?;
+        self.log
+            .note(&self.vm.name, "phase", json!({"phase": "bulk"}));
+        let loaded = self.follow(&mut source, &mut target, moved)?;
+        wait_for_source(&mut source)?;
+        self.hand_over(&mut source, &mut target, loaded, moved)?;
+        source
+            .execute("quit", json!({}))
+            .context("ending the source")?;
+        Ok(())
+    }
+
+    fn start_target(&self) -> anyhow::Result<Qmp> {
+        let (vm, host) = (self.vm, &self.vm.target);
+        let arguments = vm.arguments(host, self.bench.scenario, &self.bench.programs.image);
+        let extra = ["-S", "-incoming", "defer"];
+        guest::start(vm, host, &self.bench.programs.target, &arguments, &extra)?;
+        vm.qmp(host)
+    }
+
+    fn configure(&self, qmp: &mut Qmp, side: &str) -> anyhow::Result<()> {
+        let mut on = vec!["events"];
+        if side == "source" {
+            on.push("return-path");
+        }
+        // 0 lifts QEMU's own limit of 128 MiB/s.
+        let mut parameters = json!({"max-bandwidth": 0});
+        match self.stock {
+            Stock::Plain => {}
+            Stock::Xbzrle => on.push("xbzrle"),
+            Stock::MultifdZstd => {
+                on.push("multifd");
+                parameters["multifd-compression"] = "zstd".into();
+            }
+        }
+        let capabilities: Vec<Value> = on
+            .iter()
+            .map(|name| json!({"capability": name, "state": true}))
+            .collect();
+        qmp.execute(
+            "migrate-set-capabilities",
+            json!({"capabilities": capabilities}),
+        )
+        .and_then(|_| qmp.execute("migrate-set-parameters", parameters))
+        .with_context(|| format!("configuring the {side} of {}", self.vm.name))?;
+        Ok(())
+    }
+
+    /// Watches both ends until the target has loaded everything; returns when that was.
+    fn follow(
+        &self,
+        source: &mut Qmp,
+        target: &mut Qmp,
+        moved: &mut Moved,
+    ) -> anyhow::Result<UnixMs> {
+        let patience = Duration::from_secs(self.bench.scenario.patience_s);
+        let deadline = Instant::now() + patience;
+        while Instant::now() < deadline {
+            let event = target.next_event(Instant::now() + LOOK)?;
+            if let Some(event) = event.filter(|event| event.name == "MIGRATION") {
+                match event.data["status"].as_str() {
+                    Some("completed") => return Ok(event.at),
+                    Some("failed") => bail!("the target failed to load {}", self.vm.name),
+                    _ => {}
+                }
+            }
+            let info = source.execute("query-migrate", json!({}))?;
+            if info["status"] == "failed" {
+                bail!("the source reports: {}", info["error-desc"]);
+            }
+            if let Some(sample) = self.sample(&info) {
+                moved.samples.push(sample);
+            }
+        }
+        bail!("{} did not arrive within {patience:?}", self.vm.name)
+    }
+
+    fn sample(&self, info: &Value) -> Option<Sample> {
+        let ram = info.get("ram")?;
+        Some(Sample {
+            t_s: UnixMs::now().s_since(self.started),
+            wire_bytes: ram["transferred"].as_u64()?,
+            remaining_bytes: ram["remaining"].as_u64(),
+            phase: if info["status"] == "device" {
+                "switch-over"
+            } else {
+                "bulk"
+            }
+            .into(),
+        })
+    }
+
+    /// Compares, lets the target run, and notes how long that held the VM up.
+    fn hand_over(
+        &self,
+        source: &mut Qmp,
+        target: &mut Qmp,
+        loaded: UnixMs,
+        moved: &mut Moved,
+    ) -> anyhow::Result<()> {
+        let compared = compare(&GuestMemory::of(source)?, &GuestMemory::of(target)?)?;
+        moved.compared = Some(compared);
+        let to = UnixMs::now();
+        target
+            .execute("cont", json!({}))
+            .context("letting the target run")?;
+        moved.hold = Some(Hold { from: loaded, to });
+        let fields = json!({
+            "phase": "released",
+            "compared_pages": compared.pages,
+            "mismatched_pages": compared.mismatched,
+            "hold_ms": to.ms_since(loaded),
+        });
+        self.log.note(&self.vm.name, "phase", fields);
+        Ok(())
+    }
+}
+
+/// The source is done when it has the target's word over the return path; only then is its memory
+/// final and its process free to go.
+fn wait_for_source(source: &mut Qmp) -> anyhow::Result<()> {
+    let deadline = Instant::now() + RETURN_PATIENCE;
+    loop {
+        let info = source.execute("query-migrate", json!({}))?;
+        match info["status"].as_str() {
+            Some("completed") => return Ok(()),
+            Some("failed") => bail!("the source reports: {}", info["error-desc"]),
+            _ if Instant::now() >= deadline => bail!("the source does not hear of its success"),
+            _ => thread::sleep(Duration::from_millis(5)),
+        }
+    }
+}
