@@ -12,13 +12,16 @@
 //!
 //! Succeeds or fails, the target QEMU stays stopped: this machine only feeds it.
 
+mod batch;
+
 use std::collections::HashSet;
-use std::ops::Range;
 use std::sync::Arc;
 
 use page::{BlockIndex, EntryId, PAGE_SIZE, PageNo, PageRun};
 use qstream::{BlockList, Command, Decoder, Encoder, StreamError, encode_command};
 use wire::{Op, OpReader, WireError, split_pages_body};
+
+pub use batch::{Ack, Batch, Contents, Found, Placed, Segment};
 
 /// Most device state that is held back while pages wait: large guests have a few MiB.
 const MAX_HELD_TAIL: usize = 64 << 20;
@@ -64,148 +67,6 @@ pub enum UnpackError {
     /// Too much device state while pages wait.
     #[error("more than {MAX_HELD_TAIL} bytes of device state came while pages were waiting")]
     TailTooLong,
-}
-
-/// Where the bytes of an entry are.
-#[derive(Clone, Debug)]
-pub enum Found<B> {
-    /// In the body of a frame, at this offset.
-    Held(B, usize),
-    /// In the scratch memory that was passed along, at this offset.
-    Scratch(usize),
-    /// Nowhere at this host.
-    Missing,
-}
-
-/// The contents that this host has.
-pub trait Contents<B> {
-    /// Finds `run` entries from `first` on, checked by their ids; appends one [`Found`] each.
-    /// Bytes that are not held by a frame are appended to `scratch`.
-    fn find(
-        &mut self,
-        first: EntryId,
-        count: u32,
-        scratch: &mut Vec<u8>,
-        found: &mut Vec<Found<B>>,
-    );
-}
-
-/// A piece of what is written to the target QEMU.
-#[derive(Clone, Debug)]
-pub enum Segment<B> {
-    /// Bytes of [`Batch::head`].
-    Head(Range<usize>),
-    /// One page of the frame that the batch was made from, at this offset of its body.
-    Own(usize),
-    /// One page of an earlier frame's body.
-    Held(B, usize),
-    /// One page of [`Batch::scratch`].
-    Scratch(usize),
-}
-
-/// A content that a batch puts into a page.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Placed {
-    /// The entry.
-    pub entry: EntryId,
-    /// Where it is put.
-    pub block: BlockIndex,
-    /// Where it is put.
-    pub page: PageNo,
-    /// For a literal, where its bytes stand in the frame's body; they have yet to be hashed.
-    pub literal_at: Option<usize>,
-}
-
-/// What one frame turns into.
-#[derive(Debug)]
-pub struct Batch<B> {
-    /// Bytes that are not pages.
-    pub head: Vec<u8>,
-    /// What to write, in order.
-    pub segments: Vec<Segment<B>>,
-    /// Pages that were read or made for this batch.
-    pub scratch: Vec<u8>,
-    /// Contents and where they are now.
-    pub placed: Vec<Placed>,
-    /// Pages to ask the source for.
-    pub repair: Vec<(BlockIndex, PageRun)>,
-    /// To be acknowledged once the batch is loaded.
-    pub ack: Option<Ack>,
-    found: Vec<Found<B>>,
-    /// End of the last head segment.
-    head_done: usize,
-}
-
-/// How a position is known to be loaded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ack {
-    /// When the target QEMU answers this ping.
-    OnPong {
-        /// Value of the ping.
-        ping: u32,
-        /// Position of the source QEMU's stream.
-        position: u64,
-    },
-    /// When it is written: at the end of RAM no ping can be put in between.
-    OnWrite {
-        /// Position of the source QEMU's stream.
-        position: u64,
-    },
-}
-
-impl<B> Default for Batch<B> {
-    fn default() -> Self {
-        Self {
-            head: Vec::new(),
-            segments: Vec::new(),
-            scratch: Vec::new(),
-            placed: Vec::new(),
-            repair: Vec::new(),
-            ack: None,
-            found: Vec::new(),
-            head_done: 0,
-        }
-    }
-}
-
-impl<B> Batch<B> {
-    /// Empties the batch for another frame, keeping its memory.
-    pub fn clear(&mut self) {
-        self.head.clear();
-        self.segments.clear();
-        self.scratch.clear();
-        self.placed.clear();
-        self.repair.clear();
-        self.found.clear();
-        self.ack = None;
-        self.head_done = 0;
-    }
-
-    fn close_head(&mut self) {
-        if self.head_done < self.head.len() {
-            self.segments
-                .push(Segment::Head(self.head_done..self.head.len()));
-            self.head_done = self.head.len();
-        }
-    }
-
-    fn push_page(&mut self, segment: Segment<B>) {
-        self.close_head();
-        self.segments.push(segment);
-    }
-
-    fn ask_for(&mut self, block: BlockIndex, page: PageNo) {
-        match self.repair.last_mut() {
-            Some((b, run)) if *b == block && run.end() == Some(page.0) => run.count += 1,
-            _ => self.repair.push((
-                block,
-                PageRun {
-                    start: page,
-                    count: 1,
-                },
-            )),
-        }
-    }
 }
 
 enum State {
