@@ -155,8 +155,8 @@ impl Meter {
         if elapsed < MEASURE {
             return;
         }
-        let per_second =
-            |bytes: u64| bytes.saturating_mul(1000) / (elapsed.as_millis() as u64).max(1);
+        let elapsed_ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
+        let per_second = |bytes: u64| bytes.saturating_mul(1000) / elapsed_ms;
         self.last = Rates {
             wire: per_second(self.sum.wire),
             unique: per_second(self.sum.unique),
