@@ -73,7 +73,7 @@ mod tests {
             );
         }
         assert!(page.contains("The core traffic of gang+zstd is 14 % of stock's"));
-        assert!(page.contains("With gang+zstd the last VM is done after 12.5 s"));
+        assert!(page.contains("With gang+zstd all VMs are sent after 12.5 s"));
     }
 
     #[test]

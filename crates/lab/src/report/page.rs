@@ -213,7 +213,7 @@ fn timelines(techniques: &[Technique<'_>]) -> Markup {
                     ul.legend {
                         li { span.key.line {} "bytes sent for one VM" }
                         li { span.key.ring {} "stops at the source" }
-                        li { span.key.end {} "done" }
+                        li { span.key.end {} "all sent" }
                     }
                     (drawing)
                     figcaption {

@@ -114,10 +114,12 @@ pub(crate) fn of_timelines(techniques: &[Technique<'_>]) -> Option<String> {
     let soonest_text = text::seconds(soonest.max);
     let apart = text::seconds(soonest.max - soonest.min);
     Some(if first == last {
-        format!("With {first} the last VM is done after {soonest_text}, {apart} after the first.")
+        format!(
+            "With {first} all VMs are sent after {soonest_text}, {apart} after the first of them."
+        )
     } else {
         format!(
-            "With {first} the last VM is done after {soonest_text}, {apart} after the first; with \
+            "With {first} all VMs are sent after {soonest_text}, {apart} after the first of them; with \
              {last} it takes {}.",
             text::seconds(latest.max)
         )

@@ -1,5 +1,5 @@
 //! What each VM had sent at which time: a panel for each technique, all on the same scales, so
-//! that steeper is faster and shorter is done sooner.
+//! that steeper is faster and shorter is sooner done.
 
 use maud::{Markup, html};
 
@@ -76,7 +76,7 @@ fn y_axis(y: &Scale, top: f64) -> Markup {
     }
 }
 
-/// A line for each VM; a ring where it stopped at the source, a dot where it is done.
+/// A line for each VM; a ring where it stopped at the source, a dot where all is sent.
 fn curves(technique: &str, run: &Run, (x, y): (&Scale, &Scale), top: f64) -> Markup {
     let stock = if technique.starts_with(super::metric::BASELINE) {
         " stock"
