@@ -1,5 +1,267 @@
-//! What can go wrong, and when.
+//! What goes wrong in a run, where, and at which instant of a move.
+//!
+//! The agents have a test aid for this: at an instant NAME of the move of VM, an agent waits while
+//! the file `NAME.VM` exists in its hold directory, having created `NAME.VM.reached`. So a fault
+//! strikes at a known instant and not around it. Phases, which the event stream tells, are coarser
+//! and need no aid.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use rustix::process::{Pid, Signal, kill_process};
 use serde::Deserialize;
-/// placeholder while stock comes up
+use serde_json::json;
+
+use crate::bench::Bench;
+use crate::gangway::Agents;
+use crate::guest::{Host, Vm};
+use crate::outcome::EventLog;
+use crate::shell::{output, say};
+
+/// How often the lab looks whether an agent has reached the instant.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// One fault.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
-pub struct Fault {}
+#[serde(deny_unknown_fields)]
+pub struct Fault {
+    /// VM whose move it strikes; the first if absent.
+    #[serde(default = "first_vm")]
+    pub vm: String,
+    /// When.
+    pub at: Moment,
+    /// What happens.
+    pub action: Action,
+    /// To whom.
+    pub on: Victim,
+    /// How long a `stop`, `cut` or `fill-disk` lasts; for good if absent.
+    #[serde(default)]
+    pub for_s: Option<f64>,
+}
+
+/// When a fault strikes.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Moment {
+    /// The source agent is at this instant: `bulk`, `switch-over`, `sent`, `loaded`, `committed`,
+    /// `released`.
+    Source(String),
+    /// The target agent is at this instant: `target-loaded`, `target-release`, `target-running`.
+    Target(String),
+    /// The event stream says that the VM has entered this phase.
+    Phase(String),
+}
+
+/// What happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Action {
+    /// The process dies at once (SIGKILL).
+    Kill,
+    /// The process stands still (SIGSTOP).
+    Stop,
+    /// The host's link to its rack is taken down.
+    Cut,
+    /// The agent's state directory is full.
+    FillDisk,
+    /// A person cancels the move.
+    Cancel,
+}
+
+/// Who is struck.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Victim {
+    /// The VM's source host, or its agent.
+    SourceAgent,
+    /// The VM's target host, or its agent.
+    TargetAgent,
+    /// Its QEMU there.
+    SourceQemu,
+    /// Its QEMU there.
+    TargetQemu,
+    /// The `gangway migrate` that a person watches.
+    Cli,
+}
+
+fn first_vm() -> String {
+    "vm1".into()
+}
+
+/// A fault of this run, armed.
+#[derive(Debug)]
+pub struct Armed<'a> {
+    fault: &'a Fault,
+    bench: &'a Bench<'a>,
+    vm: &'a Vm,
+    /// The file that holds the agent at the instant.
+    hold: Option<PathBuf>,
+}
+
+impl<'a> Armed<'a> {
+    /// Prepares the fault before the migration starts.
+    pub fn arm(fault: &'a Fault, bench: &'a Bench<'a>) -> anyhow::Result<Self> {
+        let vm = bench.vms.iter().find(|vm| vm.name == fault.vm);
+        let vm = vm.with_context(|| format!("the fault names {}, which is no VM", fault.vm))?;
+        let held = match &fault.at {
+            Moment::Source(instant) => Some((&vm.source, instant)),
+            Moment::Target(instant) => Some((&vm.target, instant)),
+            Moment::Phase(_) => None,
+        };
+        let hold = held.map(|(host, name)| hold_dir(host).join(format!("{name}.{}", vm.name)));
+        if let Some(path) = &hold {
+            fs::write(path, "").with_context(|| format!("creating {}", path.display()))?;
+        }
+        Ok(Self {
+            fault,
+            bench,
+            vm,
+            hold,
+        })
+    }
+
+    /// Waits for the instant, lets the fault strike, and undoes it when its time is over. `over`
+    /// says that the migration has ended; `phase` what the event stream said last of this VM.
+    pub fn strike(
+        &self,
+        agents: &Agents,
+        cli_pid: u32,
+        log: &EventLog,
+        progress: &dyn Fn() -> Progress,
+    ) -> anyhow::Result<()> {
+        if !self.wait(progress) {
+            say(&format!(
+                "the migration ended before the fault's moment, {:?}",
+                self.fault.at
+            ));
+            return Ok(());
+        }
+        let what = format!(
+            "{:?} {:?} at {:?}",
+            self.fault.action, self.fault.on, self.fault.at
+        );
+        say(&format!("fault: {what}"));
+        log.note(&self.vm.name, "fault", json!({"message": what}));
+        let struck = self.set(agents, cli_pid, true);
+        if let Some(path) = &self.hold {
+            fs::remove_file(path).with_context(|| format!("removing {}", path.display()))?;
+        }
+        struck?;
+        if let Some(seconds) = self.fault.for_s {
+            thread::sleep(Duration::from_secs_f64(seconds));
+            self.set(agents, cli_pid, false)?;
+            log.note(&self.vm.name, "fault-over", json!({}));
+        }
+        Ok(())
+    }
+
+    /// Whether the moment came before the migration was over.
+    fn wait(&self, progress: &dyn Fn() -> Progress) -> bool {
+        let deadline = Instant::now() + Duration::from_secs(self.bench.scenario.patience_s);
+        let reached = self
+            .hold
+            .as_ref()
+            .map(|path| path.with_added_extension("reached"));
+        while Instant::now() < deadline {
+            let now = progress();
+            let come = match (&reached, &self.fault.at) {
+                (Some(file), _) => file.exists(),
+                (None, Moment::Phase(phase)) => now.phase.as_ref() == Some(phase),
+                (None, _) => false,
+            };
+            if come || now.over {
+                return come;
+            }
+            thread::sleep(LOOK);
+        }
+        false
+    }
+
+    fn set(&self, agents: &Agents, cli_pid: u32, on: bool) -> anyhow::Result<()> {
+        match (self.fault.action, on) {
+            (Action::Kill, true) => signal(self.pid(agents, cli_pid)?, Signal::KILL),
+            (Action::Stop, true) => signal(self.pid(agents, cli_pid)?, Signal::STOP),
+            (Action::Stop, false) => signal(self.pid(agents, cli_pid)?, Signal::CONT),
+            (Action::Cut, _) => self.bench.net.set_edge(&self.host()?.address, !on),
+            (Action::FillDisk, true) => fill(&filler(self.host()?)),
+            (Action::FillDisk, false) => {
+                fs::remove_file(filler(self.host()?)).context("freeing the disk")
+            }
+            (Action::Cancel, true) => {
+                let mut cancel = Command::new(agents.program());
+                cancel.arg("cancel").args(["--vm", &self.vm.name]);
+                cancel.arg("--socket").arg(agents.coordinator_socket()?);
+                output(&mut cancel).map(drop)
+            }
+            (Action::Kill | Action::Cancel, false) => Ok(()),
+        }
+    }
+
+    fn host(&self) -> anyhow::Result<&'a Host> {
+        match self.fault.on {
+            Victim::SourceAgent | Victim::SourceQemu => Ok(&self.vm.source),
+            Victim::TargetAgent | Victim::TargetQemu => Ok(&self.vm.target),
+            Victim::Cli => bail!("{:?} needs a host, `cli` is none", self.fault.action),
+        }
+    }
+
+    fn pid(&self, agents: &Agents, cli_pid: u32) -> anyhow::Result<u32> {
+        match self.fault.on {
+            Victim::SourceAgent | Victim::TargetAgent => agents.pid(self.host()?.name()),
+            Victim::SourceQemu | Victim::TargetQemu => self.vm.qmp(self.host()?)?.peer_pid(),
+            Victim::Cli => Ok(cli_pid),
+        }
+    }
+}
+
+/// How far the migration is.
+#[derive(Clone, Debug)]
+pub struct Progress {
+    /// It has ended.
+    pub over: bool,
+    /// Newest phase of the VM that the fault strikes.
+    pub phase: Option<String>,
+}
+
+/// Where the agent of `host` looks for files that hold it.
+#[must_use]
+pub fn hold_dir(host: &Host) -> PathBuf {
+    host.dir.join("hold")
+}
+
+/// State directory of the agent of `host`.
+#[must_use]
+pub fn state_dir(host: &Host) -> PathBuf {
+    host.dir.join("state")
+}
+
+fn filler(host: &Host) -> PathBuf {
+    state_dir(host).join("filler")
+}
+
+fn signal(pid: u32, signal: Signal) -> anyhow::Result<()> {
+    let pid = i32::try_from(pid)
+        .ok()
+        .and_then(Pid::from_raw)
+        .context("not a process id")?;
+    kill_process(pid, signal).with_context(|| format!("signalling process {pid:?}"))
+}
+
+/// Writes until the file system is full. It is the small one that the run mounted for this.
+fn fill(path: &Path) -> anyhow::Result<()> {
+    let mut file =
+        fs::File::create(path).with_context(|| format!("creating {}", path.display()))?;
+    let chunk = [0x5A; 4096];
+    loop {
+        match file.write_all(&chunk) {
+            Ok(()) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::StorageFull => return Ok(()),
+            Err(error) => return Err(error).context("filling the disk"),
+        }
+    }
+}

@@ -13,6 +13,8 @@ pub mod memory;
 pub mod net;
 pub mod observer;
 pub mod outcome;
+pub mod pki;
+pub mod process;
 pub mod qmp;
 pub mod report;
 pub mod results;

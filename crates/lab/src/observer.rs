@@ -108,6 +108,12 @@ impl Track {
             .max_by(f64::total_cmp)
     }
 
+    /// Whether the newest heartbeat came from `host`.
+    #[must_use]
+    pub fn ends_at(&self, host: &str) -> bool {
+        self.0.last().is_some_and(|beat| beat.host == host)
+    }
+
     /// First heartbeat heard from `host`.
     #[must_use]
     pub fn first_from(&self, host: &str) -> Option<&Beat> {

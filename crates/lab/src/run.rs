@@ -88,7 +88,7 @@ fn one(
     let bench = Bench::start(session, scenario, programs)?;
     let agents = match technique {
         Technique::Stock(_) => None,
-        Technique::Gangway { .. } => Some(gangway::Agents::start(&bench, session)?),
+        Technique::Gangway { .. } => Some(gangway::Agents::start(&bench, session.dir())?),
     };
     let before = Before::read(&bench)?;
     say(&format!("moving {} VMs with {technique}", bench.vms.len()));

@@ -356,6 +356,8 @@ fn apply(table: &mut Table, setting: &str) -> anyhow::Result<()> {
                 .collect(),
         ),
         Some(Value::String(_)) => Value::String(text.to_owned()),
+        // Versions look like numbers, but are names.
+        _ if path.starts_with("qemu.") => Value::String(text.to_owned()),
         _ => parse_value(text),
     };
     place.insert(last.to_owned(), value);

@@ -11,6 +11,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Context;
+use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal, kill_process};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -20,6 +21,9 @@ use crate::shell::{output, say};
 
 /// Where `ip netns` keeps the names of namespaces.
 const NAMESPACES: &str = "/run/netns";
+/// Where sessions have their directories. Not `TMPDIR`: the path of a unix socket must fit into 108
+/// bytes.
+const DIR: &str = "/tmp";
 const PREFIX: &str = "gw";
 
 /// The names of one session. Dropping it removes all that carries them.
@@ -54,8 +58,7 @@ impl Session {
         &self.prefix
     }
 
-    /// Directory for sockets and logs. Short, because the path of a unix socket must fit into 108
-    /// bytes.
+    /// Directory for sockets and logs.
     #[must_use]
     pub fn dir(&self) -> PathBuf {
         dir_of(&self.prefix)
@@ -75,7 +78,7 @@ impl Drop for Session {
 }
 
 fn dir_of(prefix: &str) -> PathBuf {
-    std::env::temp_dir().join(prefix)
+    Path::new(DIR).join(prefix)
 }
 
 fn remove_on_signal(prefix: String) -> anyhow::Result<()> {
@@ -94,9 +97,9 @@ fn remove_on_signal(prefix: String) -> anyhow::Result<()> {
 }
 
 fn remove_leftovers() {
-    let mut found: Vec<String> = [Path::new(NAMESPACES), &std::env::temp_dir()]
+    let mut found: Vec<String> = [NAMESPACES, DIR]
         .into_iter()
-        .flat_map(entries)
+        .flat_map(|dir| entries(Path::new(dir)))
         .chain(cgroup::names())
         .filter_map(|name| session_of(&name))
         .filter(|(_, pid)| !Path::new(&format!("/proc/{pid}")).exists())
@@ -143,10 +146,22 @@ fn remove(prefix: &str) {
     }
     cgroup::remove(prefix);
     let dir = dir_of(prefix);
+    unmount_below(&dir);
     if let Err(error) = fs::remove_dir_all(&dir)
         && dir.exists()
     {
         say(&format!("removing {}: {error}", dir.display()));
+    }
+}
+
+/// The small disks that faults are played on.
+fn unmount_below(dir: &Path) {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let paths = mounts.lines().filter_map(|line| line.split(' ').nth(1));
+    for path in paths.filter(|path| Path::new(path).starts_with(dir)) {
+        if let Err(error) = unmount(path, UnmountFlags::DETACH) {
+            say(&format!("unmounting {path}: {error}"));
+        }
     }
 }
 
