@@ -2,9 +2,8 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::sync::Arc;
 
-use qstream::{Decoder, Encoder, Item, Step, StreamError, encode_command};
+use qstream::{Decoder, Item, Step, StreamError};
 
 /// The captured streams of a kind (`main`, `return` or `refused`) with their names.
 pub(crate) fn golden(kind: &str) -> Vec<(String, Vec<u8>)> {
@@ -24,46 +23,6 @@ pub(crate) fn golden(kind: &str) -> Vec<(String, Vec<u8>)> {
         .collect();
     streams.sort();
     streams
-}
-
-/// Re-encodes a decoded stream as the two agents together do.
-#[derive(Default)]
-pub(crate) struct Rewriter {
-    pub(crate) out: Vec<u8>,
-    encoder: Option<Encoder>,
-}
-
-impl Rewriter {
-    pub(crate) fn item(&mut self, item: &Item<'_>, decoder: &Decoder) {
-        let out = &mut self.out;
-        match *item {
-            Item::RamStart { raw } => {
-                out.extend_from_slice(raw);
-                self.encoder = Some(Encoder::new(
-                    Arc::clone(decoder.blocks().unwrap()),
-                    decoder.ram_section_id().unwrap(),
-                    decoder.footers().unwrap(),
-                ));
-            }
-            Item::Header { raw, .. } | Item::Opaque(raw) | Item::Tail(raw) => {
-                out.extend_from_slice(raw);
-            }
-            Item::Command { command, .. } => encode_command(command, out),
-            _ => {
-                let encoder = self.encoder.as_mut().unwrap();
-                match *item {
-                    Item::PartBegin => encoder.begin_part(out),
-                    Item::EndBegin => encoder.begin_end(out),
-                    Item::Page { block, page, bytes } => {
-                        encoder.page(block, page, out);
-                        out.extend_from_slice(bytes);
-                    }
-                    Item::Zero { block, page } => encoder.zero(block, page, out),
-                    _ => encoder.close(out),
-                }
-            }
-        }
-    }
 }
 
 /// Decodes a stream that is completely there and hands each item to `each`; returns what is left

@@ -1,6 +1,7 @@
 //! Streams captured from real QEMUs by `scripts/capture-golden`.
 
-use crate::common::{Rewriter, decode_all, golden};
+use crate::common::{decode_all, golden};
+use crate::rewriter::Rewriter;
 use page::PAGE_SIZE;
 use qstream::{Command, Feature, Item, ReturnDecoder, ReturnMessage, ReturnStep, StreamError};
 

@@ -7,4 +7,5 @@ mod golden;
 mod limits;
 mod properties;
 mod return_path;
+mod rewriter;
 mod splits;

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::common::{Rewriter, decode_all, golden};
+use crate::common::{decode_all, golden};
+use crate::rewriter::Rewriter;
 use page::{BlockIndex, ByteLen, PAGE_SIZE, PageNo};
 use proptest::prelude::*;
 use qstream::{
