@@ -86,6 +86,8 @@ pub struct OpenMove {
     pub vm: u16,
     /// Command line of the target QEMU, program first.
     pub argv: Vec<String>,
+    /// Whether the guest runs once it is released; a guest that was paused arrives paused.
+    pub resume: bool,
     /// Memory of the guest, bytes.
     pub memory_bytes: u64,
 }

@@ -84,6 +84,8 @@ pub enum SourceEvent {
     SourceRuns,
     /// The source QEMU is gone or does not obey.
     SourceLost(String),
+    /// The journal could not be written, so the action after it was not done.
+    JournalFailed(String),
     /// The agent was restarted with this journal.
     Restarted(SourceJournal),
 }
@@ -95,7 +97,8 @@ pub enum SourceAction {
     StartStream,
     /// Pass the target QEMU's `SHUT 0` on to the source QEMU. Answer: `SourceCompleted`.
     CompleteSource,
-    /// Write the journal, before the next action.
+    /// Write the journal, before the next action. If it cannot be written the next action must
+    /// not be done. Answer, only then: `JournalFailed`.
     Journal(SourceJournal),
     /// Ask for confirmation if the plan wants it. Answer: `Confirmed`.
     AwaitConfirmation,
@@ -181,6 +184,7 @@ impl SourceMove {
             (S::Preparing | S::Copying | S::Completing | S::Committed, E::Cancel) => {
                 undo("cancelled".into(), true)
             }
+            (S::Releasing { .. }, E::JournalFailed(reason)) => undo(reason, true),
             (S::Releasing { since }, E::Answer(answer)) => answered(since, answer),
             (S::Releasing { since }, E::NoAnswer { reason, now }) => unanswered(since, reason, now),
             (S::Undoing { reason }, E::SourceRuns) => {

@@ -1,0 +1,296 @@
+//! The data path of one host behind the control API.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use anyhow::Context;
+use guest::{QmpError, SourceGuest, host_report};
+
+use crate::api::mover::{Admission, Bandwidth, EventSink, MoveCheck, Mover, Refusal, RefusalCode};
+use crate::config::Config;
+use crate::journal::Journal;
+use crate::link::{Bucket, Hold, Security};
+use crate::source::{Entry, Input, MoveContext, MoveRun, SessionContext, Sessions};
+use crate::target::{self, Arrivals, TargetContext};
+use crate::tls::Tls;
+use crate::types::{Happening, MoveSpec, Phase};
+
+/// What a target QEMU takes besides its guest's memory: the process itself, and what a guest
+/// of 2 vCPUs with usual devices was seen to take.
+const QEMU_OVERHEAD_BYTES: u64 = 64 << 20;
+
+/// Moves whose source or target is this host.
+pub(crate) struct HostMover {
+    /// Locked for as long as the agent lives: two agents must not take up one journal.
+    _lock: std::fs::File,
+    context: MoveContext,
+    arrivals: Arc<Arrivals>,
+    moves: Arc<Mutex<HashMap<String, Known>>>,
+    /// One limit for each group's moves from here.
+    budgets: Mutex<HashMap<String, Arc<Bucket>>>,
+}
+
+/// An outgoing move.
+struct Known {
+    spec: MoveSpec,
+    run: MoveRun,
+    phase: Phase,
+}
+
+impl HostMover {
+    /// Opens the journals, takes up what was left, and listens for moves.
+    pub(crate) fn start(config: &Config, tls: Option<&Tls>) -> anyhow::Result<Self> {
+        let security = match tls {
+            Some(tls) => Security::Tls { server: Arc::clone(&tls.server), client: Arc::clone(&tls.client) },
+            None => Security::Plaintext,
+        };
+        let peer_timeout = config.peer_timeout();
+        let hold = Hold(config.hold_dir.clone());
+        let log_dir = config.state_dir.join("log");
+        std::fs::create_dir_all(&log_dir).with_context(|| format!("creating {}", log_dir.display()))?;
+        std::fs::create_dir_all(&config.run_dir).with_context(|| format!("creating {}", config.run_dir.display()))?;
+        let lock = claim(&config.state_dir)?;
+        let journal = |role| Journal::open(config.state_dir.join(role)).context("opening the journal");
+        let arrivals = Arrivals::start(TargetContext {
+            run_dir: config.run_dir.clone(),
+            log_dir,
+            journal: journal("incoming")?,
+            hold: hold.clone(),
+            store_bytes: usize::try_from(config.store_bytes)?,
+        })?;
+        target::listen(config.bulk, Arc::clone(&arrivals), security.clone(), peer_timeout)?;
+        let session = SessionContext {
+            host: config.name.clone(),
+            security,
+            peer_timeout,
+            hold,
+            budget: Arc::default(),
+        };
+        let context = MoveContext {
+            sessions: Arc::new(Sessions::default()),
+            session,
+            journal: journal("outgoing")?,
+            run_dir: config.run_dir.clone(),
+            window_log: u8::try_from(config.compression_window_bytes.ilog2())?,
+            window_bytes: config.window_bytes_max,
+            stall_limit: Duration::from_secs(config.switchover_stall_limit_s),
+        };
+        Ok(Self { _lock: lock, context, arrivals, moves: Arc::default(), budgets: Mutex::default() })
+    }
+
+    /// The context of a move, with its group's budget.
+    fn context_of(&self, spec: &MoveSpec) -> MoveContext {
+        let mut budgets = lock(&self.budgets);
+        budgets.retain(|_, budget| Arc::strong_count(budget) > 1);
+        let budget = Arc::clone(budgets.entry(spec.group.clone()).or_default());
+        budget.set_rate(spec.group_bandwidth_bytes_per_s);
+        let mut context = self.context.clone();
+        context.session.budget = budget;
+        context
+    }
+
+    /// Keeps the phase of a move beside passing its events on.
+    fn sink(&self, id: &str, events: EventSink) -> EventSink {
+        let (moves, id) = (Arc::clone(&self.moves), id.to_owned());
+        Box::new(move |happening| {
+            if let Happening::Phase { phase, .. } = &happening
+                && let Some(known) = lock(&moves).get_mut(&id)
+            {
+                known.phase = *phase;
+            }
+            events(happening);
+        })
+    }
+
+    fn known<T>(&self, id: &str, use_it: impl FnOnce(&Known) -> Result<T, Refusal>) -> Result<T, Refusal> {
+        let moves = lock(&self.moves);
+        let known = moves
+            .get(id)
+            .ok_or_else(|| Refusal::new(RefusalCode::UnknownMove, format!("no move {id} goes out from this host")))?;
+        use_it(known)
+    }
+
+    fn busy(&self, spec: &MoveSpec) -> Option<Refusal> {
+        let moves = lock(&self.moves);
+        let same = moves.values().find(|m| m.spec.vm == spec.vm && !m.phase.is_final())?;
+        Some(Refusal::of_vm(
+            RefusalCode::Busy,
+            &spec.vm,
+            format!("{} is moving already, as {}; wait for that move or cancel it", spec.vm, same.spec.id),
+        ))
+    }
+}
+
+impl Mover for HostMover {
+    fn check(&self, spec: &MoveSpec) -> Result<MoveCheck, Refusal> {
+        if let Some(busy) = self.busy(spec) {
+            return Err(busy);
+        }
+        let refuse = |error: &guest::GuestError| {
+            Refusal::of_vm(code_of(error), &spec.vm, format!("{} was not touched: {}", spec.vm, chain(error)))
+        };
+        let (guest, _events) = SourceGuest::attach(&spec.qmp).map_err(|e| refuse(&e))?;
+        guest.check().map_err(|e| refuse(&e))?;
+        let argv = spec.definition.as_deref().unwrap_or(guest.argv());
+        let (major, minor, micro) = guest.version();
+        Ok(MoveCheck {
+            vm: spec.vm.clone(),
+            memory_bytes: guest.memory_bytes().0,
+            program: PathBuf::from(argv.first().cloned().unwrap_or_default()),
+            machine: machine_of(argv).unwrap_or_default(),
+            qemu_version: format!("{major}.{minor}.{micro}"),
+        })
+    }
+
+    fn start(&self, spec: MoveSpec, events: EventSink) -> Result<(), Refusal> {
+        if let Some(busy) = self.busy(&spec) {
+            return Err(busy);
+        }
+        let id = spec.id.clone();
+        let events = self.sink(&id, events);
+        let run = MoveRun::start(self.context_of(&spec), spec.clone(), events).map_err(|e| internal(&e))?;
+        lock(&self.moves).insert(id, Known { spec, run, phase: Phase::Queued });
+        Ok(())
+    }
+
+    fn cancel(&self, id: &str) -> Result<(), Refusal> {
+        self.known(id, |known| {
+            if known.phase >= Phase::Released {
+                let message = format!("{} has been let go at the target; it cannot be cancelled any more", known.spec.vm);
+                return Err(Refusal::of_vm(RefusalCode::TooLate, &known.spec.vm, message));
+            }
+            known.run.tell(Input::Cancel);
+            Ok(())
+        })
+    }
+
+    fn resume_held(&self, id: &str) -> Result<(), Refusal> {
+        self.known(id, |known| {
+            if known.phase != Phase::Held {
+                let message = format!("{} does not wait to be continued", known.spec.vm);
+                return Err(Refusal::of_vm(RefusalCode::NotHeld, &known.spec.vm, message));
+            }
+            known.run.tell(Input::Confirmed);
+            Ok(())
+        })
+    }
+
+    fn set_bandwidth(&self, id: &str, limits: Bandwidth) -> Result<(), Refusal> {
+        self.known(id, |known| {
+            if let Some(budget) = lock(&self.budgets).get(&known.spec.group) {
+                budget.set_rate(limits.group_bytes_per_s);
+            }
+            known.run.tell(Input::Limit(limits.move_bytes_per_s));
+            Ok(())
+        })
+    }
+
+    fn admit(&self, request: &Admission) -> Result<(), Refusal> {
+        let report = host_report();
+        let needed = request.memory_bytes().saturating_add(QEMU_OVERHEAD_BYTES.saturating_mul(request.vms.len() as u64));
+        let available = report.memory.for_guests().0;
+        if needed > available {
+            let names: Vec<&str> = request.vms.iter().map(|vm| vm.vm.as_str()).collect();
+            let message = format!(
+                "{} need {} here, of which {} are free; they run at their sources as before. Free memory here or move fewer",
+                names.join(", "),
+                page::ByteLen(needed),
+                page::ByteLen(available),
+            );
+            return Err(Refusal::new(RefusalCode::NoMemory, message));
+        }
+        for vm in &request.vms {
+            if !is_program(&vm.program) {
+                let message = format!(
+                    "{} needs {} here, which is not installed; it runs at its source as before",
+                    vm.vm,
+                    vm.program.display()
+                );
+                return Err(Refusal::of_vm(RefusalCode::NoQemu, &vm.vm, message));
+            }
+        }
+        Ok(())
+    }
+
+    fn recover(&self, id: &str, events: EventSink) -> Result<(), Refusal> {
+        let Some(entry) = self.context.journal.read::<Entry>(id) else {
+            return Err(Refusal::new(RefusalCode::UnknownMove, format!("no interrupted move {id} in the journal here")));
+        };
+        if let Some(busy) = self.busy(&entry.spec) {
+            return Err(busy);
+        }
+        let spec = entry.spec.clone();
+        let events = self.sink(id, events);
+        let run = MoveRun::recover(self.context_of(&spec), entry, events).map_err(|e| internal(&e))?;
+        lock(&self.moves).insert(id.to_owned(), Known { spec, run, phase: Phase::Queued });
+        Ok(())
+    }
+
+    fn recoverable(&self) -> Vec<MoveSpec> {
+        self.context.journal.all::<Entry>().into_iter().map(|entry| entry.spec).collect()
+    }
+
+    fn incoming(&self) -> Vec<String> {
+        self.arrivals.under_way()
+    }
+}
+
+/// Sees that no other agent has this state directory.
+fn claim(state_dir: &std::path::Path) -> anyhow::Result<std::fs::File> {
+    let path = state_dir.join("lock");
+    let file = std::fs::File::create(&path).with_context(|| format!("creating {}", path.display()))?;
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive)
+        .with_context(|| format!("another agent runs with the state directory {}", state_dir.display()))?;
+    Ok(file)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn internal(error: &std::io::Error) -> Refusal {
+    Refusal::new(RefusalCode::Internal, format!("no thread for the move: {error}"))
+}
+
+fn code_of(error: &guest::GuestError) -> RefusalCode {
+    match error {
+        guest::GuestError::Qmp(QmpError::Busy { .. }) | guest::GuestError::MigrationActive { .. } => RefusalCode::Busy,
+        guest::GuestError::Qmp(QmpError::Connect { source, .. }) if source.kind() == std::io::ErrorKind::PermissionDenied => {
+            RefusalCode::Forbidden
+        }
+        guest::GuestError::Qmp(QmpError::Connect { .. }) => RefusalCode::UnknownVm,
+        _ => RefusalCode::CannotMigrate,
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+/// The machine type that a command line names.
+fn machine_of(argv: &[String]) -> Option<String> {
+    let at = argv.iter().position(|a| a == "-machine" || a == "-M" || a == "--machine")?;
+    let value = argv.get(at + 1)?;
+    let first = value.split(',').next()?;
+    Some(first.strip_prefix("type=").unwrap_or(first).to_owned())
+}
+
+/// Whether a program can be started here by this name.
+fn is_program(program: &std::path::Path) -> bool {
+    use std::os::unix::fs::PermissionsExt;
+    let runs = |path: &std::path::Path| {
+        std::fs::metadata(path).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
+    };
+    if program.components().count() > 1 {
+        return runs(program);
+    }
+    std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|dir| runs(&dir.join(program))))
+}

@@ -1,0 +1,246 @@
+//! One connection between two agents, with or without TLS, blocking.
+
+use std::io::{self, IoSlice, Read, Write};
+use std::net::{TcpStream, ToSocketAddrs};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustls::{ClientConfig, ClientConnection, ServerConfig, ServerConnection, StreamOwned};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use wire::{Hello, MAGIC, MAX_CONTROL, WireError};
+
+use crate::tls;
+
+/// How long a connection may take to be made, hello included.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How often a blocked read or write looks at the time.
+const TICK: Duration = Duration::from_millis(250);
+
+/// Plain text that rustls holds before it must be written: some records of 16 KiB.
+const TLS_BUFFER: usize = 256 << 10;
+
+/// Keys and certificates, or none.
+#[derive(Clone)]
+pub(crate) enum Security {
+    /// Mutual TLS.
+    Tls { server: Arc<ServerConfig>, client: Arc<ClientConfig> },
+    /// For labs on networks of their own.
+    Plaintext,
+}
+
+/// What goes wrong with a peer.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LinkError {
+    #[error("the connection failed")]
+    Io(#[from] io::Error),
+    #[error("the peer closed the connection")]
+    Closed,
+    #[error("the peer was silent for {0:?}")]
+    Silent(Duration),
+    #[error("the peer speaks something else")]
+    Protocol(#[from] WireError),
+    #[error("the peer's TLS is not acceptable")]
+    Tls(#[from] rustls::Error),
+    #[error("{0} is no address")]
+    Address(String),
+    #[error("it refused: {0}")]
+    Refused(String),
+}
+
+enum Stream {
+    Plain(TcpStream),
+    Client(Box<StreamOwned<ClientConnection, TcpStream>>),
+    Server(Box<StreamOwned<ServerConnection, TcpStream>>),
+}
+
+/// A connection. Reads and writes fail once the peer made no progress for `timeout`.
+pub(crate) struct Link {
+    stream: Stream,
+    timeout: Duration,
+}
+
+impl Link {
+    /// Connects to `address` (`host:port`).
+    pub(crate) fn connect(address: &str, security: &Security, timeout: Duration) -> Result<Self, LinkError> {
+        let mut last = None;
+        for resolved in address.to_socket_addrs()? {
+            match TcpStream::connect_timeout(&resolved, CONNECT_TIMEOUT) {
+                Ok(tcp) => return Self::client(tcp, address, security, timeout),
+                Err(error) => last = Some(error),
+            }
+        }
+        Err(last.map_or_else(|| LinkError::Address(address.to_owned()), LinkError::Io))
+    }
+
+    fn client(tcp: TcpStream, address: &str, security: &Security, timeout: Duration) -> Result<Self, LinkError> {
+        prepare(&tcp, timeout)?;
+        let stream = match security {
+            Security::Plaintext => Stream::Plain(tcp),
+            Security::Tls { client, .. } => {
+                let name = tls::server_name(address).ok_or_else(|| LinkError::Address(address.to_owned()))?;
+                let mut connection = ClientConnection::new(Arc::clone(client), name)?;
+                connection.set_buffer_limit(Some(TLS_BUFFER));
+                Stream::Client(Box::new(StreamOwned::new(connection, tcp)))
+            }
+        };
+        Ok(Self { stream, timeout })
+    }
+
+    /// Takes over an accepted connection.
+    pub(crate) fn accepted(tcp: TcpStream, security: &Security, timeout: Duration) -> Result<Self, LinkError> {
+        prepare(&tcp, timeout)?;
+        let stream = match security {
+            Security::Plaintext => Stream::Plain(tcp),
+            Security::Tls { server, .. } => {
+                let mut connection = ServerConnection::new(Arc::clone(server))?;
+                connection.set_buffer_limit(Some(TLS_BUFFER));
+                Stream::Server(Box::new(StreamOwned::new(connection, tcp)))
+            }
+        };
+        Ok(Self { stream, timeout })
+    }
+
+    /// A handle that can shut the connection down from another thread.
+    pub(crate) fn socket(&self) -> io::Result<TcpStream> {
+        match &self.stream {
+            Stream::Plain(tcp) => tcp.try_clone(),
+            Stream::Client(tls) => tls.sock.try_clone(),
+            Stream::Server(tls) => tls.sock.try_clone(),
+        }
+    }
+
+    /// Says what the connection is for.
+    pub(crate) fn send_hello(&mut self, hello: &Hello) -> Result<(), LinkError> {
+        self.write_all(&MAGIC)?;
+        self.send(hello)
+    }
+
+    /// Reads what the connection is for.
+    pub(crate) fn receive_hello(&mut self) -> Result<Hello, LinkError> {
+        let mut magic = [0; MAGIC.len()];
+        self.read_exact(&mut magic)?;
+        if magic != MAGIC {
+            return Err(WireError::Control("not a Gangway agent".into()).into());
+        }
+        self.receive()
+    }
+
+    /// Sends one control message.
+    pub(crate) fn send<T: Serialize>(&mut self, message: &T) -> Result<(), LinkError> {
+        let bytes = wire::encode_control(message)?;
+        self.write_all(&bytes)
+    }
+
+    /// Receives one control message.
+    pub(crate) fn receive<T: DeserializeOwned>(&mut self) -> Result<T, LinkError> {
+        let mut length = [0; 4];
+        self.read_exact(&mut length)?;
+        let length = u32::from_le_bytes(length) as usize;
+        if length > MAX_CONTROL {
+            return Err(WireError::TooLong {
+                what: "a control message",
+                length: length as u64,
+                limit: MAX_CONTROL as u64,
+            }
+            .into());
+        }
+        let mut json = vec![0; length];
+        self.read_exact(&mut json)?;
+        Ok(wire::decode_control(&json)?)
+    }
+
+    /// Changes how long the peer may make no progress.
+    pub(crate) fn set_timeout(&mut self, timeout: Duration) {
+        self.timeout = timeout;
+    }
+
+    pub(crate) fn read_exact(&mut self, mut out: &mut [u8]) -> Result<(), LinkError> {
+        let mut progress = Instant::now();
+        while !out.is_empty() {
+            let result = match &mut self.stream {
+                Stream::Plain(tcp) => tcp.read(out),
+                Stream::Client(tls) => tls.read(out),
+                Stream::Server(tls) => tls.read(out),
+            };
+            match result {
+                Ok(0) => return Err(LinkError::Closed),
+                Ok(n) => {
+                    out = &mut out[n..];
+                    progress = Instant::now();
+                }
+                Err(error) => self.pause(error, progress)?,
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn write_all(&mut self, bytes: &[u8]) -> Result<(), LinkError> {
+        self.write_all_vectored(&mut [IoSlice::new(bytes)])
+    }
+
+    /// Writes all of the slices.
+    pub(crate) fn write_all_vectored(&mut self, mut slices: &mut [IoSlice<'_>]) -> Result<(), LinkError> {
+        let mut progress = Instant::now();
+        IoSlice::advance_slices(&mut slices, 0);
+        while !slices.is_empty() {
+            let batch = slices.len().min(1024);
+            let result = match &mut self.stream {
+                Stream::Plain(tcp) => tcp.write_vectored(&slices[..batch]),
+                Stream::Client(tls) => tls.write_vectored(&slices[..batch]),
+                Stream::Server(tls) => tls.write_vectored(&slices[..batch]),
+            };
+            match result {
+                Ok(0) => return Err(LinkError::Closed),
+                Ok(n) => {
+                    IoSlice::advance_slices(&mut slices, n);
+                    progress = Instant::now();
+                }
+                Err(error) => self.pause(error, progress)?,
+            }
+        }
+        self.flush(progress)
+    }
+
+    /// TLS may hold records that the socket had no room for.
+    fn flush(&mut self, mut progress: Instant) -> Result<(), LinkError> {
+        loop {
+            let (result, left) = match &mut self.stream {
+                Stream::Plain(_) => return Ok(()),
+                Stream::Client(tls) => (tls.conn.write_tls(&mut tls.sock), tls.conn.wants_write()),
+                Stream::Server(tls) => (tls.conn.write_tls(&mut tls.sock), tls.conn.wants_write()),
+            };
+            match result {
+                Ok(n) => {
+                    if !left {
+                        return Ok(());
+                    }
+                    if n > 0 {
+                        progress = Instant::now();
+                    }
+                }
+                Err(error) => self.pause(error, progress)?,
+            }
+        }
+    }
+
+    /// A tick without progress is no error yet.
+    fn pause(&self, error: io::Error, progress: Instant) -> Result<(), LinkError> {
+        match error.kind() {
+            io::ErrorKind::Interrupted => Ok(()),
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut if progress.elapsed() < self.timeout => Ok(()),
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Err(LinkError::Silent(self.timeout)),
+            io::ErrorKind::UnexpectedEof => Err(LinkError::Closed),
+            _ => Err(error.into()),
+        }
+    }
+}
+
+fn prepare(tcp: &TcpStream, timeout: Duration) -> io::Result<()> {
+    tcp.set_nodelay(true)?;
+    tcp.set_read_timeout(Some(TICK))?;
+    tcp.set_write_timeout(Some(TICK))?;
+    // Beyond our own limit the kernel need not try either.
+    socket2::SockRef::from(tcp).set_tcp_user_timeout(Some(timeout * 2))
+}

@@ -1,0 +1,11 @@
+//! Connections between agents, and what all their threads share: buffers, rate limits, holds.
+
+mod bucket;
+mod buffer;
+mod connection;
+mod hold;
+
+pub(crate) use bucket::Bucket;
+pub(crate) use buffer::{Buffer, Pool};
+pub(crate) use connection::{Link, LinkError, Security};
+pub(crate) use hold::Hold;

@@ -1,0 +1,108 @@
+//! What waits to be sent in a session, and the table that decides what needs to be.
+//!
+//! Both are behind one lock: a page is entered into the table and its bytes are queued in one
+//! step, so that no other VM's reference to it can overtake them.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use content::HostTable;
+use migrate::pack::{Packed, Packer};
+use wire::FrameKind;
+
+use crate::link::Buffer;
+
+use super::stream::Stream;
+
+/// A frame on its way to the sender.
+pub(crate) struct OutFrame {
+    pub(crate) kind: FrameKind,
+    pub(crate) stream: Arc<Stream>,
+    pub(crate) packed: Packed,
+    /// What the offsets of the packed pages refer to.
+    pub(crate) buffer: Option<Arc<Buffer>>,
+}
+
+/// The queue. Its length is bounded by the windows of the streams that fill it.
+#[derive(Default)]
+pub(crate) struct Outbox {
+    inner: Mutex<Inner>,
+    filled: Condvar,
+}
+
+#[derive(Default)]
+struct Inner {
+    table: HostTable,
+    frames: VecDeque<OutFrame>,
+    /// Wire bytes for a thousand bytes of frames, as compression lately achieved.
+    ratio_permille: u64,
+    closed: bool,
+}
+
+impl Outbox {
+    /// Resolves what the packer has scanned from `buffer` and queues it, in one step.
+    pub(crate) fn submit(&self, stream: &Arc<Stream>, packer: &mut Packer, buffer: Arc<Buffer>) {
+        let mut inner = self.lock();
+        if inner.closed {
+            return;
+        }
+        let packed = packer.resolve(&buffer, &mut inner.table);
+        stream.sent(packed.position, inner.estimate(packed.raw_len()), packed.pages.len() as u64 * page::PAGE_SIZE as u64);
+        inner.frames.push_back(OutFrame { kind: FrameKind::Pages, stream: Arc::clone(stream), packed, buffer: Some(buffer) });
+        drop(inner);
+        self.filled.notify_one();
+    }
+
+    /// Queues a frame that does not concern the table.
+    pub(crate) fn push(&self, frame: OutFrame) {
+        let mut inner = self.lock();
+        if !inner.closed {
+            inner.frames.push_back(frame);
+        }
+        drop(inner);
+        self.filled.notify_one();
+    }
+
+    /// The next frame; `None` after a while without one. `Err`: the session is over.
+    pub(crate) fn pop(&self, patience: Duration) -> Result<Option<OutFrame>, ()> {
+        let mut inner = self.lock();
+        if inner.frames.is_empty() && !inner.closed {
+            inner = self.filled.wait_timeout(inner, patience).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        if inner.closed {
+            return Err(());
+        }
+        Ok(inner.frames.pop_front())
+    }
+
+    /// Learns what a frame took on the wire.
+    pub(crate) fn learn_ratio(&self, raw: usize, wire: usize) {
+        if raw < 64 << 10 {
+            return;
+        }
+        let mut inner = self.lock();
+        let now = (wire as u64 * 1000) / raw as u64;
+        inner.ratio_permille = if inner.ratio_permille == 0 { now } else { (inner.ratio_permille * 3 + now) / 4 };
+    }
+
+    /// Ends the session: nothing is queued or sent any more.
+    pub(crate) fn close(&self) {
+        let mut inner = self.lock();
+        inner.closed = true;
+        inner.frames.clear();
+        drop(inner);
+        self.filled.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    fn estimate(&self, raw: usize) -> u64 {
+        let ratio = if self.ratio_permille == 0 { 1000 } else { self.ratio_permille };
+        raw as u64 * ratio / 1000
+    }
+}

@@ -1,0 +1,125 @@
+//! Reads one source QEMU's stream into the outbox.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use migrate::pack::Packer;
+use qstream::{MAX_ITEM, StreamError};
+use rustix::net::RecvFlags;
+
+use crate::link::{Hold, Pool};
+
+use super::outbox::Outbox;
+use super::stream::Stream;
+
+/// Bytes of QEMU's stream in one frame: 63 pages or 29 thousand zero records. What a unix
+/// socket holds is about as much, so a frame is one system call or two.
+pub(crate) const BUFFER: usize = 256 << 10;
+
+/// Why a stream ended before its time.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ReadError {
+    #[error("reading from the source QEMU failed")]
+    Io(#[from] io::Error),
+    #[error("the stream cannot be carried: {0}")]
+    Stream(#[from] StreamError),
+    #[error("the source QEMU closed its stream before its end")]
+    Early,
+}
+
+/// Reads until QEMU closes or the stream is closed from our side.
+pub(crate) fn run(
+    socket: &UnixStream,
+    stream: &Arc<Stream>,
+    outbox: &Outbox,
+    mut packer: Packer,
+    hold: &Hold,
+) -> Result<(), ReadError> {
+    let pool = Pool::new(BUFFER);
+    let mut buffer = pool.take(BUFFER);
+    let (mut filled, mut scanned) = (0, 0);
+    let mut blocks_known = false;
+    let mut stopped = false;
+    loop {
+        if !stream.wait_open() {
+            return Ok(());
+        }
+        let n = match receive(socket, &mut buffer[filled..], packer.has_pieces())? {
+            Received::Nothing => 0,
+            Received::End if packer.milestones().tail_begun || stream.is_closed() => return Ok(()),
+            Received::End => return Err(ReadError::Early),
+            Received::Bytes(n) => n,
+        };
+        filled += n;
+        scanned = packer.scan(&buffer[..filled], scanned)?;
+        if !blocks_known {
+            blocks_known = learn_blocks(&packer, stream);
+        }
+        if packer.milestones().end_begun && !stopped {
+            stopped = true;
+            hold.at("switch-over", &stream.name);
+        }
+        let full = buffer.len() - filled < page::PAGE_SIZE * 2;
+        if packer.has_pieces() && (full || n == 0) {
+            // What is left of a record moves on to the next buffer.
+            let mut next = pool.take(BUFFER);
+            let left = filled - scanned;
+            next[..left].copy_from_slice(&buffer[scanned..filled]);
+            let done = Arc::new(std::mem::replace(&mut buffer, next));
+            outbox.submit(stream, &mut packer, done);
+            stream.count(packer.take_counts());
+            (filled, scanned) = (left, 0);
+            pace(stream);
+        } else if full && scanned > 0 {
+            // Only empty sections so far: what they took is free again.
+            buffer.copy_within(scanned..filled, 0);
+            (filled, scanned) = (filled - scanned, 0);
+        } else if full {
+            // One item fills the buffer: a block list of many blocks.
+            let mut next = pool.take(MAX_ITEM);
+            next[..filled].copy_from_slice(&buffer[..filled]);
+            buffer = next;
+        }
+    }
+}
+
+enum Received {
+    Bytes(usize),
+    /// Nothing is there now, and there is something to send in the meantime.
+    Nothing,
+    End,
+}
+
+/// Reads what is there; waits for something only if there is nothing to send.
+fn receive(socket: &UnixStream, out: &mut [u8], have_something: bool) -> io::Result<Received> {
+    let flags = if have_something { RecvFlags::DONTWAIT } else { RecvFlags::empty() };
+    loop {
+        match rustix::net::recv(socket, &mut *out, flags) {
+            Ok((0, _)) => return Ok(Received::End),
+            Ok((n, _)) => return Ok(Received::Bytes(n)),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(rustix::io::Errno::AGAIN) => return Ok(Received::Nothing),
+            // The other side of a unix socket went away with data unread.
+            Err(rustix::io::Errno::CONNRESET) => return Ok(Received::End),
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Tells repairs where the blocks are.
+fn learn_blocks(packer: &Packer, stream: &Stream) -> bool {
+    let Some(names) = packer.block_names() else { return false };
+    let addresses = &stream.memory.addresses;
+    let bases = names.iter().map(|name| addresses.get(name).copied()).collect();
+    *stream.memory.bases.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = bases;
+    true
+}
+
+/// Keeps to the VM's own limit, counted on what it has put on the wire.
+fn pace(stream: &Stream) {
+    let wait = stream.bucket.owed();
+    if !wait.is_zero() {
+        std::thread::sleep(wait);
+    }
+}

@@ -1,0 +1,560 @@
+//! One outgoing move: what the hand-over machine wants is done here, in one thread.
+
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use guest::{MigrationParameters, QmpEvent, RunState, SourceGuest, target_argv};
+use migrate::handover::{SourceAction, SourceEvent, SourceJournal, SourceMove, SourceState};
+use migrate::pack::Packer;
+use page::ContentKey;
+use serde::{Deserialize, Serialize};
+use sys::ProcessMemory;
+use wire::OpenMove;
+
+use crate::api::mover::EventSink;
+use crate::journal::Journal;
+use crate::types::{Happening, MoveSpec, Phase, Scope};
+
+use super::control::Control;
+use super::progress::ProgressMeter;
+use super::session::{Session, SessionContext, SessionKey, Sessions, describe, spawn};
+use super::stream::{GuestMemory, Stream};
+
+/// How often progress is taken and QEMU is told the wire's rate.
+const TICK: Duration = Duration::from_millis(500);
+
+/// How long the source QEMU may take to connect to our socket, or to get back to running.
+const QEMU_PATIENCE: Duration = Duration::from_secs(15);
+
+/// Pause before a release is repeated.
+const RELEASE_PAUSE: Duration = Duration::from_millis(500);
+
+/// What the mover's thread reacts to.
+pub(crate) enum Input {
+    /// The target QEMU has loaded everything.
+    Loaded,
+    /// The stream, the link or a QEMU failed.
+    Failed(String),
+    /// Somebody wants the VM to stay.
+    Cancel,
+    /// The hand-over is confirmed.
+    Confirmed,
+    /// The VM's own limit on the wire, bytes per second.
+    Limit(Option<u64>),
+    /// An event of the source QEMU.
+    Qmp(QmpEvent),
+    /// The source QEMU's monitor is gone.
+    QmpClosed,
+}
+
+/// What a move needs of its agent.
+#[derive(Clone)]
+pub(crate) struct MoveContext {
+    pub(crate) sessions: Arc<Sessions>,
+    pub(crate) session: SessionContext,
+    pub(crate) journal: Journal,
+    pub(crate) run_dir: PathBuf,
+    pub(crate) window_log: u8,
+    pub(crate) window_bytes: u64,
+    pub(crate) stall_limit: Duration,
+}
+
+/// The journal's entry of an outgoing move.
+#[derive(Clone, Serialize, Deserialize)]
+pub(crate) struct Entry {
+    pub(crate) spec: MoveSpec,
+    state: SourceJournal,
+    /// Whether the guest ran when the move began.
+    was_running: bool,
+}
+
+/// A running mover, as the API holds it.
+pub(crate) struct MoveRun {
+    input: Sender<Input>,
+}
+
+impl MoveRun {
+    /// Starts a move.
+    pub(crate) fn start(context: MoveContext, spec: MoveSpec, events: EventSink) -> std::io::Result<Self> {
+        Self::spawn(context, spec, events, None)
+    }
+
+    /// Goes on with a move that was interrupted.
+    pub(crate) fn recover(context: MoveContext, entry: Entry, events: EventSink) -> std::io::Result<Self> {
+        let spec = entry.spec.clone();
+        Self::spawn(context, spec, events, Some(entry))
+    }
+
+    fn spawn(context: MoveContext, spec: MoveSpec, events: EventSink, entry: Option<Entry>) -> std::io::Result<Self> {
+        let (input, inputs) = channel();
+        let sender = input.clone();
+        spawn("gw-move", move || {
+            let mut run = Run::new(context, spec, events, (sender, inputs));
+            run.carry_out(entry);
+        })?;
+        Ok(Self { input })
+    }
+
+    /// Whether the move has ended.
+    pub(crate) fn tell(&self, input: Input) -> bool {
+        self.input.send(input).is_ok()
+    }
+}
+
+/// State of the mover's thread.
+struct Run {
+    context: MoveContext,
+    spec: MoveSpec,
+    events: EventSink,
+    sender: Sender<Input>,
+    inputs: Receiver<Input>,
+    machine: SourceMove,
+    guest: Option<Arc<SourceGuest>>,
+    was_running: bool,
+    session: Option<Arc<Session>>,
+    stream: Option<Arc<Stream>>,
+    control: Control,
+    meter: ProgressMeter,
+    started: Instant,
+    phase: Phase,
+    /// The guest was seen to stop for its switch-over.
+    stopped: bool,
+    /// Something was done to the source QEMU, now or before a restart.
+    touched: bool,
+}
+
+impl Run {
+    fn new(context: MoveContext, spec: MoveSpec, events: EventSink, (sender, inputs): (Sender<Input>, Receiver<Input>)) -> Self {
+        let control = Control::new(&spec.target_bulk, "none", &context.session);
+        Self {
+            context,
+            spec,
+            events,
+            sender,
+            inputs,
+            machine: SourceMove::default(),
+            guest: None,
+            was_running: true,
+            session: None,
+            stream: None,
+            control,
+            meter: ProgressMeter::new(0),
+            started: Instant::now(),
+            phase: Phase::Queued,
+            stopped: false,
+            touched: false,
+        }
+    }
+
+    /// The whole life of the move.
+    fn carry_out(&mut self, entry: Option<Entry>) {
+        let first = match entry {
+            Some(entry) => self.reattach(entry),
+            None => {
+                self.enter(Phase::Preparing, "the target's QEMU is being started".into());
+                match self.prepare() {
+                    Ok(()) => SourceEvent::TargetReady,
+                    Err(error) => SourceEvent::Failed(format!("{error:#}")),
+                }
+            }
+        };
+        self.handle(first);
+        while !self.phase.is_final() {
+            match self.inputs.recv_timeout(TICK) {
+                Ok(input) => self.take(input),
+                Err(RecvTimeoutError::Timeout) => self.tick(),
+                // Cannot be: we hold a sender ourselves.
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        if let Some(stream) = &self.stream {
+            stream.close(self.phase != Phase::NeedsPerson);
+            if let Some(session) = &self.session {
+                session.remove(stream);
+            }
+        }
+    }
+
+    /// Attaches to the VM, opens the session, has the target QEMU started.
+    fn prepare(&mut self) -> anyhow::Result<()> {
+        let spec = self.spec.clone();
+        let guest = self.attach()?;
+        guest.check()?;
+        self.was_running = guest.run_state()? == RunState::Running;
+        self.meter = ProgressMeter::new(guest.memory_bytes().0);
+        let argv = match spec.definition.clone() {
+            Some(argv) => argv,
+            None => {
+                let replace: Vec<_> = spec.replace.iter().map(|r| (r.from.clone(), r.to.clone())).collect();
+                target_argv(guest.argv(), &replace).context("making the target's command line")?
+            }
+        };
+        let key = SessionKey {
+            group: spec.group.clone(),
+            target_bulk: spec.target_bulk.clone(),
+            domain_key: spec.domain_key.clone(),
+            window_log: matches!(spec.settings.compression, crate::types::Compression::Zstd)
+                .then_some(self.context.window_log),
+        };
+        let session = self.context.sessions.get(&key, &self.context.session).map_err(|e| anyhow!(describe(&e)))?;
+        self.control = Control::new(&spec.target_bulk, &session.id, &self.context.session);
+        let memory = guest_memory(&guest).context("finding the guest's memory")?;
+        let vm = session.number();
+        let stream = Stream::new(vm, spec.vm.clone(), memory, self.context.window_bytes, self.sender.clone());
+        let stream = Arc::new(stream);
+        stream.bucket.set_rate(spec.max_bandwidth_bytes_per_s);
+        session.add(&stream);
+        self.session = Some(session);
+        self.stream = Some(stream);
+        self.write_journal(SourceJournal::Begun)?;
+        let memory_bytes = guest.memory_bytes().0;
+        let resume = self.was_running;
+        let open = OpenMove { id: spec.id.clone(), vm_name: spec.vm.clone(), vm, argv, resume, memory_bytes };
+        self.control.open(open).map_err(|e| anyhow!("the target cannot receive it: {}", plain(&e)))?;
+        Ok(())
+    }
+
+    fn attach(&mut self) -> anyhow::Result<Arc<SourceGuest>> {
+        let (guest, events) = SourceGuest::attach(&self.spec.qmp)?;
+        let guest = Arc::new(guest);
+        self.guest = Some(Arc::clone(&guest));
+        let sender = self.sender.clone();
+        spawn("gw-qmp", move || {
+            for event in events {
+                if sender.send(Input::Qmp(event)).is_err() {
+                    return;
+                }
+            }
+            let _ = sender.send(Input::QmpClosed);
+        })?;
+        Ok(guest)
+    }
+
+    /// After a restart of the agent.
+    fn reattach(&mut self, entry: Entry) -> SourceEvent {
+        self.was_running = entry.was_running;
+        self.touched = true;
+        self.phase = if entry.state == SourceJournal::Releasing { Phase::Loaded } else { Phase::Preparing };
+        if let Err(error) = self.attach() {
+            // Without a source QEMU a release can still be answered; bringing it back cannot.
+            tracing::warn!(vm = self.spec.vm, "cannot reach the source QEMU: {error:#}");
+        }
+        SourceEvent::Restarted(entry.state)
+    }
+
+    fn take(&mut self, input: Input) {
+        match input {
+            Input::Loaded => self.handle(SourceEvent::TargetLoaded),
+            Input::Failed(reason) => self.handle(SourceEvent::Failed(reason)),
+            Input::Cancel => self.handle(SourceEvent::Cancel),
+            Input::Confirmed if *self.machine.state() == SourceState::Committed => self.handle(SourceEvent::Confirmed),
+            Input::Confirmed => {}
+            Input::Limit(bytes_per_s) => {
+                if let Some(stream) = &self.stream {
+                    stream.bucket.set_rate(bytes_per_s);
+                }
+            }
+            Input::QmpClosed => self.handle(SourceEvent::Failed("the source QEMU has ended".into())),
+            Input::Qmp(event) => self.take_qmp(&event),
+        }
+    }
+
+    fn take_qmp(&mut self, event: &QmpEvent) {
+        match event.name.as_str() {
+            "STOP" if *self.machine.state() == SourceState::Copying && self.was_running => {
+                self.stopped = true;
+                self.enter(Phase::SwitchOver, "the guest is stopped; its last pages are on their way".into());
+            }
+            "MIGRATION" => match event.data.get("status").and_then(|s| s.as_str()) {
+                Some("completed") => self.handle(SourceEvent::SourceCompleted),
+                Some("failed" | "cancelled") => {
+                    let why = self.guest.as_ref().and_then(|g| g.migration().ok()).and_then(|info| info.error_desc);
+                    let why = why.unwrap_or_else(|| "no reason given".into());
+                    self.handle(SourceEvent::Failed(format!("the source QEMU ended its migration: {why}")));
+                }
+                _ => {}
+            },
+            _ => {}
+        }
+    }
+
+    fn tick(&mut self) {
+        if *self.machine.state() != SourceState::Copying {
+            return;
+        }
+        if let Some(stream) = self.stream.clone() {
+            if self.stopped && stream.stalled_for() > self.context.stall_limit {
+                let reason = format!(
+                    "the target made no progress for {} s while the guest was stopped",
+                    self.context.stall_limit.as_secs()
+                );
+                self.handle(SourceEvent::Failed(reason));
+                return;
+            }
+            self.report_progress(&stream);
+        }
+    }
+
+    fn report_progress(&mut self, stream: &Stream) {
+        // While the guest is stopped QEMU may be unable to answer until we have read its stream.
+        let info = if self.stopped { None } else { self.guest.as_ref().and_then(|g| g.migration().ok()) };
+        let progress = self.meter.sample(stream, info.as_ref());
+        (self.events)(Happening::Progress { progress });
+        let (_, _, _, able) = stream.flow();
+        if let Some(guest) = self.guest.as_ref().filter(|_| !self.stopped && able.unique > 0)
+            && let Err(error) = guest.set_wire_rate(able.unique, able.stream)
+        {
+            tracing::debug!(vm = self.spec.vm, %error, "QEMU does not take the wire's rate");
+        }
+    }
+
+    /// Gives the machine an event, does what it wants, and shows where that leads.
+    fn handle(&mut self, event: SourceEvent) {
+        let mut events = std::collections::VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
+            tracing::debug!(vm = self.spec.vm, ?event, state = ?self.machine.state(), "source");
+            for action in self.machine.handle(event) {
+                tracing::debug!(vm = self.spec.vm, ?action, "source");
+                let answer = self.act(action);
+                let stop = matches!(answer, Some(SourceEvent::JournalFailed(_)));
+                events.extend(answer);
+                if stop {
+                    break;
+                }
+            }
+        }
+        self.show();
+    }
+
+    fn act(&mut self, action: SourceAction) -> Option<SourceEvent> {
+        match action {
+            SourceAction::StartStream => match self.start_stream() {
+                Ok(()) => None,
+                Err(error) => Some(SourceEvent::Failed(format!("{error:#}"))),
+            },
+            SourceAction::CompleteSource => {
+                self.context.session.hold.at("loaded", &self.spec.vm);
+                let mut message = Vec::new();
+                qstream::encode_return(&qstream::ReturnMessage::Shut(0), &mut message);
+                if let Some(stream) = &self.stream {
+                    stream.write_return_path(&message);
+                }
+                None
+            }
+            SourceAction::Journal(state) => {
+                self.context.session.hold.at("committed", &self.spec.vm);
+                self.write_journal(state).err().map(|error| SourceEvent::JournalFailed(format!("{error:#}")))
+            }
+            SourceAction::AwaitConfirmation => self.await_confirmation(),
+            SourceAction::Release => {
+                self.enter(Phase::Released, "the target was let go".into());
+                Some(self.release())
+            }
+            SourceAction::ReleaseAgain => {
+                std::thread::sleep(RELEASE_PAUSE);
+                Some(self.release())
+            }
+            SourceAction::AbortTarget(reason) => {
+                if let Err(error) = self.control.abort(&self.spec.id, &reason) {
+                    tracing::info!(vm = self.spec.vm, "the target was not told: {}", plain(&error));
+                }
+                None
+            }
+            SourceAction::BringBack => Some(match self.bring_back() {
+                Ok(()) => SourceEvent::SourceRuns,
+                Err(error) => SourceEvent::SourceLost(format!("{error:#}")),
+            }),
+            SourceAction::QuitSource => {
+                self.quit_source();
+                None
+            }
+            SourceAction::ForgetJournal => {
+                self.context.journal.forget(&self.spec.id);
+                None
+            }
+        }
+    }
+
+    fn start_stream(&mut self) -> anyhow::Result<()> {
+        self.touched = true;
+        let (Some(guest), Some(stream), Some(session)) = (&self.guest, &self.stream, &self.session) else {
+            return Err(anyhow!("the move was not prepared"));
+        };
+        let path = self.context.run_dir.join(format!("m-{}-{}.sock", stream.vm, &session.id[..8]));
+        let listener = UnixListener::bind(&path).with_context(|| format!("listening on {}", path.display()))?;
+        let parameters = MigrationParameters {
+            downtime_limit_ms: self.spec.downtime_limit_ms.unwrap_or(MigrationParameters::default().downtime_limit_ms),
+            ..MigrationParameters::default()
+        };
+        let connected = guest
+            .start_migration(&path, &parameters)
+            .context("starting the migration in the source QEMU")
+            .and_then(|()| accept(&listener).context("waiting for the source QEMU to connect"));
+        let _ = std::fs::remove_file(&path);
+        let socket = connected?;
+        stream.attach(socket.try_clone()?);
+        let key = match self.spec.settings.scope {
+            Scope::None => None,
+            Scope::Host => Some(content_key(&self.spec.domain_key)?),
+        };
+        let packer = Packer::new(key, stream.memory.addresses.keys().cloned().collect());
+        let (stream, outbox, hold) = (Arc::clone(stream), Arc::clone(&session.outbox), self.context.session.hold.clone());
+        spawn("gw-read", move || {
+            if let Err(error) = super::reader::run(&socket, &stream, &outbox, packer, &hold) {
+                stream.tell(Input::Failed(error.to_string()));
+            }
+        })?;
+        self.enter(Phase::Bulk, "memory is being copied".into());
+        Ok(())
+    }
+
+    fn await_confirmation(&mut self) -> Option<SourceEvent> {
+        if let Some(stream) = self.stream.clone() {
+            let progress = self.meter.sample(&stream, None);
+            (self.events)(Happening::Progress { progress });
+        }
+        self.enter(Phase::Loaded, "the target has loaded it; stopped at both ends".into());
+        if !self.spec.confirm_handover {
+            return Some(SourceEvent::Confirmed);
+        }
+        self.enter(Phase::Held, "stopped at both ends, loaded at the target; waits for `gangway continue`".into());
+        None
+    }
+
+    fn release(&mut self) -> SourceEvent {
+        let answer = self.control.release(&self.spec.id);
+        self.context.session.hold.at("released", &self.spec.vm);
+        match answer {
+            Ok(state) => SourceEvent::Answer(state),
+            Err(error) => SourceEvent::NoAnswer { reason: plain(&error), now: self.started.elapsed() },
+        }
+    }
+
+    /// Sees that the VM is here as it was before the move.
+    fn bring_back(&mut self) -> anyhow::Result<()> {
+        let Some(guest) = self.guest.clone() else {
+            return if self.touched { Err(anyhow!("the source QEMU cannot be reached")) } else { Ok(()) };
+        };
+        if let Err(error) = guest.cancel() {
+            tracing::debug!(vm = self.spec.vm, %error, "nothing to cancel");
+        }
+        if let Some(stream) = &self.stream {
+            stream.close(true);
+        }
+        let deadline = Instant::now() + QEMU_PATIENCE;
+        loop {
+            let state = guest.run_state().context("asking the source QEMU how it is")?;
+            let over = guest.migration().is_ok_and(|info| info.status.is_over());
+            match state {
+                RunState::Running => break,
+                RunState::Paused if !self.was_running => break,
+                RunState::PostMigrate | RunState::Paused if over && self.was_running => {
+                    guest.cont().context("resuming the guest at the source")?;
+                }
+                RunState::PostMigrate if over => break,
+                _ => {}
+            }
+            if Instant::now() > deadline {
+                return Err(anyhow!("the source QEMU stays in state {state:?}"));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        if let Err(error) = guest.restore_settings() {
+            tracing::warn!(vm = self.spec.vm, %error, "the source QEMU's migration settings were not restored");
+        }
+        Ok(())
+    }
+
+    fn quit_source(&mut self) {
+        let Some(guest) = &self.guest else { return };
+        if let Err(error) = guest.quit() {
+            tracing::warn!(vm = self.spec.vm, %error, "the source QEMU does not quit");
+        }
+        if !guest.process().wait_gone(QEMU_PATIENCE).unwrap_or(false) {
+            tracing::warn!(vm = self.spec.vm, "killing the source QEMU, which has migrated and does not quit");
+            if let Err(error) = guest.process().kill() {
+                tracing::error!(vm = self.spec.vm, %error, "the source QEMU cannot be killed; it is stopped and of no use");
+            }
+        }
+    }
+
+    fn write_journal(&self, state: SourceJournal) -> anyhow::Result<()> {
+        let entry = Entry { spec: self.spec.clone(), state, was_running: self.was_running };
+        self.context.journal.write(&self.spec.id, &entry).context("writing the journal")
+    }
+
+    /// Final phases follow from the machine's state.
+    fn show(&mut self) {
+        let (phase, message) = match self.machine.state() {
+            SourceState::Moved => (Phase::Moved, format!("runs at {}", self.spec.target_name)),
+            SourceState::Stayed { reason } => (Phase::Stayed, format!("runs at the source as before: {reason}")),
+            SourceState::NeedsPerson { reason } => (
+                Phase::NeedsPerson,
+                format!(
+                    "stopped at the source, and may run at {}: {reason}. When {} can be reached again, say `gangway recover {}`",
+                    self.spec.target_name, self.spec.target_name, self.spec.id
+                ),
+            ),
+            _ => return,
+        };
+        if let Some(stream) = self.stream.clone() {
+            let progress = self.meter.sample(&stream, None);
+            (self.events)(Happening::Progress { progress });
+        }
+        self.enter(phase, message);
+    }
+
+    fn enter(&mut self, phase: Phase, message: String) {
+        if self.phase == phase {
+            return;
+        }
+        tracing::info!(vm = self.spec.vm, ?phase, message, "move");
+        self.phase = phase;
+        (self.events)(Happening::Phase { phase, message });
+    }
+}
+
+fn plain(error: &crate::link::LinkError) -> String {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+fn guest_memory(guest: &SourceGuest) -> anyhow::Result<GuestMemory> {
+    let memory = ProcessMemory::open(guest.pid())?;
+    let blocks = guest.ram_blocks()?;
+    let addresses = blocks.into_iter().filter_map(|block| Some((block.name, block.hva?))).collect();
+    Ok(GuestMemory { memory, addresses, bases: std::sync::Mutex::default() })
+}
+
+fn content_key(hex_digits: &str) -> anyhow::Result<ContentKey> {
+    let mut secret = [0; 32];
+    hex::decode_to_slice(hex_digits, &mut secret).context("the trust domain's secret is not 64 hex digits")?;
+    Ok(ContentKey::new(secret))
+}
+
+/// Accepts the one connection of a source QEMU.
+fn accept(listener: &UnixListener) -> anyhow::Result<UnixStream> {
+    listener.set_nonblocking(true)?;
+    let deadline = Instant::now() + QEMU_PATIENCE;
+    loop {
+        match listener.accept() {
+            Ok((socket, _)) => {
+                socket.set_nonblocking(false)?;
+                return Ok(socket);
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}

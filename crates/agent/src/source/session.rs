@@ -1,0 +1,410 @@
+//! Sessions: the connections to one target agent that a group's moves share.
+
+use std::collections::HashMap;
+use std::io::IoSlice;
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use migrate::pack::{Packed, repair_front};
+use page::{BlockIndex, HostAddr, PAGE_SIZE, PageNo, PageRun};
+use wire::{
+    BackMessage, Channel, ControlReply, FrameHeader, FrameKind, HEADER_LEN, Hello, MAX_BODY, PROTOCOL_VERSION,
+    WireCompression, WireError,
+};
+use zstd_safe::{CCtx, CParameter, InBuffer, OutBuffer, zstd_sys::ZSTD_EndDirective};
+
+use crate::link::{Bucket, Hold, Link, LinkError, Pool, Security};
+
+use super::outbox::{OutFrame, Outbox};
+use super::reader::BUFFER;
+use super::run::Input;
+use super::stream::Stream;
+
+/// How often a silent side says that it lives.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+
+/// Pages of one repair frame: a buffer full.
+const REPAIR_PAGES: usize = BUFFER / PAGE_SIZE;
+
+/// Moves with the same key share a session.
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub(crate) struct SessionKey {
+    pub(crate) group: String,
+    pub(crate) target_bulk: String,
+    /// Secret of the trust domain, 64 hex digits.
+    pub(crate) domain_key: String,
+    /// Logarithm of the zstd window; absent without compression.
+    pub(crate) window_log: Option<u8>,
+}
+
+/// The sessions under way, kept by the moves that use them.
+#[derive(Default)]
+pub(crate) struct Sessions {
+    open: Mutex<HashMap<SessionKey, Weak<Session>>>,
+}
+
+impl Sessions {
+    /// The session for `key`; connects if there is none.
+    pub(crate) fn get(&self, key: &SessionKey, context: &SessionContext) -> Result<Arc<Session>, LinkError> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.retain(|_, session| session.strong_count() > 0);
+        if let Some(session) = open.get(key).and_then(Weak::upgrade).filter(|s| !s.is_over()) {
+            return Ok(session);
+        }
+        let session = Session::connect(key, context)?;
+        open.insert(key.clone(), Arc::downgrade(&session));
+        Ok(session)
+    }
+}
+
+/// What a session needs of its agent.
+#[derive(Clone)]
+pub(crate) struct SessionContext {
+    pub(crate) host: String,
+    pub(crate) security: Security,
+    pub(crate) peer_timeout: Duration,
+    pub(crate) hold: Hold,
+    /// The group's share of this agent.
+    pub(crate) budget: Arc<Bucket>,
+}
+
+/// One session. Ends when the last move that uses it lets go, or when a connection fails: then
+/// every move of it is told.
+pub(crate) struct Session {
+    pub(crate) id: String,
+    pub(crate) outbox: Arc<Outbox>,
+    shared: Arc<Shared>,
+    next_vm: AtomicU16,
+    sockets: [TcpStream; 2],
+}
+
+struct Shared {
+    streams: Mutex<HashMap<u16, Arc<Stream>>>,
+    over: Mutex<Option<String>>,
+}
+
+impl Session {
+    fn connect(key: &SessionKey, context: &SessionContext) -> Result<Arc<Self>, LinkError> {
+        let id = random_id()?;
+        let compression = match key.window_log {
+            Some(window_log) => WireCompression::Zstd { window_log },
+            None => WireCompression::None,
+        };
+        let hello = |channel, domain_key| Hello {
+            version: PROTOCOL_VERSION,
+            session: id.clone(),
+            channel,
+            source: context.host.clone(),
+            compression,
+            domain_key,
+        };
+        let forward_hello = hello(Channel::Forward, Some(key.domain_key.clone()));
+        let forward = open(&key.target_bulk, context, &forward_hello)?;
+        let back = open(&key.target_bulk, context, &hello(Channel::Back, None))?;
+        let sockets = [forward.socket()?, back.socket()?];
+        let shared = Arc::new(Shared { streams: Mutex::default(), over: Mutex::default() });
+        let outbox = Arc::new(Outbox::default());
+        let session = Arc::new(Self { id, outbox: Arc::clone(&outbox), shared: Arc::clone(&shared), next_vm: AtomicU16::new(0), sockets });
+        let sender = Sender::new(forward, compression, Arc::clone(&context.budget))?;
+        spawn("gw-send", {
+            let (outbox, shared) = (Arc::clone(&outbox), Arc::clone(&shared));
+            move || {
+                let result = sender.run(&outbox);
+                shared.end(&outbox, result.err().map(|e| describe(&e)));
+            }
+        })?;
+        let hold = context.hold.clone();
+        spawn("gw-receive", move || {
+            let result = receive(back, &shared, &outbox, &hold);
+            shared.end(&outbox, Some(describe(&result)));
+        })?;
+        Ok(session)
+    }
+
+    /// A number for one more VM; numbers are not used again in a session.
+    pub(crate) fn number(&self) -> u16 {
+        self.next_vm.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// Adds a VM's stream. If the session is over, it is told at once.
+    pub(crate) fn add(&self, stream: &Arc<Stream>) {
+        self.shared.streams().insert(stream.vm, Arc::clone(stream));
+        let over = self.shared.over.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        if let Some(reason) = over {
+            stream.tell(Input::Failed(reason));
+        }
+    }
+
+    /// Takes a VM's stream out; the target forgets what it holds for it.
+    pub(crate) fn remove(&self, stream: &Arc<Stream>) {
+        self.shared.streams().remove(&stream.vm);
+        let packed = Packed { front: Vec::new(), pages: Vec::new(), position: 0 };
+        self.outbox.push(OutFrame { kind: FrameKind::Close, stream: Arc::clone(stream), packed, buffer: None });
+    }
+
+    fn is_over(&self) -> bool {
+        self.shared.over.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.shared.end(&self.outbox, None);
+        for socket in &self.sockets {
+            let _ = socket.shutdown(std::net::Shutdown::Both);
+        }
+    }
+}
+
+impl Shared {
+    fn streams(&self) -> std::sync::MutexGuard<'_, HashMap<u16, Arc<Stream>>> {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The first to call says why.
+    fn end(&self, outbox: &Outbox, reason: Option<String>) {
+        let mut over = self.over.lock().unwrap_or_else(PoisonError::into_inner);
+        if over.is_some() {
+            return;
+        }
+        let reason = reason.unwrap_or_else(|| "the session has ended".into());
+        *over = Some(reason.clone());
+        drop(over);
+        outbox.close();
+        for stream in self.streams().values() {
+            stream.tell(Input::Failed(reason.clone()));
+        }
+    }
+}
+
+fn open(address: &str, context: &SessionContext, hello: &Hello) -> Result<Link, LinkError> {
+    let mut link = Link::connect(address, &context.security, context.peer_timeout)?;
+    link.send_hello(hello)?;
+    match link.receive()? {
+        ControlReply::Welcome => Ok(link),
+        ControlReply::Refused { reason } => Err(LinkError::Refused(reason)),
+        other => Err(WireError::Control(format!("unexpected answer {other:?}")).into()),
+    }
+}
+
+pub(crate) fn describe(error: &LinkError) -> String {
+    let mut text = format!("the connection to the target agent is lost: {error}");
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+fn random_id() -> Result<String, LinkError> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(|e| std::io::Error::other(e.to_string()))?;
+    Ok(hex::encode(bytes))
+}
+
+pub(crate) fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+    std::thread::Builder::new().name(name.into()).spawn(run).map(drop)
+}
+
+/// The thread that owns the forward connection.
+struct Sender {
+    link: Link,
+    compressor: Option<CCtx<'static>>,
+    packed: Vec<u8>,
+    budget: Arc<Bucket>,
+}
+
+impl Sender {
+    fn new(link: Link, compression: WireCompression, budget: Arc<Bucket>) -> Result<Self, LinkError> {
+        let compressor = match compression {
+            WireCompression::None => None,
+            WireCompression::Zstd { window_log } => Some(compressor(window_log)?),
+        };
+        Ok(Self { link, compressor, packed: Vec::with_capacity(2 * BUFFER), budget })
+    }
+
+    fn run(mut self, outbox: &Outbox) -> Result<(), LinkError> {
+        while let Ok(frame) = outbox.pop(HEARTBEAT) {
+            let Some(frame) = frame else {
+                self.link.write_all(&FrameHeader::new(FrameKind::Heartbeat, 0, 0, 0).to_bytes())?;
+                continue;
+            };
+            let raw = frame.packed.raw_len();
+            let sent = self.send(&frame, raw)?;
+            outbox.learn_ratio(raw, sent);
+            frame.stream.wire_bytes.fetch_add(sent as u64, Ordering::Relaxed);
+            let now = Instant::now();
+            frame.stream.bucket.take(sent as u64, now);
+            let wait = self.budget.take(sent as u64, now);
+            if !wait.is_zero() {
+                std::thread::sleep(wait);
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends one frame; returns its bytes on the wire, before encryption.
+    fn send(&mut self, frame: &OutFrame, raw: usize) -> Result<usize, LinkError> {
+        let raw_len = u32::try_from(raw).unwrap_or(u32::MAX);
+        if raw > MAX_BODY {
+            return Err(WireError::TooLong { what: "a frame", length: raw_len.into(), limit: MAX_BODY as u64 }.into());
+        }
+        if raw > 0
+            && let Some(compressor) = &mut self.compressor
+        {
+            self.packed.clear();
+            self.packed.reserve(zstd_safe::compress_bound(raw) + 1024);
+            for piece in pieces(frame) {
+                compress(compressor, piece, &mut self.packed, ZSTD_EndDirective::ZSTD_e_continue)?;
+            }
+            compress(compressor, &[], &mut self.packed, ZSTD_EndDirective::ZSTD_e_flush)?;
+            let body_len = u32::try_from(self.packed.len()).unwrap_or(u32::MAX);
+            let header = FrameHeader::new(frame.kind, frame.stream.vm, body_len, raw_len).with_compression(true);
+            let header = header.to_bytes();
+            self.link.write_all_vectored(&mut [IoSlice::new(&header), IoSlice::new(&self.packed)])?;
+            return Ok(HEADER_LEN + self.packed.len());
+        }
+        let header = FrameHeader::new(frame.kind, frame.stream.vm, raw_len, raw_len).to_bytes();
+        let mut slices = Vec::with_capacity(frame.packed.pages.len() + 2);
+        slices.push(IoSlice::new(&header));
+        slices.extend(pieces(frame).map(IoSlice::new));
+        self.link.write_all_vectored(&mut slices)?;
+        Ok(HEADER_LEN + raw)
+    }
+}
+
+/// The body of a frame, piece by piece: neighbouring pages of the buffer are apart by QEMU's
+/// record headers.
+fn pieces(frame: &OutFrame) -> impl Iterator<Item = &[u8]> {
+    let pages = frame.packed.pages.iter().filter_map(|at| {
+        let at = *at as usize;
+        frame.buffer.as_ref().map(|buffer| &buffer[at..at + PAGE_SIZE])
+    });
+    std::iter::once(frame.packed.front.as_slice()).chain(pages)
+}
+
+fn compressor(window_log: u8) -> Result<CCtx<'static>, LinkError> {
+    let mut context = CCtx::create();
+    for parameter in [
+        // The fastest level: beyond it a core is slower than a 10 Gbit/s link's share.
+        CParameter::CompressionLevel(1),
+        CParameter::WindowLog(window_log.into()),
+        // Finds what another VM sent long ago.
+        CParameter::EnableLongDistanceMatching(true),
+    ] {
+        context.set_parameter(parameter).map_err(|code| zstd_error(code))?;
+    }
+    Ok(context)
+}
+
+fn zstd_error(code: usize) -> LinkError {
+    std::io::Error::other(format!("zstd: {}", zstd_safe::get_error_name(code))).into()
+}
+
+fn compress(
+    context: &mut CCtx<'static>,
+    input: &[u8],
+    out: &mut Vec<u8>,
+    directive: ZSTD_EndDirective,
+) -> Result<(), LinkError> {
+    let mut input = InBuffer::around(input);
+    loop {
+        let at = out.len();
+        if out.capacity() - at < 1024 {
+            out.reserve(64 << 10);
+        }
+        let mut output = OutBuffer::around_pos(out, at);
+        let left = context.compress_stream2(&mut output, &mut input, directive).map_err(zstd_error)?;
+        let consumed = input.pos() == input.src.len();
+        let flushed = left == 0 || directive == ZSTD_EndDirective::ZSTD_e_continue;
+        if consumed && flushed {
+            return Ok(());
+        }
+    }
+}
+
+/// The thread that owns the back connection; returns why it ended.
+fn receive(mut link: Link, shared: &Shared, outbox: &Outbox, hold: &Hold) -> LinkError {
+    let mut body = Vec::new();
+    let pool = Pool::new(BUFFER);
+    loop {
+        let result = receive_one(&mut link, &mut body);
+        let (vm, message) = match result {
+            Ok(Some(received)) => received,
+            Ok(None) => continue,
+            Err(error) => return error,
+        };
+        let Some(stream) = shared.streams().get(&vm).cloned() else { continue };
+        match message {
+            BackMessage::Ack { position } => stream.acknowledged(position),
+            BackMessage::ReturnPath(message) => stream.write_return_path(&message),
+            BackMessage::RepairRequest(runs) => repair(&stream, &runs, outbox, &pool),
+            BackMessage::Loaded => {
+                hold.at("sent", &stream.name);
+                stream.tell(Input::Loaded);
+            }
+            BackMessage::LoadFailed(reason) => stream.tell(Input::Failed(reason)),
+        }
+    }
+}
+
+fn receive_one(link: &mut Link, body: &mut Vec<u8>) -> Result<Option<(u16, BackMessage)>, LinkError> {
+    let mut header = [0; HEADER_LEN];
+    link.read_exact(&mut header)?;
+    let header = FrameHeader::parse(header)?;
+    body.resize(header.body_len(), 0);
+    link.read_exact(body)?;
+    match header.kind() {
+        FrameKind::BackHeartbeat => Ok(None),
+        FrameKind::Back => Ok(Some((header.vm(), BackMessage::decode(body)?))),
+        other => Err(WireError::UnexpectedKind(other as u8).into()),
+    }
+}
+
+/// Reads pages again from the source QEMU and queues them. A page that changes meanwhile is
+/// dirty, and QEMU sends it again.
+fn repair(stream: &Arc<Stream>, runs: &[(BlockIndex, PageRun)], outbox: &Outbox, pool: &Arc<Pool>) {
+    for (block, run) in runs {
+        let bases = stream.memory.bases.lock().unwrap_or_else(PoisonError::into_inner);
+        let base = bases.get(usize::from(block.0)).copied().flatten();
+        drop(bases);
+        let Some(base) = base else {
+            stream.tell(Input::Failed(format!("block {} cannot be read again at the source", block.0)));
+            return;
+        };
+        let pages: Vec<PageNo> = run.pages().collect();
+        for chunk in pages.chunks(REPAIR_PAGES) {
+            if let Err(reason) = repair_chunk(stream, *block, chunk, base, (outbox, pool)) {
+                stream.tell(Input::Failed(format!("a page could not be read again at the source: {reason}")));
+                return;
+            }
+        }
+        stream.count_repaired(run.count.into());
+    }
+}
+
+fn repair_chunk(
+    stream: &Arc<Stream>,
+    block: BlockIndex,
+    pages: &[PageNo],
+    base: HostAddr,
+    (outbox, pool): (&Outbox, &Arc<Pool>),
+) -> std::io::Result<()> {
+    // Before the pages are read: they are at least as new as the stream up to here.
+    let as_of = stream.flow().0;
+    let mut buffer = pool.take(BUFFER);
+    let addresses: Vec<HostAddr> = pages.iter().filter_map(|page| base.of_page(*page)).collect();
+    let read = stream.memory.memory.read_pages(&addresses, &mut buffer[..addresses.len() * PAGE_SIZE])?;
+    if read < pages.len() {
+        return Err(std::io::Error::other("unmapped memory"));
+    }
+    #[expect(clippy::cast_possible_truncation, reason = "a buffer is far below 4 GiB")]
+    let offsets = (0..pages.len()).map(|i| (i * PAGE_SIZE) as u32).collect();
+    let packed = Packed { front: repair_front(as_of, block, pages), pages: offsets, position: 0 };
+    let buffer = Some(Arc::new(buffer));
+    outbox.push(OutFrame { kind: FrameKind::Repair, stream: Arc::clone(stream), packed, buffer });
+    Ok(())
+}

@@ -1,0 +1,179 @@
+//! One VM's stream as its session, its reader and its mover share it.
+
+use std::collections::HashMap;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use migrate::pack::PackCounts;
+use migrate::window::{Rates, Window};
+use page::HostAddr;
+use sys::ProcessMemory;
+
+use crate::link::Bucket;
+
+use super::run::Input;
+
+/// What repairs are read from: the source QEMU's memory, by the stream's block indices.
+pub(crate) struct GuestMemory {
+    pub(crate) memory: ProcessMemory,
+    /// By block name.
+    pub(crate) addresses: HashMap<String, HostAddr>,
+    /// By block index, once the stream has opened.
+    pub(crate) bases: Mutex<Vec<Option<HostAddr>>>,
+}
+
+/// One VM's stream.
+pub(crate) struct Stream {
+    /// Number of the VM in its session.
+    pub(crate) vm: u16,
+    /// Name of the VM, for logs.
+    pub(crate) name: String,
+    pub(crate) memory: GuestMemory,
+    pub(crate) bucket: Bucket,
+    started: Instant,
+    window: Mutex<Flow>,
+    moved: Condvar,
+    socket: Mutex<Option<UnixStream>>,
+    mover: Mutex<Sender<Input>>,
+    pub(crate) wire_bytes: AtomicU64,
+    counts: Mutex<PackCounts>,
+    repaired: AtomicU64,
+}
+
+struct Flow {
+    window: Window,
+    /// Set once the stream is over; everybody who waits goes home.
+    closed: bool,
+    /// When the target last acknowledged something, or had nothing to.
+    progress: Instant,
+}
+
+impl Stream {
+    pub(crate) fn new(vm: u16, name: String, memory: GuestMemory, limit: u64, mover: Sender<Input>) -> Self {
+        let started = Instant::now();
+        Self {
+            vm,
+            name,
+            memory,
+            bucket: Bucket::default(),
+            started,
+            window: Mutex::new(Flow { window: Window::new(limit), closed: false, progress: started }),
+            moved: Condvar::new(),
+            socket: Mutex::new(None),
+            mover: Mutex::new(mover),
+            wire_bytes: AtomicU64::new(0),
+            counts: Mutex::new(PackCounts::default()),
+            repaired: AtomicU64::new(0),
+        }
+    }
+
+    /// Tells the mover.
+    pub(crate) fn tell(&self, input: Input) {
+        // A mover that has ended wants to hear nothing.
+        let _ = self.mover.lock().unwrap_or_else(PoisonError::into_inner).send(input);
+    }
+
+    /// The QEMU socket, to write the return path to and to close.
+    pub(crate) fn attach(&self, socket: UnixStream) {
+        *lock(&self.socket) = Some(socket);
+    }
+
+    /// Passes a return-path message on to the source QEMU.
+    pub(crate) fn write_return_path(&self, message: &[u8]) {
+        let mut socket = lock(&self.socket);
+        if let Some(socket) = socket.as_mut()
+            && let Err(error) = socket.write_all(message)
+        {
+            tracing::debug!(vm = self.name, %error, "the source QEMU does not take its return path");
+        }
+    }
+
+    /// Waits until the window is open. False: the stream is closed.
+    pub(crate) fn wait_open(&self) -> bool {
+        let mut flow = lock(&self.window);
+        let since = Instant::now();
+        let mut waited = false;
+        while !flow.closed && !flow.window.is_open() {
+            waited = true;
+            flow = self.moved.wait_timeout(flow, Duration::from_millis(200)).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        if waited {
+            flow.window.waited(since.elapsed());
+        }
+        !flow.closed
+    }
+
+    /// Whether the stream is over.
+    pub(crate) fn is_closed(&self) -> bool {
+        lock(&self.window).closed
+    }
+
+    /// Counts a frame that was queued.
+    pub(crate) fn sent(&self, position: u64, wire_estimate: u64, page_bytes: u64) {
+        let mut flow = lock(&self.window);
+        if flow.window.backlog() == 0 {
+            flow.progress = Instant::now();
+        }
+        flow.window.sent(position, wire_estimate, page_bytes);
+    }
+
+    /// The target QEMU has loaded everything up to `position`.
+    pub(crate) fn acknowledged(&self, position: u64) {
+        let mut flow = lock(&self.window);
+        let before = flow.window.acked();
+        flow.window.acknowledged(position, self.started.elapsed());
+        if flow.window.acked() > before {
+            flow.progress = Instant::now();
+        }
+        drop(flow);
+        self.moved.notify_all();
+    }
+
+    /// How long the target has not acknowledged anything of what it should.
+    pub(crate) fn stalled_for(&self) -> Duration {
+        let flow = lock(&self.window);
+        if flow.window.backlog() == 0 { Duration::ZERO } else { flow.progress.elapsed() }
+    }
+
+    /// Ends the stream: the reader goes home, and the socket is closed if `close_socket`, which
+    /// makes a source QEMU that has not completed resume its guest.
+    pub(crate) fn close(&self, close_socket: bool) {
+        lock(&self.window).closed = true;
+        self.moved.notify_all();
+        if close_socket && let Some(socket) = lock(&self.socket).take() {
+            let _ = socket.shutdown(std::net::Shutdown::Both);
+        }
+    }
+
+    pub(crate) fn count(&self, counts: PackCounts) {
+        let mut sum = lock(&self.counts);
+        sum.zero += counts.zero;
+        sum.fill += counts.fill;
+        sum.literal += counts.literal;
+        sum.reference += counts.reference;
+    }
+
+    pub(crate) fn count_repaired(&self, pages: u64) {
+        self.repaired.fetch_add(pages, Ordering::Relaxed);
+    }
+
+    /// Pages by kind so far, and how many were repaired.
+    pub(crate) fn counts(&self) -> (PackCounts, u64) {
+        (*lock(&self.counts), self.repaired.load(Ordering::Relaxed))
+    }
+
+    /// Position, backlog, rates now, rates the path can do.
+    pub(crate) fn flow(&self) -> (u64, u64, Rates, Rates) {
+        let flow = lock(&self.window);
+        let window = &flow.window;
+        (window.acked() + window.backlog(), window.backlog(), window.rates(), window.capable_rates())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

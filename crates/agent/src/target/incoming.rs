@@ -1,0 +1,413 @@
+//! Incoming moves: what the target's hand-over machine wants is done here.
+
+use std::collections::{HashMap, HashSet};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use guest::{RunState, TargetGuest};
+use migrate::handover::{FoundQemu, TargetAction, TargetEvent, TargetJournal, TargetMove};
+use serde::{Deserialize, Serialize};
+use sys::{Process, ProcessMemory};
+use wire::{BackMessage, MoveState, OpenMove};
+
+use crate::journal::{Journal, file_name};
+use crate::link::Hold;
+
+use super::session::{GuestMemory, TargetSession, lock};
+use super::sink::{ReturnEnd, Sink, read_return_path};
+
+/// How long a QEMU that has said `SHUT 0` may take to leave its loading state.
+const LOAD_SETTLE: Duration = Duration::from_secs(10);
+
+/// How long the answer about an ended move is kept: a source that lost its link for a weekend
+/// still gets it.
+const TOMBSTONE_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// What an incoming move needs of its agent.
+#[derive(Clone)]
+pub(crate) struct TargetContext {
+    pub(crate) run_dir: PathBuf,
+    pub(crate) log_dir: PathBuf,
+    pub(crate) journal: Journal,
+    pub(crate) hold: Hold,
+    pub(crate) store_bytes: usize,
+}
+
+/// The journal's entry of an incoming move.
+#[derive(Clone, Serialize, Deserialize)]
+struct Entry {
+    id: String,
+    vm_name: String,
+    resume: bool,
+    pid: u32,
+    /// Start time of the process, against another one of the same number.
+    started: u64,
+    qmp: PathBuf,
+    state: TargetJournal,
+}
+
+/// One incoming move.
+pub(crate) struct Incoming {
+    entry: Mutex<Entry>,
+    guest: Option<TargetGuest>,
+    /// Held while an action is under way: events wait for each other.
+    machine: Mutex<TargetMove>,
+    context: TargetContext,
+    session: Option<(Arc<TargetSession>, u16)>,
+    clock: Instant,
+}
+
+/// All incoming moves of this host.
+pub(crate) struct Arrivals {
+    pub(crate) context: TargetContext,
+    moves: Mutex<HashMap<String, Arc<Incoming>>>,
+    /// Names of VMs whose QEMU is being started.
+    starting: Mutex<HashSet<String>>,
+    clock: Instant,
+}
+
+/// The name of a VM whose QEMU is being started.
+struct Reserved<'a> {
+    starting: &'a Mutex<HashSet<String>>,
+    vm_name: String,
+}
+
+impl Drop for Reserved<'_> {
+    fn drop(&mut self) {
+        lock(self.starting).remove(&self.vm_name);
+    }
+}
+
+impl Arrivals {
+    /// Takes up what an earlier process left, and watches over leases.
+    pub(crate) fn start(context: TargetContext) -> std::io::Result<Arc<Self>> {
+        let arrivals = Arc::new(Self { context, moves: Mutex::default(), starting: Mutex::default(), clock: Instant::now() });
+        for entry in arrivals.context.journal.all::<Entry>() {
+            let id = entry.id.clone();
+            let incoming = Incoming::found(entry, &arrivals.context, arrivals.clock);
+            lock(&arrivals.moves).insert(id, incoming);
+        }
+        let weak = Arc::downgrade(&arrivals);
+        std::thread::Builder::new().name("gw-leases".into()).spawn(move || {
+            while let Some(arrivals) = weak.upgrade() {
+                arrivals.tick();
+                drop(arrivals);
+                std::thread::sleep(Duration::from_secs(1));
+            }
+        })?;
+        Ok(arrivals)
+    }
+
+    fn tick(&self) {
+        let moves: Vec<_> = lock(&self.moves).values().cloned().collect();
+        for incoming in moves {
+            incoming.handle(TargetEvent::Tick { now: self.clock.elapsed() });
+        }
+        self.context.journal.expire(TOMBSTONE_AGE, |path| {
+            // Only tombstones: everything else may still have a QEMU.
+            std::fs::read(path)
+                .ok()
+                .and_then(|bytes| serde_json::from_slice::<Entry>(&bytes).ok())
+                .is_some_and(|entry| !is_alive(&entry))
+        });
+    }
+
+    /// Starts the target QEMU of a move; returns its process id.
+    pub(crate) fn open(&self, session: &Arc<TargetSession>, request: OpenMove) -> anyhow::Result<u32> {
+        let _reserved = self.reserve(&request)?;
+        let incoming = Incoming::start(session, &request, &self.context, self.clock)?;
+        let pid = lock(&incoming.entry).pid;
+        lock(&self.moves).insert(request.id, incoming);
+        Ok(pid)
+    }
+
+    /// Keeps a second move of the same VM out while its QEMU starts, which may take seconds.
+    fn reserve(&self, request: &OpenMove) -> anyhow::Result<Reserved<'_>> {
+        let mut starting = lock(&self.starting);
+        let moves: Vec<_> = lock(&self.moves).iter().map(|(id, m)| (id.clone(), Arc::clone(m))).collect();
+        if moves.iter().any(|(id, _)| *id == request.id) {
+            return Err(anyhow!("move {} was here before", request.id));
+        }
+        let busy = moves.iter().find(|(_, m)| m.vm_name() == request.vm_name && !m.is_ended());
+        if let Some((id, _)) = busy {
+            return Err(anyhow!("{} is arriving here already, as move {id}", request.vm_name));
+        }
+        if !starting.insert(request.vm_name.clone()) {
+            return Err(anyhow!("{} is arriving here already", request.vm_name));
+        }
+        Ok(Reserved { starting: &self.starting, vm_name: request.vm_name.clone() })
+    }
+
+    /// Lets a VM go, or says why not.
+    pub(crate) fn release(&self, id: &str) -> MoveState {
+        self.with(id, |incoming| {
+            incoming.context.hold.at("target-release", &incoming.vm_name());
+            incoming.handle(TargetEvent::Release);
+            incoming.context.hold.at("target-running", &incoming.vm_name());
+        })
+    }
+
+    /// Does away with a VM that was not let go.
+    pub(crate) fn abort(&self, id: &str, reason: &str) -> MoveState {
+        self.with(id, |incoming| incoming.handle(TargetEvent::Abort(reason.to_owned())))
+    }
+
+    pub(crate) fn query(&self, id: &str) -> MoveState {
+        self.with(id, |_| {})
+    }
+
+    fn with(&self, id: &str, act: impl FnOnce(&Incoming)) -> MoveState {
+        let Some(incoming) = lock(&self.moves).get(id).cloned() else { return MoveState::Unknown };
+        act(&incoming);
+        incoming.answer()
+    }
+
+    /// The session's connections are gone.
+    pub(crate) fn session_lost(&self, session: &Arc<TargetSession>) {
+        let moves: Vec<_> = lock(&self.moves).values().cloned().collect();
+        for incoming in moves {
+            if incoming.session.as_ref().is_some_and(|(s, _)| Arc::ptr_eq(s, session)) {
+                incoming.handle(TargetEvent::SessionLost { now: self.clock.elapsed() });
+            }
+        }
+    }
+
+    /// Moves that have not ended.
+    pub(crate) fn under_way(&self) -> Vec<String> {
+        let moves = lock(&self.moves);
+        moves.iter().filter(|(_, m)| !m.is_ended()).map(|(id, _)| id.clone()).collect()
+    }
+}
+
+impl Incoming {
+    fn start(
+        session: &Arc<TargetSession>,
+        request: &OpenMove,
+        context: &TargetContext,
+        clock: Instant,
+    ) -> anyhow::Result<Arc<Self>> {
+        let log = context.log_dir.join(format!("{}.log", file_name(&request.id)));
+        let guest = TargetGuest::start(&request.argv, &log).context("starting the target QEMU")?;
+        let entry = Entry {
+            id: request.id.clone(),
+            vm_name: request.vm_name.clone(),
+            resume: request.resume,
+            pid: guest.pid(),
+            started: guest.process().start_time().unwrap_or(0),
+            qmp: guest.qmp_path().to_owned(),
+            state: TargetJournal::Loading,
+        };
+        let incoming = Arc::new(Self {
+            entry: Mutex::new(entry),
+            guest: Some(guest),
+            machine: Mutex::default(),
+            context: context.clone(),
+            session: Some((Arc::clone(session), request.vm)),
+            clock,
+        });
+        let fed = incoming.write_journal(TargetJournal::Loading).and_then(|()| incoming.feed(session, request.vm));
+        if let Err(error) = fed {
+            incoming.handle(TargetEvent::Failed(format!("{error:#}")));
+            return Err(error);
+        }
+        Ok(incoming)
+    }
+
+    /// Takes up what the journal says, and what is there of it.
+    fn found(entry: Entry, context: &TargetContext, clock: Instant) -> Arc<Self> {
+        let state = entry.state.clone();
+        let guest = is_alive(&entry).then(|| TargetGuest::adopt(entry.pid, &entry.qmp));
+        let (guest, found) = match guest {
+            None => (None, FoundQemu::Gone),
+            Some(Ok(guest)) => {
+                let running = guest.run_state().is_ok_and(|state| state == RunState::Running);
+                (Some(guest), if running { FoundQemu::Running } else { FoundQemu::Stopped })
+            }
+            Some(Err(error)) => {
+                // It lives, and cannot be asked: the journal decides, and a person is told.
+                tracing::error!(vm = entry.vm_name, pid = entry.pid, "cannot reach a QEMU that this agent started: {error}");
+                let released = matches!(state, TargetJournal::Released);
+                (None, if released { FoundQemu::Running } else { FoundQemu::Stopped })
+            }
+        };
+        let machine = Mutex::default();
+        let incoming = Arc::new(Self { entry: Mutex::new(entry), guest, machine, context: context.clone(), session: None, clock });
+        incoming.handle(TargetEvent::Restarted(state, found));
+        incoming
+    }
+
+    /// Has QEMU listen, connects to it, and starts the threads that feed and hear it.
+    fn feed(self: &Arc<Self>, session: &Arc<TargetSession>, vm: u16) -> anyhow::Result<()> {
+        let guest = self.guest.as_ref().ok_or_else(|| anyhow!("no QEMU"))?;
+        let name = file_name(&lock(&self.entry).id);
+        // Paths of unix sockets are short; the process id makes it unique on this host.
+        let path = self.context.run_dir.join(format!("i-{}.sock", guest.pid()));
+        guest.listen(&path).context("having the target QEMU listen")?;
+        let socket = UnixStream::connect(&path).with_context(|| format!("connecting to the target QEMU of {name}"))?;
+        let _ = std::fs::remove_file(&path);
+        let addresses: HashMap<String, _> =
+            guest.ram_blocks()?.into_iter().filter_map(|block| Some((block.name, block.hva?))).collect();
+        let pid = guest.pid();
+        let find = Box::new(move |names: &[String]| {
+            let memory = ProcessMemory::open(pid).ok()?;
+            let bases = names.iter().map(|name| addresses.get(name).copied()).collect();
+            Some(GuestMemory { memory, bases })
+        });
+        let (sink, handle) = Sink::new(session, vm, socket.try_clone()?, find);
+        session.add_sink(vm, handle);
+        let pings = sink.pings();
+        let incoming = Arc::clone(self);
+        std::thread::Builder::new().name("gw-sink".into()).spawn(move || {
+            if let Err(error) = sink.run() {
+                incoming.fail(&error.to_string());
+            }
+        })?;
+        let (incoming, session) = (Arc::clone(self), Arc::clone(session));
+        std::thread::Builder::new().name("gw-return".into()).spawn(move || {
+            let end = read_return_path(socket, &session, vm, &pings);
+            incoming.returned(&end);
+        })?;
+        Ok(())
+    }
+
+    /// The target QEMU's return path has ended.
+    fn returned(&self, end: &ReturnEnd) {
+        let failure = match end {
+            ReturnEnd::Shut(0) => match self.settled() {
+                Ok(()) => {
+                    self.context.hold.at("target-loaded", &self.vm_name());
+                    self.handle(TargetEvent::LoadReported);
+                    if self.answer() == MoveState::Loaded
+                        && let Some((session, vm)) = &self.session
+                    {
+                        session.say(*vm, BackMessage::Loaded);
+                    }
+                    return;
+                }
+                Err(error) => format!("{error:#}"),
+            },
+            ReturnEnd::Shut(status) => format!("the target QEMU could not load it (status {status}; see its log)"),
+            ReturnEnd::Closed => "the target QEMU closed its stream (see its log)".into(),
+            ReturnEnd::Broken(what) => format!("the target QEMU's return path is broken: {what}"),
+        };
+        self.fail(&failure);
+    }
+
+    /// The move fails, and the source hears why.
+    fn fail(&self, reason: &str) {
+        self.handle(TargetEvent::Failed(reason.to_owned()));
+        if let (MoveState::NeverRan { reason }, Some((session, vm))) = (self.answer(), &self.session) {
+            session.say(*vm, BackMessage::LoadFailed(reason));
+        }
+    }
+
+    /// Waits until QEMU stands loaded and stopped.
+    fn settled(&self) -> anyhow::Result<()> {
+        let guest = self.guest.as_ref().ok_or_else(|| anyhow!("no QEMU"))?;
+        let deadline = Instant::now() + LOAD_SETTLE;
+        loop {
+            match guest.run_state()? {
+                RunState::InMigrate if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(1)),
+                RunState::InMigrate => return Err(anyhow!("the target QEMU says it has loaded, and goes on loading")),
+                _ => return Ok(()),
+            }
+        }
+    }
+
+    fn handle(&self, event: TargetEvent) {
+        let mut machine = lock(&self.machine);
+        let mut events = vec![event];
+        while let Some(event) = events.pop() {
+            tracing::trace!(vm = self.vm_name(), ?event, state = ?machine.state(), "target");
+            for action in machine.handle(event) {
+                tracing::info!(vm = self.vm_name(), ?action, "target");
+                events.extend(self.act(action));
+            }
+        }
+    }
+
+    fn act(&self, action: TargetAction) -> Option<TargetEvent> {
+        match action {
+            TargetAction::Journal(state) => {
+                if let Err(error) = self.write_journal(state) {
+                    tracing::error!(vm = self.vm_name(), "the journal cannot be written: {error:#}");
+                }
+                None
+            }
+            TargetAction::Continue => Some(self.let_go()),
+            TargetAction::Kill => {
+                if let Err(error) = self.kill() {
+                    tracing::error!(vm = self.vm_name(), "the target QEMU cannot be killed; it is stopped: {error:#}");
+                }
+                if let Some((session, vm)) = &self.session {
+                    session.remove_sink(*vm);
+                }
+                None
+            }
+        }
+    }
+
+    fn kill(&self) -> anyhow::Result<()> {
+        if let Some(guest) = &self.guest {
+            return Ok(guest.kill()?);
+        }
+        let entry = lock(&self.entry).clone();
+        if is_alive(&entry) {
+            let process = Process::open(entry.pid)?;
+            process.kill()?;
+            process.wait_gone(LOAD_SETTLE)?;
+        }
+        Ok(())
+    }
+
+    fn let_go(&self) -> TargetEvent {
+        let Some(guest) = &self.guest else { return TargetEvent::QemuGone("its QEMU is gone".into()) };
+        if !lock(&self.entry).resume {
+            return TargetEvent::Continued;
+        }
+        match guest.cont() {
+            Ok(()) => TargetEvent::Continued,
+            Err(error) if guest.process().is_alive() => match guest.run_state() {
+                Ok(RunState::Running) => TargetEvent::Continued,
+                Ok(_) => TargetEvent::ContinueRefused(error.to_string()),
+                // It lives and does not answer: it may run. Nobody else may.
+                Err(_) => TargetEvent::QemuGone(format!("its QEMU does not answer: {error}")),
+            },
+            Err(error) => TargetEvent::QemuGone(error.to_string()),
+        }
+    }
+
+    fn write_journal(&self, state: TargetJournal) -> anyhow::Result<()> {
+        let mut entry = lock(&self.entry);
+        entry.state = state;
+        self.context.journal.write(&entry.id, &*entry).context("writing the journal")
+    }
+
+    fn vm_name(&self) -> String {
+        lock(&self.entry).vm_name.clone()
+    }
+
+    /// The state for the source; waits for an action under way.
+    fn answer(&self) -> MoveState {
+        lock(&self.machine).answer().unwrap_or(MoveState::Loaded)
+    }
+
+    fn is_ended(&self) -> bool {
+        !matches!(self.answer(), MoveState::Loading | MoveState::Loaded)
+    }
+}
+
+fn is_alive(entry: &Entry) -> bool {
+    Process::open(entry.pid).is_ok_and(|process| {
+        process.is_alive() && process.start_time().is_ok_and(|started| started == entry.started)
+    })
+}
+
+impl std::fmt::Debug for Incoming {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Incoming({}, up {:?})", self.vm_name(), self.clock.elapsed())
+    }
+}

@@ -1,0 +1,159 @@
+//! Where sessions arrive.
+
+use std::collections::HashMap;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
+
+use anyhow::Context;
+use page::ContentKey;
+use wire::{Channel, ControlReply, ControlRequest, Hello};
+
+use crate::link::{Link, LinkError, Security};
+
+use super::incoming::Arrivals;
+use super::session::{TargetSession, lock};
+
+/// How long a control connection may be idle: a move's bulk phase, for as long as it takes.
+const CONTROL_IDLE: Duration = Duration::from_secs(24 * 3600);
+
+/// Connections under way at once: some for each of many groups; beyond that somebody floods us.
+const MAX_CONNECTIONS: usize = 1024;
+
+struct Listener {
+    arrivals: Arc<Arrivals>,
+    security: Security,
+    peer_timeout: Duration,
+    sessions: Mutex<HashMap<String, Weak<TargetSession>>>,
+}
+
+/// Listens on `address` in threads of its own.
+///
+/// # Errors
+/// An address that cannot be listened on.
+pub(crate) fn listen(
+    address: SocketAddr,
+    arrivals: Arc<Arrivals>,
+    security: Security,
+    peer_timeout: Duration,
+) -> anyhow::Result<()> {
+    let socket = TcpListener::bind(address).with_context(|| format!("listening for moves on {address}"))?;
+    let listener = Arc::new(Listener { arrivals, security, peer_timeout, sessions: Mutex::default() });
+    std::thread::Builder::new().name("gw-listen".into()).spawn(move || {
+        loop {
+            match socket.accept() {
+                Ok((tcp, peer)) => {
+                    // The listener's own share is one.
+                    if Arc::strong_count(&listener) > MAX_CONNECTIONS {
+                        tracing::warn!(%peer, "too many connections");
+                        continue;
+                    }
+                    let listener = Arc::clone(&listener);
+                    let started = std::thread::Builder::new().name("gw-peer".into()).spawn(move || {
+                        if let Err(error) = listener.serve(tcp) {
+                            tracing::info!(%peer, "a connection has ended: {error:#}");
+                        }
+                    });
+                    if let Err(error) = started {
+                        tracing::error!(%error, "no thread for a connection");
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "accepting failed");
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+            }
+        }
+    })?;
+    Ok(())
+}
+
+impl Listener {
+    fn serve(&self, tcp: TcpStream) -> anyhow::Result<()> {
+        let mut link = Link::accepted(tcp, &self.security, self.peer_timeout)?;
+        let hello = link.receive_hello()?;
+        if !hello.is_compatible() {
+            let reason = format!("version {} is spoken there, {} here", hello.version, wire::PROTOCOL_VERSION);
+            return Ok(link.send(&ControlReply::Refused { reason })?);
+        }
+        match hello.channel {
+            Channel::Forward => self.forward(link, &hello),
+            Channel::Back => {
+                let session = self.welcome(&mut link, &hello)?;
+                let result = session.answer(link);
+                session.end();
+                Ok(result?)
+            }
+            Channel::Control => {
+                link.send(&ControlReply::Welcome)?;
+                link.set_timeout(CONTROL_IDLE);
+                self.control(link, &hello)
+            }
+        }
+    }
+
+    fn forward(&self, mut link: Link, hello: &Hello) -> anyhow::Result<()> {
+        let mut secret = [0; 32];
+        let key = hello.domain_key.as_deref().unwrap_or_default();
+        if hex::decode_to_slice(key, &mut secret).is_err() {
+            return Ok(link.send(&ControlReply::Refused { reason: "no secret of the trust domain".into() })?);
+        }
+        let store = self.arrivals.context.store_bytes;
+        let session = Arc::new(TargetSession::new(ContentKey::new(secret), store));
+        session.set_forward(link.socket()?);
+        {
+            let mut sessions = lock(&self.sessions);
+            sessions.retain(|_, session| session.strong_count() > 0);
+            sessions.insert(hello.session.clone(), Arc::downgrade(&session));
+        }
+        link.send(&ControlReply::Welcome)?;
+        tracing::info!(source = hello.source, session = hello.session, "session begins");
+        let result = super::receiver::run(link, &session, hello.compression);
+        session.end();
+        self.arrivals.session_lost(&session);
+        lock(&self.sessions).remove(&hello.session);
+        tracing::info!(source = hello.source, session = hello.session, "session ends");
+        match result {
+            // The source closes when its last move is over.
+            Err(super::receiver::ReceiveError::Link(LinkError::Closed)) => Ok(()),
+            other => Ok(other?),
+        }
+    }
+
+    fn session(&self, hello: &Hello) -> Option<Arc<TargetSession>> {
+        lock(&self.sessions).get(&hello.session).and_then(Weak::upgrade)
+    }
+
+    fn welcome(&self, link: &mut Link, hello: &Hello) -> anyhow::Result<Arc<TargetSession>> {
+        let Some(session) = self.session(hello) else {
+            let reason = "there is no such session".to_owned();
+            link.send(&ControlReply::Refused { reason: reason.clone() })?;
+            anyhow::bail!(reason);
+        };
+        link.send(&ControlReply::Welcome)?;
+        Ok(session)
+    }
+
+    fn control(&self, mut link: Link, hello: &Hello) -> anyhow::Result<()> {
+        loop {
+            let request = match link.receive() {
+                Ok(request) => request,
+                Err(LinkError::Closed) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            };
+            let reply = match request {
+                ControlRequest::Open(request) => match self.session(hello) {
+                    None => ControlReply::Refused { reason: "there is no such session".into() },
+                    Some(session) => match self.arrivals.open(&session, request) {
+                        Ok(pid) => ControlReply::Ready { pid },
+                        Err(error) => ControlReply::Refused { reason: format!("{error:#}") },
+                    },
+                },
+                ControlRequest::Release { id } => ControlReply::State(self.arrivals.release(&id)),
+                ControlRequest::Abort { id, reason } => ControlReply::State(self.arrivals.abort(&id, &reason)),
+                ControlRequest::Query { id } => ControlReply::State(self.arrivals.query(&id)),
+            };
+            link.send(&reply)?;
+        }
+    }
+}

@@ -1,0 +1,18 @@
+//! The target role: sessions from source agents, and the VMs that come in over them.
+//!
+//! ```text
+//!  source agent ═► receiver (one a session: decrypt, unpack, keep what is new)
+//!                     └─► sink (one a VM: resolve references, write) ─unix─► QEMU (stopped)
+//!  source agent ◄═ answerer (one a session) ◄── return path (one a VM) ◄────────┘
+//!  source agent ◄═► control connection (one a VM: the hand-over machine) ◄─QMP─┘
+//! ```
+
+mod contents;
+mod incoming;
+mod listener;
+mod receiver;
+mod session;
+mod sink;
+
+pub(crate) use incoming::{Arrivals, TargetContext};
+pub(crate) use listener::listen;

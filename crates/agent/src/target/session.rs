@@ -1,0 +1,179 @@
+//! What the VMs of one session share at the target.
+
+use std::collections::HashMap;
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use content::{Place, Places, Recent};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+use page::{BlockIndex, ContentId, ContentKey, EntryId, HostAddr, PAGE_SIZE, PageBytes};
+use sys::ProcessMemory;
+use wire::{BackMessage, FrameHeader, FrameKind};
+
+use crate::link::{Buffer, Link, LinkError};
+
+use super::sink::SinkHandle;
+
+/// How often the back connection says that it lives.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+
+/// Messages that wait for the back connection. Acknowledgements are a few a second and VM; a
+/// connection that is this far behind is as good as dead.
+const BACK_QUEUE: usize = 4096;
+
+/// A VM's memory as other VMs of its session can read it.
+pub(crate) struct GuestMemory {
+    pub(crate) memory: ProcessMemory,
+    /// Address of each block, by the stream's index; absent if QEMU does not tell it.
+    pub(crate) bases: Vec<Option<HostAddr>>,
+}
+
+/// One session, for as long as one of its connections or VMs is there.
+pub(crate) struct TargetSession {
+    pub(crate) key: ContentKey,
+    pub(crate) places: Mutex<Places>,
+    pub(crate) recent: Mutex<Recent<Arc<Buffer>>>,
+    memories: Mutex<HashMap<u16, Arc<GuestMemory>>>,
+    sinks: Mutex<HashMap<u16, SinkHandle>>,
+    back: (Sender<(u16, BackMessage)>, Receiver<(u16, BackMessage)>),
+    over: AtomicBool,
+    forward: Mutex<Option<TcpStream>>,
+}
+
+impl TargetSession {
+    pub(crate) fn new(key: ContentKey, store_bytes: usize) -> Self {
+        Self {
+            key,
+            places: Mutex::default(),
+            recent: Mutex::new(Recent::with_limit(store_bytes)),
+            memories: Mutex::default(),
+            sinks: Mutex::default(),
+            back: bounded(BACK_QUEUE),
+            over: AtomicBool::new(false),
+            forward: Mutex::new(None),
+        }
+    }
+
+    /// Queues a message for the source. A queue that is full is a session that is dead.
+    pub(crate) fn say(&self, vm: u16, message: BackMessage) {
+        if self.back.0.try_send((vm, message)).is_err() {
+            self.end();
+        }
+    }
+
+    pub(crate) fn add_sink(&self, vm: u16, sink: SinkHandle) {
+        lock(&self.sinks).insert(vm, sink);
+    }
+
+    pub(crate) fn sink(&self, vm: u16) -> Option<SinkHandle> {
+        lock(&self.sinks).get(&vm).cloned()
+    }
+
+    pub(crate) fn remove_sink(&self, vm: u16) {
+        lock(&self.sinks).remove(&vm);
+    }
+
+    pub(crate) fn add_memory(&self, vm: u16, memory: GuestMemory) {
+        lock(&self.memories).insert(vm, Arc::new(memory));
+    }
+
+    pub(crate) fn memory(&self, vm: u16) -> Option<Arc<GuestMemory>> {
+        lock(&self.memories).get(&vm).cloned()
+    }
+
+    /// Remembers where contents are now.
+    pub(crate) fn place(&self, vm: u16, placed: impl Iterator<Item = (EntryId, ContentId, BlockIndex, page::PageNo)>) {
+        let mut places = lock(&self.places);
+        for (entry, id, block, page) in placed {
+            places.put(entry, id, Place { vm, block, page });
+        }
+    }
+
+    /// The same for contents that are known already: the newest place is the likeliest to last.
+    pub(crate) fn place_again(&self, vm: u16, placed: impl Iterator<Item = (EntryId, BlockIndex, page::PageNo)>) {
+        let mut placed = placed.peekable();
+        if placed.peek().is_none() {
+            return;
+        }
+        let mut places = lock(&self.places);
+        for (entry, block, page) in placed {
+            if let Some((id, _)) = places.find(entry) {
+                places.put(entry, id, Place { vm, block, page });
+            }
+        }
+    }
+
+    pub(crate) fn set_forward(&self, socket: TcpStream) {
+        *lock(&self.forward) = Some(socket);
+    }
+
+    pub(crate) fn is_over(&self) -> bool {
+        self.over.load(Ordering::Acquire)
+    }
+
+    /// Ends the session: the forward connection is cut, sinks go home when they have nothing
+    /// left to do.
+    pub(crate) fn end(&self) {
+        self.over.store(true, Ordering::Release);
+        if let Some(socket) = lock(&self.forward).take() {
+            let _ = socket.shutdown(std::net::Shutdown::Both);
+        }
+        lock(&self.sinks).clear();
+    }
+
+    /// The thread that owns the back connection; returns when the session is over.
+    pub(crate) fn answer(&self, mut link: Link) -> Result<(), LinkError> {
+        let mut body = Vec::new();
+        while !self.is_over() {
+            let (vm, kind) = match self.back.1.recv_timeout(HEARTBEAT) {
+                Ok((vm, message)) => {
+                    message.encode(&mut body);
+                    (vm, FrameKind::Back)
+                }
+                Err(RecvTimeoutError::Timeout) => (0, FrameKind::BackHeartbeat),
+                Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            };
+            let len = u32::try_from(body.len()).unwrap_or(u32::MAX);
+            let mut frame = FrameHeader::new(kind, vm, len, len).to_bytes().to_vec();
+            frame.append(&mut body);
+            link.write_all(&frame)?;
+        }
+        Ok(())
+    }
+
+    /// Reads the contents of `places` from guests' memory into `out`, one page each, and checks
+    /// them; says for each whether it is what its id says.
+    pub(crate) fn read_checked(&self, wanted: &[(ContentId, Place)], out: &mut [u8]) -> Vec<bool> {
+        let mut good = vec![false; wanted.len()];
+        let mut start = 0;
+        // Neighbours are usually of one VM: read them in one go.
+        while start < wanted.len() {
+            let vm = wanted[start].1.vm;
+            let end = wanted[start..].iter().position(|(_, p)| p.vm != vm).map_or(wanted.len(), |n| start + n);
+            self.read_of_one(vm, &wanted[start..end], &mut out[start * PAGE_SIZE..end * PAGE_SIZE], &mut good[start..end]);
+            start = end;
+        }
+        good
+    }
+
+    fn read_of_one(&self, vm: u16, wanted: &[(ContentId, Place)], out: &mut [u8], good: &mut [bool]) {
+        let Some(guest) = self.memory(vm) else { return };
+        let address = |place: &Place| {
+            let base = guest.bases.get(usize::from(place.block.0)).copied().flatten()?;
+            base.of_page(place.page)
+        };
+        // All of one VM have an address or none: places are made only of blocks that have one.
+        let addresses: Vec<HostAddr> = wanted.iter().map_while(|(_, place)| address(place)).collect();
+        let read = guest.memory.read_pages(&addresses, &mut out[..addresses.len() * PAGE_SIZE]).unwrap_or(0);
+        for ((bytes, (id, _)), good) in out.as_chunks::<PAGE_SIZE>().0.iter().zip(wanted).zip(good).take(read) {
+            let bytes: &PageBytes = bytes;
+            *good = self.key.id_of(bytes) == *id;
+        }
+    }
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,244 @@
+//! Feeds one target QEMU: frames in, QEMU's stream out; acknowledgements back.
+
+use std::collections::VecDeque;
+use std::io::{self, IoSlice, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use crossbeam_channel::{Receiver, Sender, unbounded};
+use migrate::unpack::{Ack, Batch, Segment, UnpackError, Unpacker};
+use page::{PAGE_SIZE, PageBytes};
+use qstream::{ReturnDecoder, ReturnMessage, ReturnStep};
+use wire::BackMessage;
+
+use crate::link::Buffer;
+
+use super::contents::SessionContents;
+use super::session::{GuestMemory, TargetSession, lock};
+
+/// Most bytes that wait for one QEMU. The source's window keeps far below it (8 MiB of QEMU's
+/// stream, and repairs); beyond it the source is not honest, and the VM's move fails.
+const MAX_QUEUED: usize = 128 << 20;
+
+/// Slices of one write: the kernel's limit for one call.
+const MAX_SLICES: usize = 1024;
+
+/// A frame for one VM.
+pub(crate) struct SinkFrame {
+    pub(crate) body: Arc<Buffer>,
+    pub(crate) is_repair: bool,
+}
+
+/// The receiver's end of a sink.
+#[derive(Clone)]
+pub(crate) struct SinkHandle {
+    frames: Sender<SinkFrame>,
+    queued: Arc<AtomicUsize>,
+}
+
+impl SinkHandle {
+    /// The queue is bounded in bytes: above the limit frames are dropped, and the sink fails on
+    /// the gap that they leave.
+    pub(crate) fn push(&self, frame: SinkFrame) {
+        let len = frame.body.len();
+        if self.queued.fetch_add(len, Ordering::Relaxed) + len > MAX_QUEUED {
+            tracing::error!("a source sends faster than its window allows; its VM's move fails");
+            return;
+        }
+        let _ = self.frames.send(frame);
+    }
+}
+
+/// Why a target QEMU was not fed to the end.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SinkError {
+    #[error("the target QEMU does not take its stream: {0}")]
+    Write(#[from] io::Error),
+    #[error("{0}")]
+    Unpack(#[from] UnpackError),
+    #[error("frames were dropped")]
+    Dropped,
+}
+
+/// Pings on their way, with the positions that they acknowledge.
+type Pings = Arc<Mutex<VecDeque<(u32, u64)>>>;
+
+/// What feeds one QEMU.
+pub(crate) struct Sink {
+    frames: Receiver<SinkFrame>,
+    queued: Arc<AtomicUsize>,
+    pings: Pings,
+    session: Arc<TargetSession>,
+    vm: u16,
+    socket: UnixStream,
+    memory: Option<MemorySource>,
+}
+
+/// Finds the guest's memory once the block list is known.
+pub(crate) type MemorySource = Box<dyn FnOnce(&[String]) -> Option<GuestMemory> + Send>;
+
+impl Sink {
+    pub(crate) fn new(session: &Arc<TargetSession>, vm: u16, socket: UnixStream, memory: MemorySource) -> (Self, SinkHandle) {
+        let (sender, frames) = unbounded();
+        let queued = Arc::new(AtomicUsize::new(0));
+        let handle = SinkHandle { frames: sender, queued: Arc::clone(&queued) };
+        let pings = Pings::default();
+        let sink = Self { frames, queued, pings, session: Arc::clone(session), vm, socket, memory: Some(memory) };
+        (sink, handle)
+    }
+
+    pub(crate) fn pings(&self) -> Pings {
+        Arc::clone(&self.pings)
+    }
+
+    /// Feeds QEMU until the source closes the VM's stream or the session ends.
+    pub(crate) fn run(mut self) -> Result<(), SinkError> {
+        let mut unpacker = Unpacker::default();
+        let mut batch = Batch::default();
+        let mut pages = PagesBySlot::default();
+        while let Ok(frame) = self.frames.recv() {
+            let left = self.queued.fetch_sub(frame.body.len(), Ordering::Relaxed);
+            if left > MAX_QUEUED {
+                return Err(SinkError::Dropped);
+            }
+            batch.clear();
+            let mut contents = SessionContents(&self.session);
+            unpacker.apply(&frame.body, frame.is_repair, &mut contents, &mut batch)?;
+            if let (Some(blocks), Some(find)) = (unpacker.blocks(), self.memory.take_if(|_| unpacker.blocks().is_some())) {
+                let names: Vec<String> = blocks.iter().map(|(_, block)| block.name.to_string()).collect();
+                if let Some(memory) = find(&names) {
+                    pages.has_memory = memory.bases.iter().map(Option::is_some).collect();
+                    self.session.add_memory(self.vm, memory);
+                }
+            }
+            if let Some(Ack::OnPong { ping, position }) = batch.ack {
+                lock(&self.pings).push_back((ping, position));
+            }
+            write_batch(&mut self.socket, &batch, &frame.body)?;
+            if let Some(Ack::OnWrite { position }) = batch.ack {
+                self.session.say(self.vm, BackMessage::Ack { position });
+            }
+            if !batch.repair.is_empty() {
+                for runs in batch.repair.chunks(1024) {
+                    self.session.say(self.vm, BackMessage::RepairRequest(runs.to_vec()));
+                }
+            }
+            pages.remember(&self.session, self.vm, &batch, &frame.body);
+        }
+        Ok(())
+    }
+}
+
+/// Which blocks' contents can be found again, and the bookkeeping for it.
+#[derive(Default)]
+struct PagesBySlot {
+    has_memory: Vec<bool>,
+}
+
+impl PagesBySlot {
+    /// Remembers where the batch put contents. Literals are hashed here, by this VM's thread;
+    /// a reference moves its entry to the newer place.
+    fn remember(&self, session: &TargetSession, vm: u16, batch: &Batch<Arc<Buffer>>, body: &[u8]) {
+        let findable = |block: page::BlockIndex| self.has_memory.get(usize::from(block.0)).copied().unwrap_or(false);
+        let literals = batch.placed.iter().filter(|p| findable(p.block)).filter_map(|p| {
+            let at = p.literal_at?;
+            let bytes: &PageBytes = body.get(at..at + PAGE_SIZE)?.try_into().ok()?;
+            Some((p.entry, session.key.id_of(bytes), p.block, p.page))
+        });
+        let hashed: Vec<_> = literals.collect();
+        if !hashed.is_empty() {
+            session.place(vm, hashed.into_iter());
+        }
+        let referred = batch.placed.iter().filter(|p| p.literal_at.is_none() && findable(p.block));
+        session.place_again(vm, referred.map(|p| (p.entry, p.block, p.page)));
+    }
+}
+
+fn write_batch(socket: &mut UnixStream, batch: &Batch<Arc<Buffer>>, body: &[u8]) -> io::Result<()> {
+    let mut slices = Vec::with_capacity(batch.segments.len().min(MAX_SLICES));
+    for chunk in batch.segments.chunks(MAX_SLICES) {
+        slices.clear();
+        slices.extend(chunk.iter().map(|segment| {
+            IoSlice::new(match segment {
+                Segment::Head(range) => &batch.head[range.clone()],
+                Segment::Own(at) => &body[*at..*at + PAGE_SIZE],
+                Segment::Held(held, at) => &held[*at..*at + PAGE_SIZE],
+                Segment::Scratch(at) => &batch.scratch[*at..*at + PAGE_SIZE],
+            })
+        }));
+        let mut rest = slices.as_mut_slice();
+        while !rest.is_empty() {
+            match socket.write_vectored(rest) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(n) => IoSlice::advance_slices(&mut rest, n),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// How a target QEMU's return path ended.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum ReturnEnd {
+    /// It said whether it has loaded everything.
+    Shut(u32),
+    /// It closed without a word.
+    Closed,
+    /// It said what it should not.
+    Broken(String),
+}
+
+/// Reads a target QEMU's return path to its end; own pongs become acknowledgements.
+pub(crate) fn read_return_path(mut socket: UnixStream, session: &TargetSession, vm: u16, pings: &Pings) -> ReturnEnd {
+    let mut decoder = ReturnDecoder::new();
+    let (mut buffer, mut filled) = (vec![0; 4096], 0);
+    loop {
+        match socket.read(&mut buffer[filled..]) {
+            Ok(0) => return ReturnEnd::Closed,
+            Ok(n) => filled += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(_) => return ReturnEnd::Closed,
+        }
+        let mut at = 0;
+        while at < filled {
+            match decoder.decode(&buffer[at..filled]) {
+                Err(error) => return ReturnEnd::Broken(error.to_string()),
+                Ok(ReturnStep::NeedMore { at_least }) => {
+                    if at_least > buffer.len() {
+                        buffer.resize(at_least, 0);
+                    }
+                    break;
+                }
+                Ok(ReturnStep::Message { message: ReturnMessage::Shut(status), .. }) => return ReturnEnd::Shut(status),
+                Ok(ReturnStep::Message { message, raw }) => {
+                    at += raw.len();
+                    match message {
+                        ReturnMessage::Pong(value) if Unpacker::is_our_ping(value) => acknowledge(session, vm, pings, value),
+                        _ => session.say(vm, BackMessage::ReturnPath(raw.to_vec())),
+                    }
+                }
+            }
+        }
+        buffer.copy_within(at..filled, 0);
+        filled -= at;
+    }
+}
+
+fn acknowledge(session: &TargetSession, vm: u16, pings: &Pings, value: u32) {
+    let mut pings = lock(pings);
+    let mut reached = None;
+    while let Some((ping, position)) = pings.front().copied() {
+        pings.pop_front();
+        reached = Some(position);
+        if ping == value {
+            break;
+        }
+    }
+    drop(pings);
+    if let Some(position) = reached {
+        session.say(vm, BackMessage::Ack { position });
+    }
+}
