@@ -11,9 +11,9 @@
 //! # Stream
 //!
 //! ```text
-//! Header ─ Command* ─ RamStart ─┬─► Command, Opaque ──────────────┐
-//!                               ├─► PartBegin (Page|Zero)* PartClosed ┤ repeat
-//!                               └─► EndBegin  (Page|Zero)* EndClosed ─ Tail*
+//! Header   Command*   RamStart   Section*   EndBegin (Page | Zero)* EndClosed   Tail*
+//!
+//! Section = PartBegin (Page | Zero)* PartClosed | Command | Opaque
 //! ```
 //!
 //! `docs/qemu-stream.md` describes the format and what a proxy may do to it.
