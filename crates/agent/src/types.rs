@@ -77,7 +77,12 @@ impl Preset {
             Self::Oc => Scope::None,
             Self::Gang => Scope::Host,
         };
-        Settings { scope, sharing: Sharing::Off, compression: Compression::None, mode: Mode::PreCopy }
+        Settings {
+            scope,
+            sharing: Sharing::Off,
+            compression: Compression::None,
+            mode: Mode::PreCopy,
+        }
     }
 }
 
@@ -202,7 +207,9 @@ pub struct MoveSpec {
 }
 
 /// Where a move stands. The order is the order of a move that succeeds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema,
+)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
     /// Accepted, nothing done yet. The VM runs at the source.
@@ -220,6 +227,9 @@ pub enum Phase {
     Held,
     /// The target was let go: from here on the VM never runs at the source again.
     Released,
+    /// The agent was restarted in the middle of the move, or a person asked for it: it finds out
+    /// where the VM is, and finishes or undoes the move.
+    Recovering,
     /// The VM runs at the target, the source QEMU is gone.
     Moved,
     /// The move failed or was cancelled; the VM runs at the source, the target QEMU is gone.
@@ -338,4 +348,130 @@ pub struct MoveStatus {
     pub message: String,
     /// Newest progress.
     pub progress: Progress,
+}
+
+/// Asks an agent to coordinate a group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GroupRequest {
+    /// What to move.
+    pub plan: Plan,
+    /// Id of the group; made up if absent. An id is used once.
+    #[serde(default)]
+    pub id: Option<String>,
+}
+
+/// The group was accepted and its moves are being started.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GroupAccepted {
+    /// Id of the group.
+    pub group: String,
+}
+
+/// A group as its coordinator knows it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct GroupStatus {
+    /// Id of the group.
+    pub group: String,
+    /// Wall clock of its acceptance, milliseconds since 1970 with a fraction.
+    pub accepted_unix_ms: f64,
+    /// Whether every move has ended.
+    pub finished: bool,
+    /// Its moves, in the plan's order.
+    pub moves: Vec<GroupMove>,
+}
+
+/// A move of a group as its coordinator knows it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct GroupMove {
+    /// What the source agent said last.
+    #[serde(flatten)]
+    pub status: MoveStatus,
+    /// Name of the source host.
+    pub source: String,
+    /// Whether the source agent answers. If not, the move may well go on: only news is missing.
+    pub reachable: bool,
+    /// From the acceptance of the group to the end of this move, or to now.
+    pub elapsed_s: f64,
+}
+
+/// A line of a group's event stream: an event of one of its moves (with `seq` counted in the
+/// group), or, last, the end of the group.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(untagged)]
+pub enum GroupEvent {
+    /// The group has ended.
+    Finished(GroupFinished),
+    /// Something happened to one of its moves.
+    Move(MoveEvent),
+}
+
+impl GroupEvent {
+    /// Position in the group's stream of events.
+    #[must_use]
+    pub fn seq(&self) -> u64 {
+        match self {
+            Self::Finished(finished) => finished.seq,
+            Self::Move(event) => event.seq,
+        }
+    }
+}
+
+/// The end of a group.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct GroupFinished {
+    /// Position in the group's stream of events.
+    pub seq: u64,
+    /// Wall clock, milliseconds since 1970 with a fraction.
+    pub at_unix_ms: f64,
+    /// Always `group-finished`.
+    pub event: GroupFinishedTag,
+    /// Id of the group.
+    pub group: String,
+    /// Every move with its final phase, in the plan's order.
+    pub outcomes: Vec<GroupMove>,
+}
+
+/// The `event` of [`GroupFinished`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum GroupFinishedTag {
+    /// The only value.
+    GroupFinished,
+}
+
+/// Which moves of a group an action is for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Selection {
+    /// This VM only; all to which the action applies if absent.
+    #[serde(default)]
+    pub vm: Option<String>,
+}
+
+/// What an agent says of itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct AgentStatus {
+    /// Name of the host.
+    pub name: String,
+    /// Version of gangway.
+    pub version: String,
+    /// Whether it is being stopped and takes no new moves.
+    pub stopping: bool,
+    /// Moves whose source is this host.
+    pub moves: Vec<MoveStatus>,
+    /// Ids of moves that arrive here.
+    pub incoming: Vec<String>,
+    /// Groups that this agent coordinates.
+    pub groups: Vec<GroupStatus>,
+}
+
+/// What came of an action on a group.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ActionReport {
+    /// VMs whose moves took the action.
+    pub done: Vec<String>,
+    /// Those that did not, and why.
+    pub refused: Vec<crate::api::mover::Refusal>,
 }

@@ -1,0 +1,133 @@
+//! Whether this host is ready for migrations, in words.
+
+use guest::{HostReport, MemoryReading};
+use page::ByteLen;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// What `gangway doctor` shows.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct DoctorReport {
+    /// The findings, the most important first.
+    pub findings: Vec<Finding>,
+}
+
+/// One thing looked at.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Finding {
+    /// What was looked at.
+    pub about: String,
+    /// How it is.
+    pub verdict: Verdict,
+    /// What was found.
+    pub found: String,
+    /// What to do, if it is not fine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub advice: Option<String>,
+}
+
+/// How a finding is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verdict {
+    /// As it should be.
+    Fine,
+    /// Migrations work, with less than they could have.
+    Limited,
+    /// Migrations from or to this host fail.
+    Broken,
+}
+
+/// Looks at this host.
+pub(super) fn examine() -> DoctorReport {
+    judge(&guest::host_report())
+}
+
+fn judge(host: &HostReport) -> DoctorReport {
+    DoctorReport {
+        findings: vec![
+            qemu(host),
+            memory(host),
+            memory_reading(host),
+            kvm(host),
+            ksm(host),
+        ],
+    }
+}
+
+fn qemu(host: &HostReport) -> Finding {
+    let found: Vec<_> = host
+        .qemu
+        .iter()
+        .map(|qemu| format!("{} ({})", qemu.path.display(), qemu.version))
+        .collect();
+    if found.is_empty() {
+        let advice = "install a QEMU system emulator; a target needs the program that a VM's \
+                      command line names";
+        return finding(
+            "QEMU",
+            Verdict::Broken,
+            "no QEMU on the agent's PATH",
+            Some(advice),
+        );
+    }
+    finding("QEMU", Verdict::Fine, &found.join(", "), None)
+}
+
+fn memory(host: &HostReport) -> Finding {
+    let for_guests = host.memory.for_guests();
+    let found = format!("{for_guests} for guests");
+    if for_guests == ByteLen(0) {
+        let advice = "nothing can move to this host; check /proc/meminfo and the memory cgroup";
+        return finding("memory", Verdict::Limited, &found, Some(advice));
+    }
+    finding("memory", Verdict::Fine, &found, None)
+}
+
+fn memory_reading(host: &HostReport) -> Finding {
+    let (verdict, found) = match host.memory_reading {
+        MemoryReading::Everybody => (Verdict::Fine, "of every process"),
+        MemoryReading::SameUser => (Verdict::Limited, "of processes of the agent's user only"),
+        MemoryReading::Descendants => (Verdict::Limited, "of the agent's own children only"),
+        MemoryReading::Nobody => (Verdict::Limited, "of no process"),
+    };
+    let advice = "run the agent with CAP_SYS_PTRACE, so that a page can be repaired from the \
+                  guest's memory; without it a move whose reference is lost is undone";
+    let advice = (verdict != Verdict::Fine).then_some(advice);
+    finding("reading guests' memory", verdict, found, advice)
+}
+
+fn kvm(host: &HostReport) -> Finding {
+    if host.kvm {
+        return finding("KVM", Verdict::Fine, "usable", None);
+    }
+    let advice = "guests are emulated; load the kvm module, or let the agent's user open /dev/kvm";
+    finding(
+        "KVM",
+        Verdict::Limited,
+        "/dev/kvm cannot be opened",
+        Some(advice),
+    )
+}
+
+fn ksm(host: &HostReport) -> Finding {
+    let found = match &host.ksm {
+        None => "the kernel has none".to_owned(),
+        Some(ksm) => format!(
+            "{}; {} frames serve {} more pages",
+            if ksm.running { "runs" } else { "does not run" },
+            ksm.pages_shared,
+            ksm.pages_sharing
+        ),
+    };
+    finding("kernel same-page merging", Verdict::Fine, &found, None)
+}
+
+fn finding(about: &str, verdict: Verdict, found: &str, advice: Option<&str>) -> Finding {
+    Finding {
+        about: about.to_owned(),
+        verdict,
+        found: found.to_owned(),
+        advice: advice.map(str::to_owned),
+    }
+}

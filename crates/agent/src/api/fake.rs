@@ -1,0 +1,327 @@
+//! A host in memory: the [`Mover`] that tests drive the API, the coordinator and the CLI with.
+//!
+//! It has VMs by name, each with a [`Script`] that says what becomes of its move.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::mover::{Admission, Bandwidth, EventSink, MoveCheck, Mover, Refusal, RefusalCode};
+use crate::types::{Happening, MoveSpec, Phase, Progress};
+
+/// Memory of each VM.
+pub const VM_BYTES: u64 = 256 << 20;
+
+/// What becomes of a VM's move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Script {
+    /// It moves.
+    Moves,
+    /// It copies memory until it is cancelled or [`FakeHost::converge`] is called.
+    NeverConverges,
+    /// It fails in switch-over and runs on at the source.
+    Stays,
+    /// It is lost between the hosts; recovery brings it to the target.
+    NeedsPerson,
+    /// Its QEMU cannot be migrated.
+    CannotMigrate,
+}
+
+/// The host.
+pub struct FakeHost {
+    state: Arc<State>,
+    free_bytes: u64,
+    interrupted: Vec<MoveSpec>,
+}
+
+struct State {
+    world: Mutex<World>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct World {
+    vms: BTreeMap<String, Script>,
+    moves: BTreeMap<String, Under>,
+    limits: Vec<(String, Bandwidth)>,
+    admitted: Vec<Admission>,
+}
+
+/// A move under way.
+struct Under {
+    vm: String,
+    held: bool,
+    cancelled: bool,
+    past_return: bool,
+}
+
+impl FakeHost {
+    /// A host with these VMs and so much memory free for others.
+    #[must_use]
+    pub fn new<'a>(vms: impl IntoIterator<Item = (&'a str, Script)>, free_bytes: u64) -> Self {
+        let vms = vms
+            .into_iter()
+            .map(|(vm, script)| (vm.to_owned(), script))
+            .collect();
+        let world = World {
+            vms,
+            ..World::default()
+        };
+        let state = State {
+            world: Mutex::new(world),
+            changed: Condvar::new(),
+        };
+        Self {
+            state: Arc::new(state),
+            free_bytes,
+            interrupted: Vec::new(),
+        }
+    }
+
+    /// The same host after a restart in the middle of these moves.
+    #[must_use]
+    pub fn with_interrupted(mut self, specs: Vec<MoveSpec>) -> Self {
+        self.interrupted = specs;
+        self
+    }
+
+    /// Lets every move that copies memory without end come to one.
+    pub fn converge(&self) {
+        for script in self.state.lock().vms.values_mut() {
+            if *script == Script::NeverConverges {
+                *script = Script::Moves;
+            }
+        }
+        self.state.changed.notify_all();
+    }
+
+    /// The limits that were set on moves under way, in order.
+    #[must_use]
+    pub fn limits(&self) -> Vec<(String, Bandwidth)> {
+        self.state.lock().limits.clone()
+    }
+
+    /// The admissions granted.
+    #[must_use]
+    pub fn admitted(&self) -> Vec<Admission> {
+        self.state.lock().admitted.clone()
+    }
+
+    /// Names of the VMs that are (still) here.
+    #[must_use]
+    pub fn vms(&self) -> Vec<String> {
+        self.state.lock().vms.keys().cloned().collect()
+    }
+}
+
+impl Mover for FakeHost {
+    fn check(&self, spec: &MoveSpec) -> Result<MoveCheck, Refusal> {
+        let world = self.state.lock();
+        let vm = &spec.vm;
+        if world.moves.values().any(|under| under.vm == *vm) {
+            let message = format!("VM `{vm}` is being moved already; it runs at the source");
+            return Err(Refusal::of_vm(RefusalCode::Busy, vm, message));
+        }
+        match world.vms.get(vm) {
+            None => {
+                let message = format!("no QEMU answers for VM `{vm}` on this host");
+                Err(Refusal::of_vm(RefusalCode::UnknownVm, vm, message))
+            }
+            Some(Script::CannotMigrate) => {
+                let message = format!("VM `{vm}` cannot be migrated; it runs on here");
+                Err(Refusal::of_vm(RefusalCode::CannotMigrate, vm, message))
+            }
+            Some(_) => Ok(MoveCheck {
+                vm: vm.clone(),
+                memory_bytes: VM_BYTES,
+                program: PathBuf::from("/usr/bin/qemu-system-x86_64"),
+                machine: "pc-q35-7.2".to_owned(),
+                qemu_version: "10.0.2".to_owned(),
+            }),
+        }
+    }
+
+    fn start(&self, spec: MoveSpec, events: EventSink) -> Result<(), Refusal> {
+        self.check(&spec)?;
+        let under = Under {
+            vm: spec.vm.clone(),
+            held: false,
+            cancelled: false,
+            past_return: false,
+        };
+        self.state.lock().moves.insert(spec.id.clone(), under);
+        let state = self.state.clone();
+        std::thread::spawn(move || {
+            let (phase, message) = state.carry_out(&spec, &events);
+            let mut world = state.lock();
+            world.moves.remove(&spec.id);
+            if phase == Phase::Moved {
+                world.vms.remove(&spec.vm);
+            }
+            drop(world);
+            let message = format!("VM `{}` {message}", spec.vm);
+            events(Happening::Phase { phase, message });
+        });
+        Ok(())
+    }
+
+    fn cancel(&self, id: &str) -> Result<(), Refusal> {
+        self.state.with_move(id, |under| {
+            if under.past_return {
+                let message = format!("VM `{}` runs at the target already", under.vm);
+                return Err(Refusal::of_vm(RefusalCode::TooLate, &under.vm, message));
+            }
+            under.cancelled = true;
+            Ok(())
+        })
+    }
+
+    fn resume_held(&self, id: &str) -> Result<(), Refusal> {
+        self.state.with_move(id, |under| {
+            if !under.held {
+                let message = format!("VM `{}` is not held; its move goes on by itself", under.vm);
+                return Err(Refusal::of_vm(RefusalCode::NotHeld, &under.vm, message));
+            }
+            under.held = false;
+            Ok(())
+        })
+    }
+
+    fn set_bandwidth(&self, id: &str, limits: Bandwidth) -> Result<(), Refusal> {
+        self.state.with_move(id, |_| Ok(()))?;
+        self.state.lock().limits.push((id.to_owned(), limits));
+        Ok(())
+    }
+
+    fn admit(&self, request: &Admission) -> Result<(), Refusal> {
+        let needed = request.memory_bytes();
+        if needed > self.free_bytes {
+            let message = format!(
+                "the {} VMs need {needed} bytes of memory together, {} are free",
+                request.vms.len(),
+                self.free_bytes
+            );
+            return Err(Refusal::new(RefusalCode::NoMemory, message));
+        }
+        self.state.lock().admitted.push(request.clone());
+        Ok(())
+    }
+
+    fn recover(&self, _id: &str, events: EventSink) -> Result<(), Refusal> {
+        std::thread::spawn(move || {
+            let message = "it was found at the target and runs there".to_owned();
+            events(Happening::Phase {
+                phase: Phase::Moved,
+                message,
+            });
+        });
+        Ok(())
+    }
+
+    fn recoverable(&self) -> Vec<MoveSpec> {
+        self.interrupted.clone()
+    }
+
+    fn incoming(&self) -> Vec<String> {
+        Vec::new()
+    }
+}
+
+impl State {
+    fn lock(&self) -> MutexGuard<'_, World> {
+        self.world.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn with_move<T>(
+        &self,
+        id: &str,
+        act: impl FnOnce(&mut Under) -> Result<T, Refusal>,
+    ) -> Result<T, Refusal> {
+        let mut world = self.lock();
+        let under = world.moves.get_mut(id).ok_or_else(|| {
+            Refusal::new(
+                RefusalCode::UnknownMove,
+                format!("no move `{id}` is under way"),
+            )
+        })?;
+        let result = act(under);
+        self.changed.notify_all();
+        result
+    }
+
+    /// Runs the script and returns the final phase.
+    fn carry_out(&self, spec: &MoveSpec, events: &EventSink) -> (Phase, &'static str) {
+        let enter = |phase: Phase| {
+            let message = format!("VM `{}`: {phase:?}", spec.vm);
+            events(Happening::Phase { phase, message });
+        };
+        enter(Phase::Preparing);
+        enter(Phase::Bulk);
+        let Some(script) = self.copy_memory(spec, events) else {
+            return (Phase::Stayed, "was cancelled and runs at the source");
+        };
+        enter(Phase::SwitchOver);
+        match script {
+            Script::Stays => return (Phase::Stayed, "could not be loaded and runs at the source"),
+            Script::NeedsPerson => return (Phase::NeedsPerson, "is stopped at the source"),
+            _ => enter(Phase::Loaded),
+        }
+        if spec.confirm_handover {
+            self.lock()
+                .moves
+                .entry(spec.id.clone())
+                .and_modify(|under| under.held = true);
+            enter(Phase::Held);
+            let waits =
+                |world: &World| world.moves[&spec.id].held && !world.moves[&spec.id].cancelled;
+            let world = self.wait_while(waits);
+            if world.moves[&spec.id].cancelled {
+                return (Phase::Stayed, "was cancelled and runs at the source");
+            }
+        }
+        self.lock()
+            .moves
+            .entry(spec.id.clone())
+            .and_modify(|under| under.past_return = true);
+        enter(Phase::Released);
+        (Phase::Moved, "runs at the target")
+    }
+
+    /// Reports progress until the memory is copied; `None` if cancelled.
+    fn copy_memory(&self, spec: &MoveSpec, events: &EventSink) -> Option<Script> {
+        for step in 1_u64.. {
+            let sent = (step * VM_BYTES / 8).min(VM_BYTES);
+            let progress = Progress {
+                round: 1 + step / 9,
+                memory_bytes: VM_BYTES,
+                stream_bytes: step * VM_BYTES / 8,
+                wire_bytes: step * VM_BYTES / 32,
+                remaining_bytes: VM_BYTES - sent,
+                wire_bytes_per_s: VM_BYTES / 2,
+                stream_bytes_per_s: 2 * VM_BYTES,
+                ..Progress::default()
+            };
+            events(Happening::Progress { progress });
+            let world = self.lock();
+            let (mut world, _) = self
+                .changed
+                .wait_timeout(world, Duration::from_millis(10))
+                .unwrap_or_else(PoisonError::into_inner);
+            if world.moves.get_mut(&spec.id)?.cancelled {
+                return None;
+            }
+            let script = *world.vms.get(&spec.vm)?;
+            if step >= 8 && script != Script::NeverConverges {
+                return Some(script);
+            }
+        }
+        None
+    }
+
+    fn wait_while(&self, waits: impl Fn(&World) -> bool) -> MutexGuard<'_, World> {
+        self.changed
+            .wait_while(self.lock(), |world| waits(world))
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}

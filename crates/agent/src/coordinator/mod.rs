@@ -1,0 +1,218 @@
+//! Coordinates groups: the agent that accepts a plan asks every agent first, starts the moves,
+//! follows their events, and divides the group's bandwidth.
+//!
+//! Participants: the coordinator (any agent), the source agents (they carry out moves), the target
+//! agents (they admit VMs). The coordinator reaches all of them, itself included, through their
+//! control API.
+//!
+//! Goal: nothing starts unless all of it can. Goal: the coordinator's death stops no move; started
+//! again, it finds the plan in its state directory and follows the moves where they are.
+//! Non-goal: deciding where a VM runs; source and target agent of a move do that alone.
+//!
+//! ```text
+//!  client            coordinator              source agents        target agents
+//!    │  POST groups       │  POST check (each move)  │                   │
+//!    ├───────────────────►├─────────────────────────►│                   │
+//!    │                    │  POST admit (each target: all its VMs)       │
+//!    │                    ├─────────────────────────────────────────────►│
+//!    │ 202, or a refusal: │  POST moves (each move, in the plan's order) │
+//!    │ nothing started    ├─────────────────────────►│                   │
+//!    │◄───────────────────┤  GET moves/../events     │                   │
+//!    │  GET events        │◄═════════════════════════╡                   │
+//!    │◄══════════════════ ┤  PATCH bandwidth (as moves end)              │
+//!    │                    ├─────────────────────────►│                   │
+//! ```
+
+mod budget;
+mod follow;
+mod group;
+mod preflight;
+mod saved;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::api::mover::{Refusal, RefusalCode};
+use crate::client::Client;
+use crate::config::Config;
+use crate::plan;
+use crate::types::{ActionReport, GroupAccepted, GroupRequest, GroupStatus, Host, Plan};
+
+pub(crate) use group::{Action, Group};
+use saved::{SavedGroup, SavedGroups};
+
+/// Ended groups that are remembered for those who ask late.
+const ENDED_MAX: usize = 64;
+/// Groups under way at once: a person watches each.
+const GROUPS_MAX: usize = 64;
+
+/// All groups that this agent coordinates.
+pub(crate) struct Coordinator {
+    peers: Peers,
+    saved: Arc<SavedGroups>,
+    groups: Mutex<BTreeMap<String, Arc<Group>>>,
+}
+
+/// Makes clients of other agents.
+#[derive(Clone)]
+pub(crate) struct Peers {
+    tls: Option<Arc<rustls::ClientConfig>>,
+    timeout: Duration,
+}
+
+impl Peers {
+    pub(crate) fn client(&self, host: &Host) -> Client {
+        Client::tcp(&host.control, self.tls.clone(), self.timeout)
+    }
+}
+
+impl Coordinator {
+    pub(crate) fn new(config: &Config, tls: Option<Arc<rustls::ClientConfig>>) -> Self {
+        Self {
+            peers: Peers {
+                tls,
+                timeout: config.peer_timeout(),
+            },
+            saved: Arc::new(SavedGroups::new(&config.state_dir)),
+            groups: Mutex::default(),
+        }
+    }
+
+    /// Follows the groups of an earlier process of this agent again.
+    pub(crate) fn adopt_saved(&self) {
+        for saved in self.saved.load() {
+            tracing::info!(
+                group = saved.id,
+                "following the group again after a restart"
+            );
+            match self.new_group(&saved) {
+                Ok(group) => {
+                    self.lock().insert(saved.id, group.clone());
+                    group.follow_all();
+                }
+                Err(refusal) => tracing::error!(group = saved.id, "cannot follow it: {refusal}"),
+            }
+        }
+    }
+
+    /// Checks a plan with every agent that it involves and starts it.
+    pub(crate) async fn accept(&self, request: GroupRequest) -> Result<GroupAccepted, Refusal> {
+        let bad = |error: plan::PlanError| Refusal::new(RefusalCode::BadRequest, error.to_string());
+        let plan = request.plan;
+        plan.check().map_err(bad)?;
+        let id = match request.id {
+            Some(id) => id,
+            None => format!("g-{}", hex::encode(random::<4>()?)),
+        };
+        plan::check_group_id(&id).map_err(bad)?;
+        self.refuse_used(&id)?;
+
+        let saved = SavedGroup {
+            id: id.clone(),
+            accepted_unix_ms: crate::api::moves::unix_ms(),
+            plan,
+        };
+        let group = self.new_group(&saved)?;
+        preflight::run(&saved.plan, &self.peers, group.specs()).await?;
+        self.saved.write(&saved).map_err(|error| {
+            let message = format!("cannot remember the plan ({error}); nothing was started");
+            Refusal::new(RefusalCode::Internal, message)
+        })?;
+        {
+            let mut groups = self.lock();
+            if groups.contains_key(&id) {
+                return Err(used(&id));
+            }
+            forget_oldest(&mut groups);
+            groups.insert(id.clone(), group.clone());
+        }
+        group.start();
+        Ok(GroupAccepted { group: id })
+    }
+
+    pub(crate) fn get(&self, id: &str) -> Result<Arc<Group>, Refusal> {
+        self.lock().get(id).cloned().ok_or_else(|| {
+            let message = format!(
+                "this agent does not coordinate a group `{id}`; ask the agent that accepted it, \
+                 or see `gangway status` on the source hosts"
+            );
+            Refusal::new(RefusalCode::UnknownGroup, message)
+        })
+    }
+
+    pub(crate) fn list(&self) -> Vec<GroupStatus> {
+        self.lock().values().map(|group| group.status()).collect()
+    }
+
+    pub(crate) async fn act(
+        &self,
+        id: &str,
+        action: Action,
+        vm: Option<&str>,
+    ) -> Result<ActionReport, Refusal> {
+        self.get(id)?.act(action, vm).await
+    }
+
+    fn new_group(&self, saved: &SavedGroup) -> Result<Arc<Group>, Refusal> {
+        let keys = domain_keys(&saved.plan)?;
+        Ok(Arc::new(Group::new(
+            saved,
+            &keys,
+            &self.peers,
+            self.saved.clone(),
+        )))
+    }
+
+    fn refuse_used(&self, id: &str) -> Result<(), Refusal> {
+        let groups = self.lock();
+        if groups.contains_key(id) {
+            return Err(used(id));
+        }
+        if groups.values().filter(|group| !group.ended()).count() >= GROUPS_MAX {
+            let message = format!("this agent coordinates {GROUPS_MAX} groups already, its most");
+            return Err(Refusal::new(RefusalCode::Busy, message));
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Group>>> {
+        self.groups.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn used(id: &str) -> Refusal {
+    let message = format!("there is a group `{id}` already; an id is used once");
+    Refusal::new(RefusalCode::Busy, message)
+}
+
+fn forget_oldest(groups: &mut BTreeMap<String, Arc<Group>>) {
+    let ended = groups.values().filter(|group| group.ended());
+    if ended.clone().count() < ENDED_MAX {
+        return;
+    }
+    let oldest = ended.min_by(|a, b| a.accepted_unix_ms().total_cmp(&b.accepted_unix_ms()));
+    if let Some(id) = oldest.map(|group| group.id().to_owned()) {
+        groups.remove(&id);
+    }
+}
+
+/// A secret for each trust domain of a plan: ids of contents mean nothing outside the group.
+fn domain_keys(plan: &Plan) -> Result<BTreeMap<String, String>, Refusal> {
+    let key = |domain: &str| Ok((domain.to_owned(), hex::encode(random::<32>()?)));
+    let domains: std::collections::BTreeSet<_> = plan.domains().collect();
+    domains.into_iter().map(key).collect()
+}
+
+fn random<const N: usize>() -> Result<[u8; N], Refusal> {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes).map_err(|error| {
+        Refusal::new(
+            RefusalCode::Internal,
+            format!("the kernel gives no random bytes: {error}"),
+        )
+    })?;
+    Ok(bytes)
+}
