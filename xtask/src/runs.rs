@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::command::{cargo, program, root, step, tool};
 
+const CARGO_NEXTEST_VERSION: &str = "0.9.143";
 const CARGO_FUZZ_VERSION: &str = "0.13.2";
 
 /// Real VMs between two racks, each technique once, and the report about it.
