@@ -31,6 +31,7 @@ pub(crate) fn demo() -> Result<()> {
 
 /// Everything that is tested, with the programs that users get.
 pub(crate) fn test() -> Result<()> {
+    tool("nextest", CARGO_NEXTEST_VERSION)?;
     prepare_lab()?;
     step(
         "test the documentation",
