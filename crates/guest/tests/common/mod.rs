@@ -52,7 +52,7 @@ impl Qemu {
     fn checked(binary: &Path, major_min: u32) -> Self {
         let probed = QemuBinary::probe(binary).unwrap_or_else(|error| {
             panic!(
-                "{} is no usable QEMU ({error}); see `make setup`",
+                "{} is no usable QEMU ({error}); `scripts/setup` gets the QEMUs of the tests",
                 binary.display()
             )
         });
