@@ -29,7 +29,12 @@ impl Journal {
         let path = self.path(id);
         let fresh = path.with_extension("new");
         // Only for the owner: an entry may hold the secret of a trust domain.
-        let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
+        let mut file = fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&fresh)?;
         file.write_all(&serde_json::to_vec_pretty(entry)?)?;
         fs::rename(&fresh, &path)
     }
@@ -56,7 +61,11 @@ impl Journal {
         for path in self.files() {
             let old = fs::metadata(&path)
                 .and_then(|m| m.modified())
-                .is_ok_and(|at| SystemTime::now().duration_since(at).is_ok_and(|since| since > age));
+                .is_ok_and(|at| {
+                    SystemTime::now()
+                        .duration_since(at)
+                        .is_ok_and(|since| since > age)
+                });
             if old && is_done(&path) {
                 let _ = fs::remove_file(&path);
             }
@@ -65,7 +74,9 @@ impl Journal {
 
     fn files(&self) -> impl Iterator<Item = PathBuf> {
         let entries = fs::read_dir(&self.dir).into_iter().flatten().flatten();
-        entries.map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "json"))
+        entries
+            .map(|e| e.path())
+            .filter(|p| p.extension().is_some_and(|e| e == "json"))
     }
 
     fn path(&self, id: &str) -> PathBuf {

@@ -27,7 +27,9 @@ use anyhow::Context;
 /// Whatever keeps it from starting: certificates, addresses, directories, another agent.
 pub async fn run(config: &config::Config) -> anyhow::Result<()> {
     let tls = match &config.tls_dir {
-        Some(dir) if !config.insecure_plaintext => Some(tls::Tls::load(dir).context("loading the certificates")?),
+        Some(dir) if !config.insecure_plaintext => {
+            Some(tls::Tls::load(dir).context("loading the certificates")?)
+        }
         _ => None,
     };
     let mover = Arc::new(host::HostMover::start(config, tls.as_ref())?);

@@ -2,8 +2,10 @@
 //!
 //! Pages whose content the target should have and cannot produce go on the *waiting list*, and
 //! are asked for again from the source; a newer version of the page that comes first takes it
-//! off. Before the last RAM section ends the list must be empty, because device state is
-//! loaded next and reads guest memory.
+//! off, a repair only if it was read after the version that waits. While the list is long
+//! nothing is acknowledged, so the source's window closes; repairs do not count in it. Before
+//! the last RAM section ends the list must be empty, because device state is loaded next and
+//! reads guest memory.
 //!
 //! ```text
 //!  Opening ─RamStart─► Streaming ─EndClosed─┬─ nothing waits ─────────────► Tail
@@ -14,12 +16,13 @@
 
 mod batch;
 
-use std::collections::HashSet;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use page::{BlockIndex, EntryId, PAGE_SIZE, PageNo, PageRun};
-use qstream::{BlockList, Command, Decoder, Encoder, StreamError, encode_command};
-use wire::{Op, OpReader, WireError, split_pages_body};
+use qstream::{BlockList, Command, Decoder, Encoder, Item, Step, StreamError, encode_command};
+use wire::{MAX_BODY, Op, OpReader, WireError, split_pages_body};
 
 pub use batch::{Ack, Batch, Contents, Found, Placed, Segment};
 
@@ -27,8 +30,22 @@ pub use batch::{Ack, Batch, Contents, Found, Placed, Segment};
 const MAX_HELD_TAIL: usize = 64 << 20;
 
 /// Most pages in one frame: a source's read buffer of 256 KiB holds 29 thousand zero records.
-/// A frame can thus make this host write 256 MiB at most, and read 256 MiB of references.
 const MAX_PAGES: u32 = 1 << 16;
+
+/// Most of them that are not zero: each was 4 KiB of the source's read buffer, which is not
+/// longer than a body may be. So a frame of a few bytes cannot make this host read or fill more
+/// than 1 MiB.
+const MAX_CONTENT_PAGES: u32 = 256;
+
+const _: () = assert!(MAX_CONTENT_PAGES as usize * PAGE_SIZE == MAX_BODY);
+
+/// Most pages that may wait while positions are acknowledged: their repairs (4 MiB) delay the
+/// switch-over, by 36 ms at 1 Gbit/s.
+const MAX_WAITING_ACKED: usize = 1024;
+
+/// Most pages that may wait at all: those and as many as an honest source's window can add
+/// come nowhere near. They take 36 MiB here.
+const MAX_WAITING: usize = 1 << 20;
 
 /// Our pings carry this bit; QEMU's own are 1 to 4.
 const OUR_PING: u32 = 0x8000_0000;
@@ -62,8 +79,11 @@ pub enum UnpackError {
     #[error("a frame's page bytes and operations do not add up")]
     PageBytes,
     /// More pages than a source's buffer can hold.
-    #[error("a frame has more than {MAX_PAGES} pages")]
+    #[error("a frame has more than {MAX_PAGES} pages, or {MAX_CONTENT_PAGES} that are not zero")]
     TooManyPages,
+    /// The source goes on although nothing is acknowledged.
+    #[error("more than {MAX_WAITING} pages wait for the source agent to send them again")]
+    TooManyWaiting,
     /// Too much device state while pages wait.
     #[error("more than {MAX_HELD_TAIL} bytes of device state came while pages were waiting")]
     TailTooLong,
@@ -77,8 +97,30 @@ enum State {
 struct Streaming {
     encoder: Encoder,
     blocks: Arc<BlockList>,
-    waiting: HashSet<(BlockIndex, PageNo)>,
+    /// Checks what is forwarded between sections.
+    decoder: Decoder,
+    /// Pages that wait, with the position of the frame that wanted them last.
+    waiting: HashMap<(BlockIndex, PageNo), u64>,
+    /// Position that was not acknowledged, because the list was long.
+    unacked: Option<u64>,
     phase: Phase,
+}
+
+/// Where a frame's pages come from, and how new they are as a position of the source QEMU's
+/// stream.
+#[derive(Clone, Copy)]
+enum Origin {
+    /// From the stream, which stands at `position` after this frame.
+    Stream { position: u64 },
+    /// Read again from the source QEMU's memory, when the stream had been read up to `as_of`.
+    Memory { as_of: u64 },
+}
+
+/// What the operations of one frame are applied with.
+struct Frame {
+    origin: Origin,
+    block: BlockIndex,
+    bytes: PageCursor,
 }
 
 enum Phase {
@@ -87,7 +129,7 @@ enum Phase {
     /// Inside the END section.
     End,
     /// The END section is complete but for pages that wait; device state is held back.
-    Flushing { tail: Vec<u8>, position: u64 },
+    Flushing { tail: Vec<u8> },
     /// Device state.
     Tail,
 }
@@ -144,82 +186,78 @@ impl Unpacker {
         batch: &mut Batch<B>,
     ) -> Result<(), UnpackError> {
         let parts = split_pages_body(body)?;
-        let mut cursor = PageCursor {
-            at: body.len() - parts.pages.len(),
-            end: body.len(),
+        check_counts(parts.ops)?;
+        let position = parts.position;
+        let mut frame = Frame {
+            origin: if is_repair {
+                Origin::Memory { as_of: position }
+            } else {
+                Origin::Stream { position }
+            },
+            block: BlockIndex(0),
+            bytes: PageCursor {
+                at: body.len() - parts.pages.len(),
+                end: body.len(),
+            },
         };
-        let mut block = BlockIndex(0);
-        let mut pages = 0_u32;
         for op in OpReader::new(parts.ops) {
-            let op = op?;
-            pages = pages.saturating_add(op.pages());
-            if pages > MAX_PAGES {
-                return Err(UnpackError::TooManyPages);
-            }
-            match op {
-                Op::Block(b) => block = b,
-                op => self.apply_op(op, block, (&mut cursor, is_repair), contents, batch)?,
+            match op? {
+                Op::Block(block) => frame.block = block,
+                op => self.apply_op(op, &mut frame, contents, batch)?,
             }
         }
-        if cursor.at != cursor.end {
+        if frame.bytes.at != frame.bytes.end {
             return Err(UnpackError::PageBytes);
         }
-        self.finish_frame(parts.position, is_repair, batch)
+        if let State::Streaming(streaming) = &mut self.state {
+            streaming.finish_frame(frame.origin, &mut self.next_ping, batch)?;
+        }
+        batch.close_head();
+        Ok(())
     }
 
     fn apply_op<B>(
         &mut self,
         op: Op<'_>,
-        block: BlockIndex,
-        (cursor, is_repair): (&mut PageCursor, bool),
+        frame: &mut Frame,
         contents: &mut impl Contents<B>,
         batch: &mut Batch<B>,
     ) -> Result<(), UnpackError> {
-        let streaming = match (&mut self.state, op) {
-            (State::Opening(decoder), Op::Raw(bytes)) => {
-                feed(decoder, bytes)?;
+        let streaming = match &mut self.state {
+            State::Streaming(streaming) => streaming,
+            State::Opening(decoder) => {
+                let (Op::Raw(bytes) | Op::RamStart(bytes)) = op else {
+                    return Err(UnpackError::OutOfPlace {
+                        what: "pages before the block list",
+                    });
+                };
+                feed(decoder, bytes, |item| match item {
+                    Item::Header { .. } | Item::Command { .. } => matches!(op, Op::Raw(_)),
+                    Item::RamStart { .. } => matches!(op, Op::RamStart(_)),
+                    _ => false,
+                })?;
                 batch.head.extend_from_slice(bytes);
+                if matches!(op, Op::RamStart(_)) {
+                    self.state = State::Streaming(Streaming::begin(std::mem::take(decoder))?);
+                }
                 return Ok(());
             }
-            (State::Opening(decoder), Op::RamStart(bytes)) => {
-                feed(decoder, bytes)?;
-                batch.head.extend_from_slice(bytes);
-                self.state = State::Streaming(Streaming::begin(decoder)?);
-                return Ok(());
-            }
-            (State::Opening(_), _) => {
-                return Err(UnpackError::OutOfPlace {
-                    what: "pages before the block list",
-                });
-            }
-            (State::Streaming(streaming), _) => streaming,
         };
         match op {
-            Op::Zero(run) => streaming.pages(block, run, is_repair, |s, page| {
-                s.encoder.zero(block, page, &mut batch.head)
+            Op::Zero(run) => streaming.pages(frame, run, |s, page| {
+                s.encoder.zero(frame.block, page, &mut batch.head)
             }),
             Op::Fill(run, byte) => {
                 let at = batch.scratch.len();
                 batch.scratch.resize(at + PAGE_SIZE, byte);
-                streaming.pages(block, run, is_repair, |s, page| {
-                    s.encoder.page(block, page, &mut batch.head);
+                streaming.pages(frame, run, |s, page| {
+                    s.encoder.page(frame.block, page, &mut batch.head);
                     batch.push_page(Segment::Scratch(at));
                 })
             }
-            Op::Plain(run) => {
-                streaming.pages_with_bytes(block, run, None, (cursor, is_repair), batch)
-            }
-            Op::Literal(run, entry) => {
-                streaming.pages_with_bytes(block, run, Some(entry), (cursor, is_repair), batch)
-            }
-            Op::Reference(run, entry) => {
-                if is_repair {
-                    return Err(UnpackError::OutOfPlace {
-                        what: "a reference as a repair",
-                    });
-                }
-                streaming.references(block, run, entry, contents, batch)
-            }
+            Op::Plain(run) => streaming.pages_with_bytes(frame, run, None, batch),
+            Op::Literal(run, entry) => streaming.pages_with_bytes(frame, run, Some(entry), batch),
+            Op::Reference(run, entry) => streaming.references(frame, run, entry, contents, batch),
             Op::Raw(bytes) => streaming.raw(bytes, batch),
             Op::EndBegin => streaming.begin_end(batch),
             Op::EndClosed => streaming.close_end(batch),
@@ -229,50 +267,22 @@ impl Unpacker {
             }),
         }
     }
+}
 
-    /// After the operations of a frame: what can be flushed is, and the position is acknowledged.
-    fn finish_frame<B>(
-        &mut self,
-        position: u64,
-        is_repair: bool,
-        batch: &mut Batch<B>,
-    ) -> Result<(), UnpackError> {
-        let State::Streaming(streaming) = &mut self.state else {
-            batch.close_head();
-            return Ok(());
-        };
-        match &mut streaming.phase {
-            // A repair has no position of its own.
-            Phase::Parts if is_repair => {}
-            Phase::Parts => {
-                streaming.encoder.close(&mut batch.head);
-                encode_command(Command::Ping(self.next_ping), &mut batch.head);
-                batch.ack = Some(Ack::OnPong {
-                    ping: self.next_ping,
-                    position,
-                });
-                self.next_ping = self.next_ping.wrapping_add(1) | OUR_PING;
-            }
-            Phase::End if is_repair => {}
-            Phase::End | Phase::Tail => batch.ack = Some(Ack::OnWrite { position }),
-            Phase::Flushing {
-                tail,
-                position: held,
-            } => {
-                if !is_repair {
-                    *held = position;
-                }
-                if streaming.waiting.is_empty() {
-                    streaming.encoder.close(&mut batch.head);
-                    batch.head.append(tail);
-                    batch.ack = Some(Ack::OnWrite { position: *held });
-                    streaming.phase = Phase::Tail;
-                }
-            }
+/// Checks that a frame has no more pages than a source's buffer can hold.
+fn check_counts(ops: &[u8]) -> Result<(), UnpackError> {
+    let (mut pages, mut with_content) = (0_u32, 0_u32);
+    for op in OpReader::new(ops) {
+        let op = op?;
+        pages = pages.saturating_add(op.pages());
+        if !matches!(op, Op::Zero(_)) {
+            with_content = with_content.saturating_add(op.pages());
         }
-        batch.close_head();
-        Ok(())
     }
+    if pages > MAX_PAGES || with_content > MAX_CONTENT_PAGES {
+        return Err(UnpackError::TooManyPages);
+    }
+    Ok(())
 }
 
 /// Takes page bytes off the end of a body, in order.
@@ -292,12 +302,28 @@ impl PageCursor {
     }
 }
 
-/// Lets the decoder see what is forwarded before RAM: it checks it and learns the block list.
-fn feed(decoder: &mut Decoder, mut bytes: &[u8]) -> Result<(), UnpackError> {
-    while !bytes.is_empty() {
-        match decoder.decode(bytes)? {
-            qstream::Step::Item { consumed, .. } => bytes = &bytes[consumed..],
-            qstream::Step::NeedMore { .. } => {
+/// Lets the decoder see what is forwarded: it checks it and learns the block list. Only whole
+/// items that are `allowed` here pass, so that no page gets past the checks as raw bytes.
+fn feed(
+    decoder: &mut Decoder,
+    bytes: &[u8],
+    allowed: impl Fn(&Item<'_>) -> bool,
+) -> Result<(), UnpackError> {
+    // The decoder looks one byte ahead, for a subsection or a footer; a zero is neither.
+    let mut ahead = bytes.to_vec();
+    ahead.push(0);
+    let mut at = 0;
+    while at < bytes.len() {
+        match decoder.decode(&ahead[at..])? {
+            Step::Item { item, consumed } if allowed(&item) && at + consumed <= bytes.len() => {
+                at += consumed
+            }
+            Step::Item { .. } => {
+                return Err(UnpackError::OutOfPlace {
+                    what: "another section than announced",
+                });
+            }
+            Step::NeedMore { .. } => {
                 return Err(UnpackError::OutOfPlace {
                     what: "half a section",
                 });
@@ -308,7 +334,7 @@ fn feed(decoder: &mut Decoder, mut bytes: &[u8]) -> Result<(), UnpackError> {
 }
 
 impl Streaming {
-    fn begin(decoder: &Decoder) -> Result<Self, UnpackError> {
+    fn begin(decoder: Decoder) -> Result<Self, UnpackError> {
         let none = || UnpackError::OutOfPlace {
             what: "something else than a block list",
         };
@@ -319,25 +345,67 @@ impl Streaming {
         Ok(Self {
             encoder,
             blocks,
-            waiting: HashSet::new(),
+            decoder,
+            waiting: HashMap::new(),
+            unacked: None,
             phase: Phase::Parts,
         })
     }
 
+    /// After the operations of a frame: what can be flushed is, and the position is acknowledged.
+    fn finish_frame<B>(
+        &mut self,
+        origin: Origin,
+        next_ping: &mut u32,
+        batch: &mut Batch<B>,
+    ) -> Result<(), UnpackError> {
+        if self.waiting.len() > MAX_WAITING {
+            return Err(UnpackError::TooManyWaiting);
+        }
+        if let Origin::Stream { position } = origin {
+            self.unacked = Some(position);
+        }
+        match &mut self.phase {
+            Phase::Parts if self.waiting.len() > MAX_WAITING_ACKED => return Ok(()),
+            Phase::Parts => {
+                if let Some(position) = self.unacked.take() {
+                    self.encoder.close(&mut batch.head);
+                    let ping = *next_ping;
+                    encode_command(Command::Ping(ping), &mut batch.head);
+                    batch.ack = Some(Ack::OnPong { ping, position });
+                    *next_ping = ping.wrapping_add(1) | OUR_PING;
+                }
+                return Ok(());
+            }
+            Phase::End | Phase::Tail => {}
+            Phase::Flushing { .. } if !self.waiting.is_empty() => return Ok(()),
+            Phase::Flushing { tail } => {
+                self.encoder.close(&mut batch.head);
+                batch.head.append(tail);
+                self.phase = Phase::Tail;
+            }
+        }
+        batch.ack = self
+            .unacked
+            .take()
+            .map(|position| Ack::OnWrite { position });
+        Ok(())
+    }
+
     /// Checks that the run may be written now.
-    fn check(&self, block: BlockIndex, run: PageRun, is_repair: bool) -> Result<(), UnpackError> {
-        match self.phase {
-            Phase::Parts | Phase::End => {}
-            Phase::Flushing { .. } if is_repair => {}
+    fn check(&self, frame: &Frame, run: PageRun) -> Result<(), UnpackError> {
+        match (&self.phase, frame.origin) {
+            (Phase::Parts | Phase::End, _) => {}
+            (Phase::Flushing { .. }, Origin::Memory { .. }) => {}
             // A repair that was overtaken by newer versions of all its pages.
-            Phase::Tail if is_repair => {}
-            Phase::Flushing { .. } | Phase::Tail => {
+            (Phase::Tail, Origin::Memory { .. }) => {}
+            (Phase::Flushing { .. } | Phase::Tail, Origin::Stream { .. }) => {
                 return Err(UnpackError::OutOfPlace {
                     what: "pages after the end of RAM",
                 });
             }
         }
-        let last = run.start.plus(run.count - 1);
+        let (block, last) = (frame.block, run.start.plus(run.count - 1));
         if self.blocks.holds(block, run.start) && self.blocks.holds(block, last) {
             Ok(())
         } else {
@@ -346,24 +414,35 @@ impl Streaming {
     }
 
     /// Whether the page is to be written: a new version always, which ends its wait; a repair
-    /// only if the page still waits.
-    fn takes(&mut self, block: BlockIndex, page: PageNo, is_repair: bool) -> bool {
-        if self.waiting.is_empty() {
-            return !is_repair;
+    /// only if the page still waits, and for a version that is not newer than the repair.
+    fn takes(&mut self, frame: &Frame, page: PageNo) -> bool {
+        let key = (frame.block, page);
+        match frame.origin {
+            Origin::Stream { .. } => {
+                if !self.waiting.is_empty() {
+                    self.waiting.remove(&key);
+                }
+                true
+            }
+            Origin::Memory { as_of } => match self.waiting.entry(key) {
+                Entry::Occupied(wanted) if *wanted.get() <= as_of => {
+                    wanted.remove();
+                    true
+                }
+                _ => false,
+            },
         }
-        self.waiting.remove(&(block, page)) || !is_repair
     }
 
     fn pages(
         &mut self,
-        block: BlockIndex,
+        frame: &Frame,
         run: PageRun,
-        is_repair: bool,
         mut write: impl FnMut(&mut Self, PageNo),
     ) -> Result<(), UnpackError> {
-        self.check(block, run, is_repair)?;
+        self.check(frame, run)?;
         for page in run.pages() {
-            if self.takes(block, page, is_repair) {
+            if self.takes(frame, page) {
                 write(self, page);
             }
         }
@@ -372,16 +451,16 @@ impl Streaming {
 
     fn pages_with_bytes<B>(
         &mut self,
-        block: BlockIndex,
+        frame: &mut Frame,
         run: PageRun,
         first: Option<EntryId>,
-        (cursor, is_repair): (&mut PageCursor, bool),
         batch: &mut Batch<B>,
     ) -> Result<(), UnpackError> {
-        self.check(block, run, is_repair)?;
+        self.check(frame, run)?;
+        let block = frame.block;
         for (page, index) in run.pages().zip(0..) {
-            let at = cursor.next()?;
-            if !self.takes(block, page, is_repair) {
+            let at = frame.bytes.next()?;
+            if !self.takes(frame, page) {
                 continue;
             }
             self.encoder.page(block, page, &mut batch.head);
@@ -400,21 +479,28 @@ impl Streaming {
 
     fn references<B>(
         &mut self,
-        block: BlockIndex,
+        frame: &Frame,
         run: PageRun,
         first: EntryId,
         contents: &mut impl Contents<B>,
         batch: &mut Batch<B>,
     ) -> Result<(), UnpackError> {
-        self.check(block, run, false)?;
+        self.check(frame, run)?;
+        let Origin::Stream { position } = frame.origin else {
+            return Err(UnpackError::OutOfPlace {
+                what: "a reference as a repair",
+            });
+        };
+        let block = frame.block;
         let mut found = std::mem::take(&mut batch.found);
         contents.find(first, run.count, &mut batch.scratch, &mut found);
+        found.resize_with(run.count as usize, || Found::Missing);
         for ((page, index), found) in run.pages().zip(0..).zip(found.drain(..)) {
             let segment = match found {
                 Found::Held(body, at) => Segment::Held(body, at),
                 Found::Scratch(at) => Segment::Scratch(at),
                 Found::Missing => {
-                    self.waiting.insert((block, page));
+                    self.waiting.insert((block, page), position);
                     batch.ask_for(block, page);
                     continue;
                 }
@@ -439,6 +525,9 @@ impl Streaming {
                 what: "a command after the end of RAM",
             });
         }
+        feed(&mut self.decoder, bytes, |item| {
+            matches!(item, Item::Command { .. } | Item::Opaque(_))
+        })?;
         self.encoder.close(&mut batch.head);
         batch.head.extend_from_slice(bytes);
         Ok(())
@@ -465,10 +554,7 @@ impl Streaming {
             self.encoder.close(&mut batch.head);
             Phase::Tail
         } else {
-            Phase::Flushing {
-                tail: Vec::new(),
-                position: 0,
-            }
+            Phase::Flushing { tail: Vec::new() }
         };
         Ok(())
     }
@@ -476,7 +562,7 @@ impl Streaming {
     fn tail<B>(&mut self, bytes: &[u8], batch: &mut Batch<B>) -> Result<(), UnpackError> {
         match &mut self.phase {
             Phase::Tail => batch.head.extend_from_slice(bytes),
-            Phase::Flushing { tail, .. } if tail.len() + bytes.len() <= MAX_HELD_TAIL => {
+            Phase::Flushing { tail } if tail.len() + bytes.len() <= MAX_HELD_TAIL => {
                 tail.extend_from_slice(bytes)
             }
             Phase::Flushing { .. } => return Err(UnpackError::TailTooLong),

@@ -32,7 +32,10 @@ impl Bucket {
             return Duration::ZERO;
         };
         let cost = Duration::from_nanos(bytes.saturating_mul(1_000_000_000) / rate);
-        let start = state.paid_until.unwrap_or(now).max(now.checked_sub(BURST).unwrap_or(now));
+        let start = state
+            .paid_until
+            .unwrap_or(now)
+            .max(now.checked_sub(BURST).unwrap_or(now));
         let paid_until = start + cost;
         state.paid_until = Some(paid_until);
         paid_until.saturating_duration_since(now)
@@ -63,7 +66,10 @@ mod tests {
             now += bucket.take(100_000, now);
         }
         let took = now.duration_since(start);
-        assert!(took >= Duration::from_millis(979) && took <= Duration::from_secs(1), "{took:?}");
+        assert!(
+            took >= Duration::from_millis(979) && took <= Duration::from_secs(1),
+            "{took:?}"
+        );
     }
 
     #[test]

@@ -15,18 +15,29 @@ pub(crate) struct Pool {
 
 impl Pool {
     pub(crate) fn new(size: usize) -> Arc<Self> {
-        Arc::new(Self { free: Mutex::new(Vec::new()), size })
+        Arc::new(Self {
+            free: Mutex::new(Vec::new()),
+            size,
+        })
     }
 
     /// A buffer of at least `len` bytes, of which `len` show. Its contents are leftovers: bytes
     /// of the same session, or zeros.
     pub(crate) fn take(self: &Arc<Self>, len: usize) -> Buffer {
-        let mut bytes = if len <= self.size { self.lock().pop() } else { None }
-            .unwrap_or_else(|| vec![0; len.max(self.size)]);
+        let mut bytes = if len <= self.size {
+            self.lock().pop()
+        } else {
+            None
+        }
+        .unwrap_or_else(|| vec![0; len.max(self.size)]);
         if bytes.len() < len {
             bytes.resize(len, 0);
         }
-        Buffer { bytes, len, pool: Arc::clone(self) }
+        Buffer {
+            bytes,
+            len,
+            pool: Arc::clone(self),
+        }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Vec<u8>>> {

@@ -25,7 +25,10 @@ const TLS_BUFFER: usize = 256 << 10;
 #[derive(Clone)]
 pub(crate) enum Security {
     /// Mutual TLS.
-    Tls { server: Arc<ServerConfig>, client: Arc<ClientConfig> },
+    Tls {
+        server: Arc<ServerConfig>,
+        client: Arc<ClientConfig>,
+    },
     /// For labs on networks of their own.
     Plaintext,
 }
@@ -63,7 +66,11 @@ pub(crate) struct Link {
 
 impl Link {
     /// Connects to `address` (`host:port`).
-    pub(crate) fn connect(address: &str, security: &Security, timeout: Duration) -> Result<Self, LinkError> {
+    pub(crate) fn connect(
+        address: &str,
+        security: &Security,
+        timeout: Duration,
+    ) -> Result<Self, LinkError> {
         let mut last = None;
         for resolved in address.to_socket_addrs()? {
             match TcpStream::connect_timeout(&resolved, CONNECT_TIMEOUT) {
@@ -74,12 +81,18 @@ impl Link {
         Err(last.map_or_else(|| LinkError::Address(address.to_owned()), LinkError::Io))
     }
 
-    fn client(tcp: TcpStream, address: &str, security: &Security, timeout: Duration) -> Result<Self, LinkError> {
+    fn client(
+        tcp: TcpStream,
+        address: &str,
+        security: &Security,
+        timeout: Duration,
+    ) -> Result<Self, LinkError> {
         prepare(&tcp, timeout)?;
         let stream = match security {
             Security::Plaintext => Stream::Plain(tcp),
             Security::Tls { client, .. } => {
-                let name = tls::server_name(address).ok_or_else(|| LinkError::Address(address.to_owned()))?;
+                let name = tls::server_name(address)
+                    .ok_or_else(|| LinkError::Address(address.to_owned()))?;
                 let mut connection = ClientConnection::new(Arc::clone(client), name)?;
                 connection.set_buffer_limit(Some(TLS_BUFFER));
                 Stream::Client(Box::new(StreamOwned::new(connection, tcp)))
@@ -89,7 +102,11 @@ impl Link {
     }
 
     /// Takes over an accepted connection.
-    pub(crate) fn accepted(tcp: TcpStream, security: &Security, timeout: Duration) -> Result<Self, LinkError> {
+    pub(crate) fn accepted(
+        tcp: TcpStream,
+        security: &Security,
+        timeout: Duration,
+    ) -> Result<Self, LinkError> {
         prepare(&tcp, timeout)?;
         let stream = match security {
             Security::Plaintext => Stream::Plain(tcp),
@@ -181,7 +198,10 @@ impl Link {
     }
 
     /// Writes all of the slices.
-    pub(crate) fn write_all_vectored(&mut self, mut slices: &mut [IoSlice<'_>]) -> Result<(), LinkError> {
+    pub(crate) fn write_all_vectored(
+        &mut self,
+        mut slices: &mut [IoSlice<'_>],
+    ) -> Result<(), LinkError> {
         let mut progress = Instant::now();
         IoSlice::advance_slices(&mut slices, 0);
         while !slices.is_empty() {
@@ -229,8 +249,14 @@ impl Link {
     fn pause(&self, error: io::Error, progress: Instant) -> Result<(), LinkError> {
         match error.kind() {
             io::ErrorKind::Interrupted => Ok(()),
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut if progress.elapsed() < self.timeout => Ok(()),
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Err(LinkError::Silent(self.timeout)),
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+                if progress.elapsed() < self.timeout =>
+            {
+                Ok(())
+            }
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
+                Err(LinkError::Silent(self.timeout))
+            }
             io::ErrorKind::UnexpectedEof => Err(LinkError::Closed),
             _ => Err(error.into()),
         }

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use wire::{Channel, ControlReply, ControlRequest, Hello, MoveState, OpenMove, PROTOCOL_VERSION, WireCompression, WireError};
+use wire::{
+    Channel, ControlReply, ControlRequest, Hello, MoveState, OpenMove, PROTOCOL_VERSION,
+    WireCompression, WireError,
+};
 
 use crate::link::{Link, LinkError};
 
@@ -25,7 +28,12 @@ pub(crate) struct Control {
 
 impl Control {
     pub(crate) fn new(address: &str, session: &str, context: &SessionContext) -> Self {
-        Self { address: address.to_owned(), session: session.to_owned(), context: context.clone(), link: None }
+        Self {
+            address: address.to_owned(),
+            session: session.to_owned(),
+            context: context.clone(),
+            link: None,
+        }
     }
 
     /// Has the target QEMU started; returns its process id.
@@ -44,7 +52,10 @@ impl Control {
 
     /// Takes the move back.
     pub(crate) fn abort(&mut self, id: &str, reason: &str) -> Result<MoveState, LinkError> {
-        self.state(&ControlRequest::Abort { id: id.to_owned(), reason: reason.to_owned() })
+        self.state(&ControlRequest::Abort {
+            id: id.to_owned(),
+            reason: reason.to_owned(),
+        })
     }
 
     fn state(&mut self, request: &ControlRequest) -> Result<MoveState, LinkError> {
@@ -54,7 +65,11 @@ impl Control {
         }
     }
 
-    fn ask(&mut self, request: &ControlRequest, timeout: Duration) -> Result<ControlReply, LinkError> {
+    fn ask(
+        &mut self,
+        request: &ControlRequest,
+        timeout: Duration,
+    ) -> Result<ControlReply, LinkError> {
         let mut link = match self.link.take() {
             Some(link) => link,
             None => self.connect()?,
@@ -68,7 +83,11 @@ impl Control {
     }
 
     fn connect(&self) -> Result<Link, LinkError> {
-        let mut link = Link::connect(&self.address, &self.context.security, self.context.peer_timeout)?;
+        let mut link = Link::connect(
+            &self.address,
+            &self.context.security,
+            self.context.peer_timeout,
+        )?;
         link.send_hello(&Hello {
             version: PROTOCOL_VERSION,
             session: self.session.clone(),

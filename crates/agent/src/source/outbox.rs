@@ -48,8 +48,17 @@ impl Outbox {
             return;
         }
         let packed = packer.resolve(&buffer, &mut inner.table);
-        stream.sent(packed.position, inner.estimate(packed.raw_len()), packed.pages.len() as u64 * page::PAGE_SIZE as u64);
-        inner.frames.push_back(OutFrame { kind: FrameKind::Pages, stream: Arc::clone(stream), packed, buffer: Some(buffer) });
+        stream.sent(
+            packed.position,
+            inner.estimate(packed.raw_len()),
+            packed.pages.len() as u64 * page::PAGE_SIZE as u64,
+        );
+        inner.frames.push_back(OutFrame {
+            kind: FrameKind::Pages,
+            stream: Arc::clone(stream),
+            packed,
+            buffer: Some(buffer),
+        });
         drop(inner);
         self.filled.notify_one();
     }
@@ -68,7 +77,11 @@ impl Outbox {
     pub(crate) fn pop(&self, patience: Duration) -> Result<Option<OutFrame>, ()> {
         let mut inner = self.lock();
         if inner.frames.is_empty() && !inner.closed {
-            inner = self.filled.wait_timeout(inner, patience).unwrap_or_else(PoisonError::into_inner).0;
+            inner = self
+                .filled
+                .wait_timeout(inner, patience)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
         if inner.closed {
             return Err(());
@@ -83,7 +96,11 @@ impl Outbox {
         }
         let mut inner = self.lock();
         let now = (wire as u64 * 1000) / raw as u64;
-        inner.ratio_permille = if inner.ratio_permille == 0 { now } else { (inner.ratio_permille * 3 + now) / 4 };
+        inner.ratio_permille = if inner.ratio_permille == 0 {
+            now
+        } else {
+            (inner.ratio_permille * 3 + now) / 4
+        };
     }
 
     /// Ends the session: nothing is queued or sent any more.
@@ -102,7 +119,11 @@ impl Outbox {
 
 impl Inner {
     fn estimate(&self, raw: usize) -> u64 {
-        let ratio = if self.ratio_permille == 0 { 1000 } else { self.ratio_permille };
+        let ratio = if self.ratio_permille == 0 {
+            1000
+        } else {
+            self.ratio_permille
+        };
         raw as u64 * ratio / 1000
     }
 }

@@ -25,8 +25,15 @@ struct Sample {
 
 impl ProgressMeter {
     pub(crate) fn new(memory_bytes: u64) -> Self {
-        let current = Progress { memory_bytes, ..Progress::default() };
-        Self { memory_bytes, last: None, current }
+        let current = Progress {
+            memory_bytes,
+            ..Progress::default()
+        };
+        Self {
+            memory_bytes,
+            last: None,
+            current,
+        }
     }
 
     /// A new sample. `info` is absent while QEMU cannot be asked.
@@ -41,9 +48,17 @@ impl ProgressMeter {
             let seconds = now.duration_since(last.at).as_secs_f64().max(0.001);
             self.current.wire_bytes_per_s = per_second(wire - last.wire, seconds);
             self.current.stream_bytes_per_s = per_second(position - last.stream, seconds);
-            processed_bytes_per_s = Some(per_second((total - last.pages) * page::PAGE_SIZE as u64, seconds));
+            processed_bytes_per_s = Some(per_second(
+                (total - last.pages) * page::PAGE_SIZE as u64,
+                seconds,
+            ));
         }
-        self.last = Some(Sample { at: now, wire, stream: position, pages: total });
+        self.last = Some(Sample {
+            at: now,
+            wire,
+            stream: position,
+            pages: total,
+        });
         self.current.memory_bytes = self.memory_bytes;
         self.current.stream_bytes = position;
         self.current.wire_bytes = wire;
@@ -69,12 +84,19 @@ impl ProgressMeter {
 /// Time to go if the guest keeps dirtying memory as it does: what remains, and what is dirtied
 /// while that is sent, and so on.
 fn eta(info: &MigrationInfo, processed_bytes_per_s: u64) -> Option<f64> {
-    let gain = processed_bytes_per_s.checked_sub(info.dirty_bytes_per_s).filter(|gain| *gain > 0)?;
+    let gain = processed_bytes_per_s
+        .checked_sub(info.dirty_bytes_per_s)
+        .filter(|gain| *gain > 0)?;
     #[expect(clippy::cast_precision_loss, reason = "for people")]
     Some(info.remaining.0 as f64 / gain as f64)
 }
 
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss, reason = "for people; rates are far below 2^53")]
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::cast_precision_loss,
+    reason = "for people; rates are far below 2^53"
+)]
 fn per_second(bytes: u64, seconds: f64) -> u64 {
     (bytes as f64 / seconds) as u64
 }

@@ -93,7 +93,11 @@ enum Received {
 
 /// Reads what is there; waits for something only if there is nothing to send.
 fn receive(socket: &UnixStream, out: &mut [u8], have_something: bool) -> io::Result<Received> {
-    let flags = if have_something { RecvFlags::DONTWAIT } else { RecvFlags::empty() };
+    let flags = if have_something {
+        RecvFlags::DONTWAIT
+    } else {
+        RecvFlags::empty()
+    };
     loop {
         match rustix::net::recv(socket, &mut *out, flags) {
             Ok((0, _)) => return Ok(Received::End),
@@ -109,10 +113,19 @@ fn receive(socket: &UnixStream, out: &mut [u8], have_something: bool) -> io::Res
 
 /// Tells repairs where the blocks are.
 fn learn_blocks(packer: &Packer, stream: &Stream) -> bool {
-    let Some(names) = packer.block_names() else { return false };
+    let Some(names) = packer.block_names() else {
+        return false;
+    };
     let addresses = &stream.memory.addresses;
-    let bases = names.iter().map(|name| addresses.get(name).copied()).collect();
-    *stream.memory.bases.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = bases;
+    let bases = names
+        .iter()
+        .map(|name| addresses.get(name).copied())
+        .collect();
+    *stream
+        .memory
+        .bases
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner) = bases;
     true
 }
 

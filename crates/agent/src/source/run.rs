@@ -79,17 +79,30 @@ pub(crate) struct MoveRun {
 
 impl MoveRun {
     /// Starts a move.
-    pub(crate) fn start(context: MoveContext, spec: MoveSpec, events: EventSink) -> std::io::Result<Self> {
+    pub(crate) fn start(
+        context: MoveContext,
+        spec: MoveSpec,
+        events: EventSink,
+    ) -> std::io::Result<Self> {
         Self::spawn(context, spec, events, None)
     }
 
     /// Goes on with a move that was interrupted.
-    pub(crate) fn recover(context: MoveContext, entry: Entry, events: EventSink) -> std::io::Result<Self> {
+    pub(crate) fn recover(
+        context: MoveContext,
+        entry: Entry,
+        events: EventSink,
+    ) -> std::io::Result<Self> {
         let spec = entry.spec.clone();
         Self::spawn(context, spec, events, Some(entry))
     }
 
-    fn spawn(context: MoveContext, spec: MoveSpec, events: EventSink, entry: Option<Entry>) -> std::io::Result<Self> {
+    fn spawn(
+        context: MoveContext,
+        spec: MoveSpec,
+        events: EventSink,
+        entry: Option<Entry>,
+    ) -> std::io::Result<Self> {
         let (input, inputs) = channel();
         let sender = input.clone();
         spawn("gw-move", move || {
@@ -128,7 +141,12 @@ struct Run {
 }
 
 impl Run {
-    fn new(context: MoveContext, spec: MoveSpec, events: EventSink, (sender, inputs): (Sender<Input>, Receiver<Input>)) -> Self {
+    fn new(
+        context: MoveContext,
+        spec: MoveSpec,
+        events: EventSink,
+        (sender, inputs): (Sender<Input>, Receiver<Input>),
+    ) -> Self {
         let control = Control::new(&spec.target_bulk, "none", &context.session);
         Self {
             context,
@@ -155,7 +173,10 @@ impl Run {
         let first = match entry {
             Some(entry) => self.reattach(entry),
             None => {
-                self.enter(Phase::Preparing, "the target's QEMU is being started".into());
+                self.enter(
+                    Phase::Preparing,
+                    "the target's QEMU is being started".into(),
+                );
                 match self.prepare() {
                     Ok(()) => SourceEvent::TargetReady,
                     Err(error) => SourceEvent::Failed(format!("{error:#}")),
@@ -189,7 +210,11 @@ impl Run {
         let argv = match spec.definition.clone() {
             Some(argv) => argv,
             None => {
-                let replace: Vec<_> = spec.replace.iter().map(|r| (r.from.clone(), r.to.clone())).collect();
+                let replace: Vec<_> = spec
+                    .replace
+                    .iter()
+                    .map(|r| (r.from.clone(), r.to.clone()))
+                    .collect();
                 target_argv(guest.argv(), &replace).context("making the target's command line")?
             }
         };
@@ -200,11 +225,21 @@ impl Run {
             window_log: matches!(spec.settings.compression, crate::types::Compression::Zstd)
                 .then_some(self.context.window_log),
         };
-        let session = self.context.sessions.get(&key, &self.context.session).map_err(|e| anyhow!(describe(&e)))?;
+        let session = self
+            .context
+            .sessions
+            .get(&key, &self.context.session)
+            .map_err(|e| anyhow!(describe(&e)))?;
         self.control = Control::new(&spec.target_bulk, &session.id, &self.context.session);
         let memory = guest_memory(&guest).context("finding the guest's memory")?;
         let vm = session.number();
-        let stream = Stream::new(vm, spec.vm.clone(), memory, self.context.window_bytes, self.sender.clone());
+        let stream = Stream::new(
+            vm,
+            spec.vm.clone(),
+            memory,
+            self.context.window_bytes,
+            self.sender.clone(),
+        );
         let stream = Arc::new(stream);
         stream.bucket.set_rate(spec.max_bandwidth_bytes_per_s);
         session.add(&stream);
@@ -213,8 +248,17 @@ impl Run {
         self.write_journal(SourceJournal::Begun)?;
         let memory_bytes = guest.memory_bytes().0;
         let resume = self.was_running;
-        let open = OpenMove { id: spec.id.clone(), vm_name: spec.vm.clone(), vm, argv, resume, memory_bytes };
-        self.control.open(open).map_err(|e| anyhow!("the target cannot receive it: {}", plain(&e)))?;
+        let open = OpenMove {
+            id: spec.id.clone(),
+            vm_name: spec.vm.clone(),
+            vm,
+            argv,
+            resume,
+            memory_bytes,
+        };
+        self.control
+            .open(open)
+            .map_err(|e| anyhow!("the target cannot receive it: {}", plain(&e)))?;
         Ok(())
     }
 
@@ -238,7 +282,11 @@ impl Run {
     fn reattach(&mut self, entry: Entry) -> SourceEvent {
         self.was_running = entry.was_running;
         self.touched = true;
-        self.phase = if entry.state == SourceJournal::Releasing { Phase::Loaded } else { Phase::Preparing };
+        self.phase = if entry.state == SourceJournal::Releasing {
+            Phase::Loaded
+        } else {
+            Phase::Preparing
+        };
         if let Err(error) = self.attach() {
             // Without a source QEMU a release can still be answered; bringing it back cannot.
             tracing::warn!(vm = self.spec.vm, "cannot reach the source QEMU: {error:#}");
@@ -251,14 +299,18 @@ impl Run {
             Input::Loaded => self.handle(SourceEvent::TargetLoaded),
             Input::Failed(reason) => self.handle(SourceEvent::Failed(reason)),
             Input::Cancel => self.handle(SourceEvent::Cancel),
-            Input::Confirmed if *self.machine.state() == SourceState::Committed => self.handle(SourceEvent::Confirmed),
+            Input::Confirmed if *self.machine.state() == SourceState::Committed => {
+                self.handle(SourceEvent::Confirmed)
+            }
             Input::Confirmed => {}
             Input::Limit(bytes_per_s) => {
                 if let Some(stream) = &self.stream {
                     stream.bucket.set_rate(bytes_per_s);
                 }
             }
-            Input::QmpClosed => self.handle(SourceEvent::Failed("the source QEMU has ended".into())),
+            Input::QmpClosed => {
+                self.handle(SourceEvent::Failed("the source QEMU has ended".into()))
+            }
             Input::Qmp(event) => self.take_qmp(&event),
         }
     }
@@ -267,14 +319,23 @@ impl Run {
         match event.name.as_str() {
             "STOP" if *self.machine.state() == SourceState::Copying && self.was_running => {
                 self.stopped = true;
-                self.enter(Phase::SwitchOver, "the guest is stopped; its last pages are on their way".into());
+                self.enter(
+                    Phase::SwitchOver,
+                    "the guest is stopped; its last pages are on their way".into(),
+                );
             }
             "MIGRATION" => match event.data.get("status").and_then(|s| s.as_str()) {
                 Some("completed") => self.handle(SourceEvent::SourceCompleted),
                 Some("failed" | "cancelled") => {
-                    let why = self.guest.as_ref().and_then(|g| g.migration().ok()).and_then(|info| info.error_desc);
+                    let why = self
+                        .guest
+                        .as_ref()
+                        .and_then(|g| g.migration().ok())
+                        .and_then(|info| info.error_desc);
                     let why = why.unwrap_or_else(|| "no reason given".into());
-                    self.handle(SourceEvent::Failed(format!("the source QEMU ended its migration: {why}")));
+                    self.handle(SourceEvent::Failed(format!(
+                        "the source QEMU ended its migration: {why}"
+                    )));
                 }
                 _ => {}
             },
@@ -301,11 +362,18 @@ impl Run {
 
     fn report_progress(&mut self, stream: &Stream) {
         // While the guest is stopped QEMU may be unable to answer until we have read its stream.
-        let info = if self.stopped { None } else { self.guest.as_ref().and_then(|g| g.migration().ok()) };
+        let info = if self.stopped {
+            None
+        } else {
+            self.guest.as_ref().and_then(|g| g.migration().ok())
+        };
         let progress = self.meter.sample(stream, info.as_ref());
         (self.events)(Happening::Progress { progress });
         let (_, _, _, able) = stream.flow();
-        if let Some(guest) = self.guest.as_ref().filter(|_| !self.stopped && able.unique > 0)
+        if let Some(guest) = self
+            .guest
+            .as_ref()
+            .filter(|_| !self.stopped && able.unique > 0)
             && let Err(error) = guest.set_wire_rate(able.unique, able.stream)
         {
             tracing::debug!(vm = self.spec.vm, %error, "QEMU does not take the wire's rate");
@@ -347,7 +415,9 @@ impl Run {
             }
             SourceAction::Journal(state) => {
                 self.context.session.hold.at("committed", &self.spec.vm);
-                self.write_journal(state).err().map(|error| SourceEvent::JournalFailed(format!("{error:#}")))
+                self.write_journal(state)
+                    .err()
+                    .map(|error| SourceEvent::JournalFailed(format!("{error:#}")))
             }
             SourceAction::AwaitConfirmation => self.await_confirmation(),
             SourceAction::Release => {
@@ -360,7 +430,11 @@ impl Run {
             }
             SourceAction::AbortTarget(reason) => {
                 if let Err(error) = self.control.abort(&self.spec.id, &reason) {
-                    tracing::info!(vm = self.spec.vm, "the target was not told: {}", plain(&error));
+                    tracing::info!(
+                        vm = self.spec.vm,
+                        "the target was not told: {}",
+                        plain(&error)
+                    );
                 }
                 None
             }
@@ -381,13 +455,21 @@ impl Run {
 
     fn start_stream(&mut self) -> anyhow::Result<()> {
         self.touched = true;
-        let (Some(guest), Some(stream), Some(session)) = (&self.guest, &self.stream, &self.session) else {
+        let (Some(guest), Some(stream), Some(session)) = (&self.guest, &self.stream, &self.session)
+        else {
             return Err(anyhow!("the move was not prepared"));
         };
-        let path = self.context.run_dir.join(format!("m-{}-{}.sock", stream.vm, &session.id[..8]));
-        let listener = UnixListener::bind(&path).with_context(|| format!("listening on {}", path.display()))?;
+        let path = self
+            .context
+            .run_dir
+            .join(format!("m-{}-{}.sock", stream.vm, &session.id[..8]));
+        let listener = UnixListener::bind(&path)
+            .with_context(|| format!("listening on {}", path.display()))?;
         let parameters = MigrationParameters {
-            downtime_limit_ms: self.spec.downtime_limit_ms.unwrap_or(MigrationParameters::default().downtime_limit_ms),
+            downtime_limit_ms: self
+                .spec
+                .downtime_limit_ms
+                .unwrap_or(MigrationParameters::default().downtime_limit_ms),
             ..MigrationParameters::default()
         };
         let connected = guest
@@ -402,7 +484,11 @@ impl Run {
             Scope::Host => Some(content_key(&self.spec.domain_key)?),
         };
         let packer = Packer::new(key, stream.memory.addresses.keys().cloned().collect());
-        let (stream, outbox, hold) = (Arc::clone(stream), Arc::clone(&session.outbox), self.context.session.hold.clone());
+        let (stream, outbox, hold) = (
+            Arc::clone(stream),
+            Arc::clone(&session.outbox),
+            self.context.session.hold.clone(),
+        );
         spawn("gw-read", move || {
             if let Err(error) = super::reader::run(&socket, &stream, &outbox, packer, &hold) {
                 stream.tell(Input::Failed(error.to_string()));
@@ -417,11 +503,17 @@ impl Run {
             let progress = self.meter.sample(&stream, None);
             (self.events)(Happening::Progress { progress });
         }
-        self.enter(Phase::Loaded, "the target has loaded it; stopped at both ends".into());
+        self.enter(
+            Phase::Loaded,
+            "the target has loaded it; stopped at both ends".into(),
+        );
         if !self.spec.confirm_handover {
             return Some(SourceEvent::Confirmed);
         }
-        self.enter(Phase::Held, "stopped at both ends, loaded at the target; waits for `gangway continue`".into());
+        self.enter(
+            Phase::Held,
+            "stopped at both ends, loaded at the target; waits for `gangway continue`".into(),
+        );
         None
     }
 
@@ -430,14 +522,21 @@ impl Run {
         self.context.session.hold.at("released", &self.spec.vm);
         match answer {
             Ok(state) => SourceEvent::Answer(state),
-            Err(error) => SourceEvent::NoAnswer { reason: plain(&error), now: self.started.elapsed() },
+            Err(error) => SourceEvent::NoAnswer {
+                reason: plain(&error),
+                now: self.started.elapsed(),
+            },
         }
     }
 
     /// Sees that the VM is here as it was before the move.
     fn bring_back(&mut self) -> anyhow::Result<()> {
         let Some(guest) = self.guest.clone() else {
-            return if self.touched { Err(anyhow!("the source QEMU cannot be reached")) } else { Ok(()) };
+            return if self.touched {
+                Err(anyhow!("the source QEMU cannot be reached"))
+            } else {
+                Ok(())
+            };
         };
         if let Err(error) = guest.cancel() {
             tracing::debug!(vm = self.spec.vm, %error, "nothing to cancel");
@@ -447,7 +546,9 @@ impl Run {
         }
         let deadline = Instant::now() + QEMU_PATIENCE;
         loop {
-            let state = guest.run_state().context("asking the source QEMU how it is")?;
+            let state = guest
+                .run_state()
+                .context("asking the source QEMU how it is")?;
             let over = guest.migration().is_ok_and(|info| info.status.is_over());
             match state {
                 RunState::Running => break,
@@ -475,7 +576,10 @@ impl Run {
             tracing::warn!(vm = self.spec.vm, %error, "the source QEMU does not quit");
         }
         if !guest.process().wait_gone(QEMU_PATIENCE).unwrap_or(false) {
-            tracing::warn!(vm = self.spec.vm, "killing the source QEMU, which has migrated and does not quit");
+            tracing::warn!(
+                vm = self.spec.vm,
+                "killing the source QEMU, which has migrated and does not quit"
+            );
             if let Err(error) = guest.process().kill() {
                 tracing::error!(vm = self.spec.vm, %error, "the source QEMU cannot be killed; it is stopped and of no use");
             }
@@ -483,15 +587,25 @@ impl Run {
     }
 
     fn write_journal(&self, state: SourceJournal) -> anyhow::Result<()> {
-        let entry = Entry { spec: self.spec.clone(), state, was_running: self.was_running };
-        self.context.journal.write(&self.spec.id, &entry).context("writing the journal")
+        let entry = Entry {
+            spec: self.spec.clone(),
+            state,
+            was_running: self.was_running,
+        };
+        self.context
+            .journal
+            .write(&self.spec.id, &entry)
+            .context("writing the journal")
     }
 
     /// Final phases follow from the machine's state.
     fn show(&mut self) {
         let (phase, message) = match self.machine.state() {
             SourceState::Moved => (Phase::Moved, format!("runs at {}", self.spec.target_name)),
-            SourceState::Stayed { reason } => (Phase::Stayed, format!("runs at the source as before: {reason}")),
+            SourceState::Stayed { reason } => (
+                Phase::Stayed,
+                format!("runs at the source as before: {reason}"),
+            ),
             SourceState::NeedsPerson { reason } => (
                 Phase::NeedsPerson,
                 format!(
@@ -531,13 +645,21 @@ fn plain(error: &crate::link::LinkError) -> String {
 fn guest_memory(guest: &SourceGuest) -> anyhow::Result<GuestMemory> {
     let memory = ProcessMemory::open(guest.pid())?;
     let blocks = guest.ram_blocks()?;
-    let addresses = blocks.into_iter().filter_map(|block| Some((block.name, block.hva?))).collect();
-    Ok(GuestMemory { memory, addresses, bases: std::sync::Mutex::default() })
+    let addresses = blocks
+        .into_iter()
+        .filter_map(|block| Some((block.name, block.hva?)))
+        .collect();
+    Ok(GuestMemory {
+        memory,
+        addresses,
+        bases: std::sync::Mutex::default(),
+    })
 }
 
 fn content_key(hex_digits: &str) -> anyhow::Result<ContentKey> {
     let mut secret = [0; 32];
-    hex::decode_to_slice(hex_digits, &mut secret).context("the trust domain's secret is not 64 hex digits")?;
+    hex::decode_to_slice(hex_digits, &mut secret)
+        .context("the trust domain's secret is not 64 hex digits")?;
     Ok(ContentKey::new(secret))
 }
 
@@ -551,7 +673,9 @@ fn accept(listener: &UnixListener) -> anyhow::Result<UnixStream> {
                 socket.set_nonblocking(false)?;
                 return Ok(socket);
             }
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock && Instant::now() < deadline => {
+            Err(error)
+                if error.kind() == std::io::ErrorKind::WouldBlock && Instant::now() < deadline =>
+            {
                 std::thread::sleep(Duration::from_millis(2));
             }
             Err(error) => return Err(error.into()),

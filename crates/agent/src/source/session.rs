@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use migrate::pack::{Packed, repair_front};
 use page::{BlockIndex, HostAddr, PAGE_SIZE, PageNo, PageRun};
 use wire::{
-    BackMessage, Channel, ControlReply, FrameHeader, FrameKind, HEADER_LEN, Hello, MAX_BODY, PROTOCOL_VERSION,
-    WireCompression, WireError,
+    BackMessage, Channel, ControlReply, FrameHeader, FrameKind, HEADER_LEN, Hello, MAX_BODY,
+    PROTOCOL_VERSION, WireCompression, WireError,
 };
 use zstd_safe::{CCtx, CParameter, InBuffer, OutBuffer, zstd_sys::ZSTD_EndDirective};
 
@@ -47,10 +47,18 @@ pub(crate) struct Sessions {
 
 impl Sessions {
     /// The session for `key`; connects if there is none.
-    pub(crate) fn get(&self, key: &SessionKey, context: &SessionContext) -> Result<Arc<Session>, LinkError> {
+    pub(crate) fn get(
+        &self,
+        key: &SessionKey,
+        context: &SessionContext,
+    ) -> Result<Arc<Session>, LinkError> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         open.retain(|_, session| session.strong_count() > 0);
-        if let Some(session) = open.get(key).and_then(Weak::upgrade).filter(|s| !s.is_over()) {
+        if let Some(session) = open
+            .get(key)
+            .and_then(Weak::upgrade)
+            .filter(|s| !s.is_over())
+        {
             return Ok(session);
         }
         let session = Session::connect(key, context)?;
@@ -104,9 +112,18 @@ impl Session {
         let forward = open(&key.target_bulk, context, &forward_hello)?;
         let back = open(&key.target_bulk, context, &hello(Channel::Back, None))?;
         let sockets = [forward.socket()?, back.socket()?];
-        let shared = Arc::new(Shared { streams: Mutex::default(), over: Mutex::default() });
+        let shared = Arc::new(Shared {
+            streams: Mutex::default(),
+            over: Mutex::default(),
+        });
         let outbox = Arc::new(Outbox::default());
-        let session = Arc::new(Self { id, outbox: Arc::clone(&outbox), shared: Arc::clone(&shared), next_vm: AtomicU16::new(0), sockets });
+        let session = Arc::new(Self {
+            id,
+            outbox: Arc::clone(&outbox),
+            shared: Arc::clone(&shared),
+            next_vm: AtomicU16::new(0),
+            sockets,
+        });
         let sender = Sender::new(forward, compression, Arc::clone(&context.budget))?;
         spawn("gw-send", {
             let (outbox, shared) = (Arc::clone(&outbox), Arc::clone(&shared));
@@ -131,7 +148,12 @@ impl Session {
     /// Adds a VM's stream. If the session is over, it is told at once.
     pub(crate) fn add(&self, stream: &Arc<Stream>) {
         self.shared.streams().insert(stream.vm, Arc::clone(stream));
-        let over = self.shared.over.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let over = self
+            .shared
+            .over
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
         if let Some(reason) = over {
             stream.tell(Input::Failed(reason));
         }
@@ -140,12 +162,25 @@ impl Session {
     /// Takes a VM's stream out; the target forgets what it holds for it.
     pub(crate) fn remove(&self, stream: &Arc<Stream>) {
         self.shared.streams().remove(&stream.vm);
-        let packed = Packed { front: Vec::new(), pages: Vec::new(), position: 0 };
-        self.outbox.push(OutFrame { kind: FrameKind::Close, stream: Arc::clone(stream), packed, buffer: None });
+        let packed = Packed {
+            front: Vec::new(),
+            pages: Vec::new(),
+            position: 0,
+        };
+        self.outbox.push(OutFrame {
+            kind: FrameKind::Close,
+            stream: Arc::clone(stream),
+            packed,
+            buffer: None,
+        });
     }
 
     fn is_over(&self) -> bool {
-        self.shared.over.lock().unwrap_or_else(PoisonError::into_inner).is_some()
+        self.shared
+            .over
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_some()
     }
 }
 
@@ -206,7 +241,10 @@ fn random_id() -> Result<String, LinkError> {
 }
 
 pub(crate) fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
-    std::thread::Builder::new().name(name.into()).spawn(run).map(drop)
+    std::thread::Builder::new()
+        .name(name.into())
+        .spawn(run)
+        .map(drop)
 }
 
 /// The thread that owns the forward connection.
@@ -218,24 +256,37 @@ struct Sender {
 }
 
 impl Sender {
-    fn new(link: Link, compression: WireCompression, budget: Arc<Bucket>) -> Result<Self, LinkError> {
+    fn new(
+        link: Link,
+        compression: WireCompression,
+        budget: Arc<Bucket>,
+    ) -> Result<Self, LinkError> {
         let compressor = match compression {
             WireCompression::None => None,
             WireCompression::Zstd { window_log } => Some(compressor(window_log)?),
         };
-        Ok(Self { link, compressor, packed: Vec::with_capacity(2 * BUFFER), budget })
+        Ok(Self {
+            link,
+            compressor,
+            packed: Vec::with_capacity(2 * BUFFER),
+            budget,
+        })
     }
 
     fn run(mut self, outbox: &Outbox) -> Result<(), LinkError> {
         while let Ok(frame) = outbox.pop(HEARTBEAT) {
             let Some(frame) = frame else {
-                self.link.write_all(&FrameHeader::new(FrameKind::Heartbeat, 0, 0, 0).to_bytes())?;
+                self.link
+                    .write_all(&FrameHeader::new(FrameKind::Heartbeat, 0, 0, 0).to_bytes())?;
                 continue;
             };
             let raw = frame.packed.raw_len();
             let sent = self.send(&frame, raw)?;
             outbox.learn_ratio(raw, sent);
-            frame.stream.wire_bytes.fetch_add(sent as u64, Ordering::Relaxed);
+            frame
+                .stream
+                .wire_bytes
+                .fetch_add(sent as u64, Ordering::Relaxed);
             let now = Instant::now();
             frame.stream.bucket.take(sent as u64, now);
             let wait = self.budget.take(sent as u64, now);
@@ -250,7 +301,12 @@ impl Sender {
     fn send(&mut self, frame: &OutFrame, raw: usize) -> Result<usize, LinkError> {
         let raw_len = u32::try_from(raw).unwrap_or(u32::MAX);
         if raw > MAX_BODY {
-            return Err(WireError::TooLong { what: "a frame", length: raw_len.into(), limit: MAX_BODY as u64 }.into());
+            return Err(WireError::TooLong {
+                what: "a frame",
+                length: raw_len.into(),
+                limit: MAX_BODY as u64,
+            }
+            .into());
         }
         if raw > 0
             && let Some(compressor) = &mut self.compressor
@@ -258,13 +314,25 @@ impl Sender {
             self.packed.clear();
             self.packed.reserve(zstd_safe::compress_bound(raw) + 1024);
             for piece in pieces(frame) {
-                compress(compressor, piece, &mut self.packed, ZSTD_EndDirective::ZSTD_e_continue)?;
+                compress(
+                    compressor,
+                    piece,
+                    &mut self.packed,
+                    ZSTD_EndDirective::ZSTD_e_continue,
+                )?;
             }
-            compress(compressor, &[], &mut self.packed, ZSTD_EndDirective::ZSTD_e_flush)?;
+            compress(
+                compressor,
+                &[],
+                &mut self.packed,
+                ZSTD_EndDirective::ZSTD_e_flush,
+            )?;
             let body_len = u32::try_from(self.packed.len()).unwrap_or(u32::MAX);
-            let header = FrameHeader::new(frame.kind, frame.stream.vm, body_len, raw_len).with_compression(true);
+            let header = FrameHeader::new(frame.kind, frame.stream.vm, body_len, raw_len)
+                .with_compression(true);
             let header = header.to_bytes();
-            self.link.write_all_vectored(&mut [IoSlice::new(&header), IoSlice::new(&self.packed)])?;
+            self.link
+                .write_all_vectored(&mut [IoSlice::new(&header), IoSlice::new(&self.packed)])?;
             return Ok(HEADER_LEN + self.packed.len());
         }
         let header = FrameHeader::new(frame.kind, frame.stream.vm, raw_len, raw_len).to_bytes();
@@ -281,7 +349,10 @@ impl Sender {
 fn pieces(frame: &OutFrame) -> impl Iterator<Item = &[u8]> {
     let pages = frame.packed.pages.iter().filter_map(|at| {
         let at = *at as usize;
-        frame.buffer.as_ref().map(|buffer| &buffer[at..at + PAGE_SIZE])
+        frame
+            .buffer
+            .as_ref()
+            .map(|buffer| &buffer[at..at + PAGE_SIZE])
     });
     std::iter::once(frame.packed.front.as_slice()).chain(pages)
 }
@@ -295,7 +366,9 @@ fn compressor(window_log: u8) -> Result<CCtx<'static>, LinkError> {
         // Finds what another VM sent long ago.
         CParameter::EnableLongDistanceMatching(true),
     ] {
-        context.set_parameter(parameter).map_err(|code| zstd_error(code))?;
+        context
+            .set_parameter(parameter)
+            .map_err(|code| zstd_error(code))?;
     }
     Ok(context)
 }
@@ -317,7 +390,9 @@ fn compress(
             out.reserve(64 << 10);
         }
         let mut output = OutBuffer::around_pos(out, at);
-        let left = context.compress_stream2(&mut output, &mut input, directive).map_err(zstd_error)?;
+        let left = context
+            .compress_stream2(&mut output, &mut input, directive)
+            .map_err(zstd_error)?;
         let consumed = input.pos() == input.src.len();
         let flushed = left == 0 || directive == ZSTD_EndDirective::ZSTD_e_continue;
         if consumed && flushed {
@@ -337,7 +412,9 @@ fn receive(mut link: Link, shared: &Shared, outbox: &Outbox, hold: &Hold) -> Lin
             Ok(None) => continue,
             Err(error) => return error,
         };
-        let Some(stream) = shared.streams().get(&vm).cloned() else { continue };
+        let Some(stream) = shared.streams().get(&vm).cloned() else {
+            continue;
+        };
         match message {
             BackMessage::Ack { position } => stream.acknowledged(position),
             BackMessage::ReturnPath(message) => stream.write_return_path(&message),
@@ -351,7 +428,10 @@ fn receive(mut link: Link, shared: &Shared, outbox: &Outbox, hold: &Hold) -> Lin
     }
 }
 
-fn receive_one(link: &mut Link, body: &mut Vec<u8>) -> Result<Option<(u16, BackMessage)>, LinkError> {
+fn receive_one(
+    link: &mut Link,
+    body: &mut Vec<u8>,
+) -> Result<Option<(u16, BackMessage)>, LinkError> {
     let mut header = [0; HEADER_LEN];
     link.read_exact(&mut header)?;
     let header = FrameHeader::parse(header)?;
@@ -368,17 +448,26 @@ fn receive_one(link: &mut Link, body: &mut Vec<u8>) -> Result<Option<(u16, BackM
 /// dirty, and QEMU sends it again.
 fn repair(stream: &Arc<Stream>, runs: &[(BlockIndex, PageRun)], outbox: &Outbox, pool: &Arc<Pool>) {
     for (block, run) in runs {
-        let bases = stream.memory.bases.lock().unwrap_or_else(PoisonError::into_inner);
+        let bases = stream
+            .memory
+            .bases
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let base = bases.get(usize::from(block.0)).copied().flatten();
         drop(bases);
         let Some(base) = base else {
-            stream.tell(Input::Failed(format!("block {} cannot be read again at the source", block.0)));
+            stream.tell(Input::Failed(format!(
+                "block {} cannot be read again at the source",
+                block.0
+            )));
             return;
         };
         let pages: Vec<PageNo> = run.pages().collect();
         for chunk in pages.chunks(REPAIR_PAGES) {
             if let Err(reason) = repair_chunk(stream, *block, chunk, base, (outbox, pool)) {
-                stream.tell(Input::Failed(format!("a page could not be read again at the source: {reason}")));
+                stream.tell(Input::Failed(format!(
+                    "a page could not be read again at the source: {reason}"
+                )));
                 return;
             }
         }
@@ -396,15 +485,33 @@ fn repair_chunk(
     // Before the pages are read: they are at least as new as the stream up to here.
     let as_of = stream.flow().0;
     let mut buffer = pool.take(BUFFER);
-    let addresses: Vec<HostAddr> = pages.iter().filter_map(|page| base.of_page(*page)).collect();
-    let read = stream.memory.memory.read_pages(&addresses, &mut buffer[..addresses.len() * PAGE_SIZE])?;
+    let addresses: Vec<HostAddr> = pages
+        .iter()
+        .filter_map(|page| base.of_page(*page))
+        .collect();
+    let read = stream
+        .memory
+        .memory
+        .read_pages(&addresses, &mut buffer[..addresses.len() * PAGE_SIZE])?;
     if read < pages.len() {
         return Err(std::io::Error::other("unmapped memory"));
     }
-    #[expect(clippy::cast_possible_truncation, reason = "a buffer is far below 4 GiB")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "a buffer is far below 4 GiB"
+    )]
     let offsets = (0..pages.len()).map(|i| (i * PAGE_SIZE) as u32).collect();
-    let packed = Packed { front: repair_front(as_of, block, pages), pages: offsets, position: 0 };
+    let packed = Packed {
+        front: repair_front(as_of, block, pages),
+        pages: offsets,
+        position: 0,
+    };
     let buffer = Some(Arc::new(buffer));
-    outbox.push(OutFrame { kind: FrameKind::Repair, stream: Arc::clone(stream), packed, buffer });
+    outbox.push(OutFrame {
+        kind: FrameKind::Repair,
+        stream: Arc::clone(stream),
+        packed,
+        buffer,
+    });
     Ok(())
 }

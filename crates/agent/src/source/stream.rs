@@ -53,7 +53,13 @@ struct Flow {
 }
 
 impl Stream {
-    pub(crate) fn new(vm: u16, name: String, memory: GuestMemory, limit: u64, mover: Sender<Input>) -> Self {
+    pub(crate) fn new(
+        vm: u16,
+        name: String,
+        memory: GuestMemory,
+        limit: u64,
+        mover: Sender<Input>,
+    ) -> Self {
         let started = Instant::now();
         Self {
             vm,
@@ -61,7 +67,11 @@ impl Stream {
             memory,
             bucket: Bucket::default(),
             started,
-            window: Mutex::new(Flow { window: Window::new(limit), closed: false, progress: started }),
+            window: Mutex::new(Flow {
+                window: Window::new(limit),
+                closed: false,
+                progress: started,
+            }),
             moved: Condvar::new(),
             socket: Mutex::new(None),
             mover: Mutex::new(mover),
@@ -74,7 +84,11 @@ impl Stream {
     /// Tells the mover.
     pub(crate) fn tell(&self, input: Input) {
         // A mover that has ended wants to hear nothing.
-        let _ = self.mover.lock().unwrap_or_else(PoisonError::into_inner).send(input);
+        let _ = self
+            .mover
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .send(input);
     }
 
     /// The QEMU socket, to write the return path to and to close.
@@ -99,7 +113,11 @@ impl Stream {
         let mut waited = false;
         while !flow.closed && !flow.window.is_open() {
             waited = true;
-            flow = self.moved.wait_timeout(flow, Duration::from_millis(200)).unwrap_or_else(PoisonError::into_inner).0;
+            flow = self
+                .moved
+                .wait_timeout(flow, Duration::from_millis(200))
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
         if waited {
             flow.window.waited(since.elapsed());
@@ -136,7 +154,11 @@ impl Stream {
     /// How long the target has not acknowledged anything of what it should.
     pub(crate) fn stalled_for(&self) -> Duration {
         let flow = lock(&self.window);
-        if flow.window.backlog() == 0 { Duration::ZERO } else { flow.progress.elapsed() }
+        if flow.window.backlog() == 0 {
+            Duration::ZERO
+        } else {
+            flow.progress.elapsed()
+        }
     }
 
     /// Ends the stream: the reader goes home, and the socket is closed if `close_socket`, which
@@ -170,7 +192,12 @@ impl Stream {
     pub(crate) fn flow(&self) -> (u64, u64, Rates, Rates) {
         let flow = lock(&self.window);
         let window = &flow.window;
-        (window.acked() + window.backlog(), window.backlog(), window.rates(), window.capable_rates())
+        (
+            window.acked() + window.backlog(),
+            window.backlog(),
+            window.rates(),
+            window.capable_rates(),
+        )
     }
 }
 

@@ -13,7 +13,13 @@ use super::session::{TargetSession, lock};
 pub(crate) struct SessionContents<'a>(pub(crate) &'a TargetSession);
 
 impl Contents<Arc<Buffer>> for SessionContents<'_> {
-    fn find(&mut self, first: EntryId, count: u32, scratch: &mut Vec<u8>, found: &mut Vec<Found<Arc<Buffer>>>) {
+    fn find(
+        &mut self,
+        first: EntryId,
+        count: u32,
+        scratch: &mut Vec<u8>,
+        found: &mut Vec<Found<Arc<Buffer>>>,
+    ) {
         let start = found.len();
         let mut elsewhere = Vec::new();
         {

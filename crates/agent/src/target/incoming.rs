@@ -52,7 +52,8 @@ struct Entry {
 /// One incoming move.
 pub(crate) struct Incoming {
     entry: Mutex<Entry>,
-    guest: Option<TargetGuest>,
+    /// Let go with the VM: its monitor belongs to whoever manages it then.
+    guest: Mutex<Option<Arc<TargetGuest>>>,
     /// Held while an action is under way: events wait for each other.
     machine: Mutex<TargetMove>,
     context: TargetContext,
@@ -84,27 +85,36 @@ impl Drop for Reserved<'_> {
 impl Arrivals {
     /// Takes up what an earlier process left, and watches over leases.
     pub(crate) fn start(context: TargetContext) -> std::io::Result<Arc<Self>> {
-        let arrivals = Arc::new(Self { context, moves: Mutex::default(), starting: Mutex::default(), clock: Instant::now() });
+        let arrivals = Arc::new(Self {
+            context,
+            moves: Mutex::default(),
+            starting: Mutex::default(),
+            clock: Instant::now(),
+        });
         for entry in arrivals.context.journal.all::<Entry>() {
             let id = entry.id.clone();
             let incoming = Incoming::found(entry, &arrivals.context, arrivals.clock);
             lock(&arrivals.moves).insert(id, incoming);
         }
         let weak = Arc::downgrade(&arrivals);
-        std::thread::Builder::new().name("gw-leases".into()).spawn(move || {
-            while let Some(arrivals) = weak.upgrade() {
-                arrivals.tick();
-                drop(arrivals);
-                std::thread::sleep(Duration::from_secs(1));
-            }
-        })?;
+        std::thread::Builder::new()
+            .name("gw-leases".into())
+            .spawn(move || {
+                while let Some(arrivals) = weak.upgrade() {
+                    arrivals.tick();
+                    drop(arrivals);
+                    std::thread::sleep(Duration::from_secs(1));
+                }
+            })?;
         Ok(arrivals)
     }
 
     fn tick(&self) {
         let moves: Vec<_> = lock(&self.moves).values().cloned().collect();
         for incoming in moves {
-            incoming.handle(TargetEvent::Tick { now: self.clock.elapsed() });
+            incoming.handle(TargetEvent::Tick {
+                now: self.clock.elapsed(),
+            });
         }
         self.context.journal.expire(TOMBSTONE_AGE, |path| {
             // Only tombstones: everything else may still have a QEMU.
@@ -116,7 +126,11 @@ impl Arrivals {
     }
 
     /// Starts the target QEMU of a move; returns its process id.
-    pub(crate) fn open(&self, session: &Arc<TargetSession>, request: OpenMove) -> anyhow::Result<u32> {
+    pub(crate) fn open(
+        &self,
+        session: &Arc<TargetSession>,
+        request: OpenMove,
+    ) -> anyhow::Result<u32> {
         let _reserved = self.reserve(&request)?;
         let incoming = Incoming::start(session, &request, &self.context, self.clock)?;
         let pid = lock(&incoming.entry).pid;
@@ -127,32 +141,51 @@ impl Arrivals {
     /// Keeps a second move of the same VM out while its QEMU starts, which may take seconds.
     fn reserve(&self, request: &OpenMove) -> anyhow::Result<Reserved<'_>> {
         let mut starting = lock(&self.starting);
-        let moves: Vec<_> = lock(&self.moves).iter().map(|(id, m)| (id.clone(), Arc::clone(m))).collect();
+        let moves: Vec<_> = lock(&self.moves)
+            .iter()
+            .map(|(id, m)| (id.clone(), Arc::clone(m)))
+            .collect();
         if moves.iter().any(|(id, _)| *id == request.id) {
             return Err(anyhow!("move {} was here before", request.id));
         }
-        let busy = moves.iter().find(|(_, m)| m.vm_name() == request.vm_name && !m.is_ended());
+        let busy = moves
+            .iter()
+            .find(|(_, m)| m.vm_name() == request.vm_name && !m.is_ended());
         if let Some((id, _)) = busy {
-            return Err(anyhow!("{} is arriving here already, as move {id}", request.vm_name));
+            return Err(anyhow!(
+                "{} is arriving here already, as move {id}",
+                request.vm_name
+            ));
         }
         if !starting.insert(request.vm_name.clone()) {
             return Err(anyhow!("{} is arriving here already", request.vm_name));
         }
-        Ok(Reserved { starting: &self.starting, vm_name: request.vm_name.clone() })
+        Ok(Reserved {
+            starting: &self.starting,
+            vm_name: request.vm_name.clone(),
+        })
     }
 
     /// Lets a VM go, or says why not.
     pub(crate) fn release(&self, id: &str) -> MoveState {
         self.with(id, |incoming| {
-            incoming.context.hold.at("target-release", &incoming.vm_name());
+            incoming
+                .context
+                .hold
+                .at("target-release", &incoming.vm_name());
             incoming.handle(TargetEvent::Release);
-            incoming.context.hold.at("target-running", &incoming.vm_name());
+            incoming
+                .context
+                .hold
+                .at("target-running", &incoming.vm_name());
         })
     }
 
     /// Does away with a VM that was not let go.
     pub(crate) fn abort(&self, id: &str, reason: &str) -> MoveState {
-        self.with(id, |incoming| incoming.handle(TargetEvent::Abort(reason.to_owned())))
+        self.with(id, |incoming| {
+            incoming.handle(TargetEvent::Abort(reason.to_owned()))
+        })
     }
 
     pub(crate) fn query(&self, id: &str) -> MoveState {
@@ -160,7 +193,9 @@ impl Arrivals {
     }
 
     fn with(&self, id: &str, act: impl FnOnce(&Incoming)) -> MoveState {
-        let Some(incoming) = lock(&self.moves).get(id).cloned() else { return MoveState::Unknown };
+        let Some(incoming) = lock(&self.moves).get(id).cloned() else {
+            return MoveState::Unknown;
+        };
         act(&incoming);
         incoming.answer()
     }
@@ -169,16 +204,34 @@ impl Arrivals {
     pub(crate) fn session_lost(&self, session: &Arc<TargetSession>) {
         let moves: Vec<_> = lock(&self.moves).values().cloned().collect();
         for incoming in moves {
-            if incoming.session.as_ref().is_some_and(|(s, _)| Arc::ptr_eq(s, session)) {
-                incoming.handle(TargetEvent::SessionLost { now: self.clock.elapsed() });
+            if incoming
+                .session
+                .as_ref()
+                .is_some_and(|(s, _)| Arc::ptr_eq(s, session))
+            {
+                incoming.handle(TargetEvent::SessionLost {
+                    now: self.clock.elapsed(),
+                });
             }
         }
+    }
+
+    /// Process of a move's QEMU.
+    #[cfg(test)]
+    pub(crate) fn pid_of(&self, id: &str) -> Option<u32> {
+        lock(&self.moves)
+            .get(id)
+            .map(|incoming| lock(&incoming.entry).pid)
     }
 
     /// Moves that have not ended.
     pub(crate) fn under_way(&self) -> Vec<String> {
         let moves = lock(&self.moves);
-        moves.iter().filter(|(_, m)| !m.is_ended()).map(|(id, _)| id.clone()).collect()
+        moves
+            .iter()
+            .filter(|(_, m)| !m.is_ended())
+            .map(|(id, _)| id.clone())
+            .collect()
     }
 }
 
@@ -189,7 +242,9 @@ impl Incoming {
         context: &TargetContext,
         clock: Instant,
     ) -> anyhow::Result<Arc<Self>> {
-        let log = context.log_dir.join(format!("{}.log", file_name(&request.id)));
+        let log = context
+            .log_dir
+            .join(format!("{}.log", file_name(&request.id)));
         let guest = TargetGuest::start(&request.argv, &log).context("starting the target QEMU")?;
         let entry = Entry {
             id: request.id.clone(),
@@ -202,13 +257,15 @@ impl Incoming {
         };
         let incoming = Arc::new(Self {
             entry: Mutex::new(entry),
-            guest: Some(guest),
+            guest: Mutex::new(Some(Arc::new(guest))),
             machine: Mutex::default(),
             context: context.clone(),
             session: Some((Arc::clone(session), request.vm)),
             clock,
         });
-        let fed = incoming.write_journal(TargetJournal::Loading).and_then(|()| incoming.feed(session, request.vm));
+        let fed = incoming
+            .write_journal(TargetJournal::Loading)
+            .and_then(|()| incoming.feed(session, request.vm));
         if let Err(error) = fed {
             incoming.handle(TargetEvent::Failed(format!("{error:#}")));
             return Err(error);
@@ -223,53 +280,93 @@ impl Incoming {
         let (guest, found) = match guest {
             None => (None, FoundQemu::Gone),
             Some(Ok(guest)) => {
-                let running = guest.run_state().is_ok_and(|state| state == RunState::Running);
-                (Some(guest), if running { FoundQemu::Running } else { FoundQemu::Stopped })
+                let running = guest
+                    .run_state()
+                    .is_ok_and(|state| state == RunState::Running);
+                (
+                    Some(guest),
+                    if running {
+                        FoundQemu::Running
+                    } else {
+                        FoundQemu::Stopped
+                    },
+                )
             }
             Some(Err(error)) => {
                 // It lives, and cannot be asked: the journal decides, and a person is told.
-                tracing::error!(vm = entry.vm_name, pid = entry.pid, "cannot reach a QEMU that this agent started: {error}");
+                tracing::error!(
+                    vm = entry.vm_name,
+                    pid = entry.pid,
+                    "cannot reach a QEMU that this agent started: {error}"
+                );
                 let released = matches!(state, TargetJournal::Released);
-                (None, if released { FoundQemu::Running } else { FoundQemu::Stopped })
+                (
+                    None,
+                    if released {
+                        FoundQemu::Running
+                    } else {
+                        FoundQemu::Stopped
+                    },
+                )
             }
         };
         let machine = Mutex::default();
-        let incoming = Arc::new(Self { entry: Mutex::new(entry), guest, machine, context: context.clone(), session: None, clock });
+        let incoming = Arc::new(Self {
+            entry: Mutex::new(entry),
+            guest: Mutex::new(guest.map(Arc::new)),
+            machine,
+            context: context.clone(),
+            session: None,
+            clock,
+        });
         incoming.handle(TargetEvent::Restarted(state, found));
         incoming
     }
 
     /// Has QEMU listen, connects to it, and starts the threads that feed and hear it.
     fn feed(self: &Arc<Self>, session: &Arc<TargetSession>, vm: u16) -> anyhow::Result<()> {
-        let guest = self.guest.as_ref().ok_or_else(|| anyhow!("no QEMU"))?;
+        let guest = self.guest()?;
         let name = file_name(&lock(&self.entry).id);
         // Paths of unix sockets are short; the process id makes it unique on this host.
         let path = self.context.run_dir.join(format!("i-{}.sock", guest.pid()));
-        guest.listen(&path).context("having the target QEMU listen")?;
-        let socket = UnixStream::connect(&path).with_context(|| format!("connecting to the target QEMU of {name}"))?;
+        guest
+            .listen(&path)
+            .context("having the target QEMU listen")?;
+        let socket = UnixStream::connect(&path)
+            .with_context(|| format!("connecting to the target QEMU of {name}"))?;
         let _ = std::fs::remove_file(&path);
-        let addresses: HashMap<String, _> =
-            guest.ram_blocks()?.into_iter().filter_map(|block| Some((block.name, block.hva?))).collect();
+        let addresses: HashMap<String, _> = guest
+            .ram_blocks()?
+            .into_iter()
+            .filter_map(|block| Some((block.name, block.hva?)))
+            .collect();
         let pid = guest.pid();
         let find = Box::new(move |names: &[String]| {
             let memory = ProcessMemory::open(pid).ok()?;
-            let bases = names.iter().map(|name| addresses.get(name).copied()).collect();
+            let bases = names
+                .iter()
+                .map(|name| addresses.get(name).copied())
+                .collect();
             Some(GuestMemory { memory, bases })
         });
         let (sink, handle) = Sink::new(session, vm, socket.try_clone()?, find);
         session.add_sink(vm, handle);
         let pings = sink.pings();
         let incoming = Arc::clone(self);
-        std::thread::Builder::new().name("gw-sink".into()).spawn(move || {
-            if let Err(error) = sink.run() {
-                incoming.fail(&error.to_string());
-            }
-        })?;
+        std::thread::Builder::new()
+            .name("gw-sink".into())
+            .spawn(move || {
+                if let Err(error) = sink.run() {
+                    incoming.fail(&error.to_string());
+                }
+            })?;
         let (incoming, session) = (Arc::clone(self), Arc::clone(session));
-        std::thread::Builder::new().name("gw-return".into()).spawn(move || {
-            let end = read_return_path(socket, &session, vm, &pings);
-            incoming.returned(&end);
-        })?;
+        std::thread::Builder::new()
+            .name("gw-return".into())
+            .spawn(move || {
+                let end = read_return_path(socket, &session, vm, &pings);
+                incoming.returned(&end);
+            })?;
         Ok(())
     }
 
@@ -289,7 +386,9 @@ impl Incoming {
                 }
                 Err(error) => format!("{error:#}"),
             },
-            ReturnEnd::Shut(status) => format!("the target QEMU could not load it (status {status}; see its log)"),
+            ReturnEnd::Shut(status) => {
+                format!("the target QEMU could not load it (status {status}; see its log)")
+            }
             ReturnEnd::Closed => "the target QEMU closed its stream (see its log)".into(),
             ReturnEnd::Broken(what) => format!("the target QEMU's return path is broken: {what}"),
         };
@@ -299,19 +398,27 @@ impl Incoming {
     /// The move fails, and the source hears why.
     fn fail(&self, reason: &str) {
         self.handle(TargetEvent::Failed(reason.to_owned()));
-        if let (MoveState::NeverRan { reason }, Some((session, vm))) = (self.answer(), &self.session) {
+        if let (MoveState::NeverRan { reason }, Some((session, vm))) =
+            (self.answer(), &self.session)
+        {
             session.say(*vm, BackMessage::LoadFailed(reason));
         }
     }
 
     /// Waits until QEMU stands loaded and stopped.
     fn settled(&self) -> anyhow::Result<()> {
-        let guest = self.guest.as_ref().ok_or_else(|| anyhow!("no QEMU"))?;
+        let guest = self.guest()?;
         let deadline = Instant::now() + LOAD_SETTLE;
         loop {
             match guest.run_state()? {
-                RunState::InMigrate if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(1)),
-                RunState::InMigrate => return Err(anyhow!("the target QEMU says it has loaded, and goes on loading")),
+                RunState::InMigrate if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(1))
+                }
+                RunState::InMigrate => {
+                    return Err(anyhow!(
+                        "the target QEMU says it has loaded, and goes on loading"
+                    ));
+                }
                 _ => return Ok(()),
             }
         }
@@ -327,20 +434,32 @@ impl Incoming {
                 events.extend(self.act(action));
             }
         }
+        if !matches!(
+            machine.answer(),
+            Some(MoveState::Loading | MoveState::Loaded)
+        ) {
+            *lock(&self.guest) = None;
+        }
     }
 
     fn act(&self, action: TargetAction) -> Option<TargetEvent> {
         match action {
             TargetAction::Journal(state) => {
                 if let Err(error) = self.write_journal(state) {
-                    tracing::error!(vm = self.vm_name(), "the journal cannot be written: {error:#}");
+                    tracing::error!(
+                        vm = self.vm_name(),
+                        "the journal cannot be written: {error:#}"
+                    );
                 }
                 None
             }
             TargetAction::Continue => Some(self.let_go()),
             TargetAction::Kill => {
                 if let Err(error) = self.kill() {
-                    tracing::error!(vm = self.vm_name(), "the target QEMU cannot be killed; it is stopped: {error:#}");
+                    tracing::error!(
+                        vm = self.vm_name(),
+                        "the target QEMU cannot be killed; it is stopped: {error:#}"
+                    );
                 }
                 if let Some((session, vm)) = &self.session {
                     session.remove_sink(*vm);
@@ -351,7 +470,7 @@ impl Incoming {
     }
 
     fn kill(&self) -> anyhow::Result<()> {
-        if let Some(guest) = &self.guest {
+        if let Ok(guest) = self.guest() {
             return Ok(guest.kill()?);
         }
         let entry = lock(&self.entry).clone();
@@ -364,7 +483,9 @@ impl Incoming {
     }
 
     fn let_go(&self) -> TargetEvent {
-        let Some(guest) = &self.guest else { return TargetEvent::QemuGone("its QEMU is gone".into()) };
+        let Ok(guest) = self.guest() else {
+            return TargetEvent::QemuGone("its QEMU is gone".into());
+        };
         if !lock(&self.entry).resume {
             return TargetEvent::Continued;
         }
@@ -380,10 +501,17 @@ impl Incoming {
         }
     }
 
+    fn guest(&self) -> anyhow::Result<Arc<TargetGuest>> {
+        lock(&self.guest).clone().ok_or_else(|| anyhow!("no QEMU"))
+    }
+
     fn write_journal(&self, state: TargetJournal) -> anyhow::Result<()> {
         let mut entry = lock(&self.entry);
         entry.state = state;
-        self.context.journal.write(&entry.id, &*entry).context("writing the journal")
+        self.context
+            .journal
+            .write(&entry.id, &*entry)
+            .context("writing the journal")
     }
 
     fn vm_name(&self) -> String {
@@ -402,12 +530,20 @@ impl Incoming {
 
 fn is_alive(entry: &Entry) -> bool {
     Process::open(entry.pid).is_ok_and(|process| {
-        process.is_alive() && process.start_time().is_ok_and(|started| started == entry.started)
+        process.is_alive()
+            && process
+                .start_time()
+                .is_ok_and(|started| started == entry.started)
     })
 }
 
 impl std::fmt::Debug for Incoming {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Incoming({}, up {:?})", self.vm_name(), self.clock.elapsed())
+        write!(
+            f,
+            "Incoming({}, up {:?})",
+            self.vm_name(),
+            self.clock.elapsed()
+        )
     }
 }

@@ -37,34 +37,45 @@ pub(crate) fn listen(
     security: Security,
     peer_timeout: Duration,
 ) -> anyhow::Result<()> {
-    let socket = TcpListener::bind(address).with_context(|| format!("listening for moves on {address}"))?;
-    let listener = Arc::new(Listener { arrivals, security, peer_timeout, sessions: Mutex::default() });
-    std::thread::Builder::new().name("gw-listen".into()).spawn(move || {
-        loop {
-            match socket.accept() {
-                Ok((tcp, peer)) => {
-                    // The listener's own share is one.
-                    if Arc::strong_count(&listener) > MAX_CONNECTIONS {
-                        tracing::warn!(%peer, "too many connections");
-                        continue;
-                    }
-                    let listener = Arc::clone(&listener);
-                    let started = std::thread::Builder::new().name("gw-peer".into()).spawn(move || {
-                        if let Err(error) = listener.serve(tcp) {
-                            tracing::info!(%peer, "a connection has ended: {error:#}");
+    let socket =
+        TcpListener::bind(address).with_context(|| format!("listening for moves on {address}"))?;
+    let listener = Arc::new(Listener {
+        arrivals,
+        security,
+        peer_timeout,
+        sessions: Mutex::default(),
+    });
+    std::thread::Builder::new()
+        .name("gw-listen".into())
+        .spawn(move || {
+            loop {
+                match socket.accept() {
+                    Ok((tcp, peer)) => {
+                        // The listener's own share is one.
+                        if Arc::strong_count(&listener) > MAX_CONNECTIONS {
+                            tracing::warn!(%peer, "too many connections");
+                            continue;
                         }
-                    });
-                    if let Err(error) = started {
-                        tracing::error!(%error, "no thread for a connection");
+                        let listener = Arc::clone(&listener);
+                        let started =
+                            std::thread::Builder::new()
+                                .name("gw-peer".into())
+                                .spawn(move || {
+                                    if let Err(error) = listener.serve(tcp) {
+                                        tracing::info!(%peer, "a connection has ended: {error:#}");
+                                    }
+                                });
+                        if let Err(error) = started {
+                            tracing::error!(%error, "no thread for a connection");
+                        }
                     }
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "accepting failed");
-                    std::thread::sleep(Duration::from_millis(100));
+                    Err(error) => {
+                        tracing::warn!(%error, "accepting failed");
+                        std::thread::sleep(Duration::from_millis(100));
+                    }
                 }
             }
-        }
-    })?;
+        })?;
     Ok(())
 }
 
@@ -73,7 +84,11 @@ impl Listener {
         let mut link = Link::accepted(tcp, &self.security, self.peer_timeout)?;
         let hello = link.receive_hello()?;
         if !hello.is_compatible() {
-            let reason = format!("version {} is spoken there, {} here", hello.version, wire::PROTOCOL_VERSION);
+            let reason = format!(
+                "version {} is spoken there, {} here",
+                hello.version,
+                wire::PROTOCOL_VERSION
+            );
             return Ok(link.send(&ControlReply::Refused { reason })?);
         }
         match hello.channel {
@@ -96,7 +111,9 @@ impl Listener {
         let mut secret = [0; 32];
         let key = hello.domain_key.as_deref().unwrap_or_default();
         if hex::decode_to_slice(key, &mut secret).is_err() {
-            return Ok(link.send(&ControlReply::Refused { reason: "no secret of the trust domain".into() })?);
+            return Ok(link.send(&ControlReply::Refused {
+                reason: "no secret of the trust domain".into(),
+            })?);
         }
         let store = self.arrivals.context.store_bytes;
         let session = Arc::new(TargetSession::new(ContentKey::new(secret), store));
@@ -107,12 +124,20 @@ impl Listener {
             sessions.insert(hello.session.clone(), Arc::downgrade(&session));
         }
         link.send(&ControlReply::Welcome)?;
-        tracing::info!(source = hello.source, session = hello.session, "session begins");
+        tracing::info!(
+            source = hello.source,
+            session = hello.session,
+            "session begins"
+        );
         let result = super::receiver::run(link, &session, hello.compression);
         session.end();
         self.arrivals.session_lost(&session);
         lock(&self.sessions).remove(&hello.session);
-        tracing::info!(source = hello.source, session = hello.session, "session ends");
+        tracing::info!(
+            source = hello.source,
+            session = hello.session,
+            "session ends"
+        );
         match result {
             // The source closes when its last move is over.
             Err(super::receiver::ReceiveError::Link(LinkError::Closed)) => Ok(()),
@@ -121,13 +146,17 @@ impl Listener {
     }
 
     fn session(&self, hello: &Hello) -> Option<Arc<TargetSession>> {
-        lock(&self.sessions).get(&hello.session).and_then(Weak::upgrade)
+        lock(&self.sessions)
+            .get(&hello.session)
+            .and_then(Weak::upgrade)
     }
 
     fn welcome(&self, link: &mut Link, hello: &Hello) -> anyhow::Result<Arc<TargetSession>> {
         let Some(session) = self.session(hello) else {
             let reason = "there is no such session".to_owned();
-            link.send(&ControlReply::Refused { reason: reason.clone() })?;
+            link.send(&ControlReply::Refused {
+                reason: reason.clone(),
+            })?;
             anyhow::bail!(reason);
         };
         link.send(&ControlReply::Welcome)?;
@@ -143,14 +172,20 @@ impl Listener {
             };
             let reply = match request {
                 ControlRequest::Open(request) => match self.session(hello) {
-                    None => ControlReply::Refused { reason: "there is no such session".into() },
+                    None => ControlReply::Refused {
+                        reason: "there is no such session".into(),
+                    },
                     Some(session) => match self.arrivals.open(&session, request) {
                         Ok(pid) => ControlReply::Ready { pid },
-                        Err(error) => ControlReply::Refused { reason: format!("{error:#}") },
+                        Err(error) => ControlReply::Refused {
+                            reason: format!("{error:#}"),
+                        },
                     },
                 },
                 ControlRequest::Release { id } => ControlReply::State(self.arrivals.release(&id)),
-                ControlRequest::Abort { id, reason } => ControlReply::State(self.arrivals.abort(&id, &reason)),
+                ControlRequest::Abort { id, reason } => {
+                    ControlReply::State(self.arrivals.abort(&id, &reason))
+                }
                 ControlRequest::Query { id } => ControlReply::State(self.arrivals.query(&id)),
             };
             link.send(&reply)?;

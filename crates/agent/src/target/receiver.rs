@@ -27,7 +27,11 @@ pub(crate) enum ReceiveError {
 }
 
 /// Owns the forward connection until it ends.
-pub(crate) fn run(mut link: Link, session: &TargetSession, compression: WireCompression) -> Result<(), ReceiveError> {
+pub(crate) fn run(
+    mut link: Link,
+    session: &TargetSession,
+    compression: WireCompression,
+) -> Result<(), ReceiveError> {
     let pool = Pool::new(BODY);
     let mut packed = Vec::new();
     let mut unpacker = match compression {
@@ -42,7 +46,9 @@ pub(crate) fn run(mut link: Link, session: &TargetSession, compression: WireComp
         if header.is_compressed() {
             packed.resize(header.body_len(), 0);
             link.read_exact(&mut packed)?;
-            let context = unpacker.as_mut().ok_or_else(|| ReceiveError::Compression("none was agreed".into()))?;
+            let context = unpacker
+                .as_mut()
+                .ok_or_else(|| ReceiveError::Compression("none was agreed".into()))?;
             decompress(context, &packed, &mut body)?;
         } else {
             link.read_exact(&mut body)?;
@@ -62,7 +68,12 @@ pub(crate) fn run(mut link: Link, session: &TargetSession, compression: WireComp
 
 /// Enters new contents, whoever they belong to, and hands the frame on. Never waits: one VM's
 /// QEMU must not hold up the others'.
-fn deliver(session: &TargetSession, vm: u16, body: Arc<Buffer>, is_repair: bool) -> Result<(), ReceiveError> {
+fn deliver(
+    session: &TargetSession,
+    vm: u16,
+    body: Arc<Buffer>,
+    is_repair: bool,
+) -> Result<(), ReceiveError> {
     if !is_repair {
         let runs = literal_runs(&body)?;
         let mut recent = lock(&session.recent);
@@ -80,7 +91,9 @@ fn decompressor(window_log: u8) -> Result<DCtx<'static>, ReceiveError> {
     let mut context = DCtx::create();
     // Also what bounds the memory that a hostile source can make us take.
     let limit = u32::from(window_log.clamp(10, 27));
-    context.set_parameter(DParameter::WindowLogMax(limit)).map_err(failed)?;
+    context
+        .set_parameter(DParameter::WindowLogMax(limit))
+        .map_err(failed)?;
     Ok(context)
 }
 
@@ -89,19 +102,30 @@ fn failed(code: usize) -> ReceiveError {
 }
 
 /// Unpacks a flushed piece of the stream, which must fill `out`.
-fn decompress(context: &mut DCtx<'static>, packed: &[u8], out: &mut [u8]) -> Result<(), ReceiveError> {
+fn decompress(
+    context: &mut DCtx<'static>,
+    packed: &[u8],
+    out: &mut [u8],
+) -> Result<(), ReceiveError> {
     let expected = out.len();
     let mut input = InBuffer::around(packed);
     let mut output = OutBuffer::around(out);
     loop {
         let before = (input.pos(), output.pos());
-        context.decompress_stream(&mut output, &mut input).map_err(failed)?;
+        context
+            .decompress_stream(&mut output, &mut input)
+            .map_err(failed)?;
         let stuck = before == (input.pos(), output.pos());
         if output.pos() == expected && input.pos() == packed.len() {
             return Ok(());
         }
         if stuck {
-            let text = format!("{} of {} bytes in, {} of {expected} out", input.pos(), packed.len(), output.pos());
+            let text = format!(
+                "{} of {} bytes in, {} of {expected} out",
+                input.pos(),
+                packed.len(),
+                output.pos()
+            );
             return Err(ReceiveError::Compression(text));
         }
     }

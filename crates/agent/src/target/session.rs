@@ -84,7 +84,11 @@ impl TargetSession {
     }
 
     /// Remembers where contents are now.
-    pub(crate) fn place(&self, vm: u16, placed: impl Iterator<Item = (EntryId, ContentId, BlockIndex, page::PageNo)>) {
+    pub(crate) fn place(
+        &self,
+        vm: u16,
+        placed: impl Iterator<Item = (EntryId, ContentId, BlockIndex, page::PageNo)>,
+    ) {
         let mut places = lock(&self.places);
         for (entry, id, block, page) in placed {
             places.put(entry, id, Place { vm, block, page });
@@ -92,7 +96,11 @@ impl TargetSession {
     }
 
     /// The same for contents that are known already: the newest place is the likeliest to last.
-    pub(crate) fn place_again(&self, vm: u16, placed: impl Iterator<Item = (EntryId, BlockIndex, page::PageNo)>) {
+    pub(crate) fn place_again(
+        &self,
+        vm: u16,
+        placed: impl Iterator<Item = (EntryId, BlockIndex, page::PageNo)>,
+    ) {
         let mut placed = placed.peekable();
         if placed.peek().is_none() {
             return;
@@ -151,23 +159,54 @@ impl TargetSession {
         // Neighbours are usually of one VM: read them in one go.
         while start < wanted.len() {
             let vm = wanted[start].1.vm;
-            let end = wanted[start..].iter().position(|(_, p)| p.vm != vm).map_or(wanted.len(), |n| start + n);
-            self.read_of_one(vm, &wanted[start..end], &mut out[start * PAGE_SIZE..end * PAGE_SIZE], &mut good[start..end]);
+            let end = wanted[start..]
+                .iter()
+                .position(|(_, p)| p.vm != vm)
+                .map_or(wanted.len(), |n| start + n);
+            self.read_of_one(
+                vm,
+                &wanted[start..end],
+                &mut out[start * PAGE_SIZE..end * PAGE_SIZE],
+                &mut good[start..end],
+            );
             start = end;
         }
         good
     }
 
-    fn read_of_one(&self, vm: u16, wanted: &[(ContentId, Place)], out: &mut [u8], good: &mut [bool]) {
+    fn read_of_one(
+        &self,
+        vm: u16,
+        wanted: &[(ContentId, Place)],
+        out: &mut [u8],
+        good: &mut [bool],
+    ) {
         let Some(guest) = self.memory(vm) else { return };
         let address = |place: &Place| {
-            let base = guest.bases.get(usize::from(place.block.0)).copied().flatten()?;
+            let base = guest
+                .bases
+                .get(usize::from(place.block.0))
+                .copied()
+                .flatten()?;
             base.of_page(place.page)
         };
         // All of one VM have an address or none: places are made only of blocks that have one.
-        let addresses: Vec<HostAddr> = wanted.iter().map_while(|(_, place)| address(place)).collect();
-        let read = guest.memory.read_pages(&addresses, &mut out[..addresses.len() * PAGE_SIZE]).unwrap_or(0);
-        for ((bytes, (id, _)), good) in out.as_chunks::<PAGE_SIZE>().0.iter().zip(wanted).zip(good).take(read) {
+        let addresses: Vec<HostAddr> = wanted
+            .iter()
+            .map_while(|(_, place)| address(place))
+            .collect();
+        let read = guest
+            .memory
+            .read_pages(&addresses, &mut out[..addresses.len() * PAGE_SIZE])
+            .unwrap_or(0);
+        for ((bytes, (id, _)), good) in out
+            .as_chunks::<PAGE_SIZE>()
+            .0
+            .iter()
+            .zip(wanted)
+            .zip(good)
+            .take(read)
+        {
             let bytes: &PageBytes = bytes;
             *good = self.key.id_of(bytes) == *id;
         }

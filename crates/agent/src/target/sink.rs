@@ -79,12 +79,28 @@ pub(crate) struct Sink {
 pub(crate) type MemorySource = Box<dyn FnOnce(&[String]) -> Option<GuestMemory> + Send>;
 
 impl Sink {
-    pub(crate) fn new(session: &Arc<TargetSession>, vm: u16, socket: UnixStream, memory: MemorySource) -> (Self, SinkHandle) {
+    pub(crate) fn new(
+        session: &Arc<TargetSession>,
+        vm: u16,
+        socket: UnixStream,
+        memory: MemorySource,
+    ) -> (Self, SinkHandle) {
         let (sender, frames) = unbounded();
         let queued = Arc::new(AtomicUsize::new(0));
-        let handle = SinkHandle { frames: sender, queued: Arc::clone(&queued) };
+        let handle = SinkHandle {
+            frames: sender,
+            queued: Arc::clone(&queued),
+        };
         let pings = Pings::default();
-        let sink = Self { frames, queued, pings, session: Arc::clone(session), vm, socket, memory: Some(memory) };
+        let sink = Self {
+            frames,
+            queued,
+            pings,
+            session: Arc::clone(session),
+            vm,
+            socket,
+            memory: Some(memory),
+        };
         (sink, handle)
     }
 
@@ -105,8 +121,14 @@ impl Sink {
             batch.clear();
             let mut contents = SessionContents(&self.session);
             unpacker.apply(&frame.body, frame.is_repair, &mut contents, &mut batch)?;
-            if let (Some(blocks), Some(find)) = (unpacker.blocks(), self.memory.take_if(|_| unpacker.blocks().is_some())) {
-                let names: Vec<String> = blocks.iter().map(|(_, block)| block.name.to_string()).collect();
+            if let (Some(blocks), Some(find)) = (
+                unpacker.blocks(),
+                self.memory.take_if(|_| unpacker.blocks().is_some()),
+            ) {
+                let names: Vec<String> = blocks
+                    .iter()
+                    .map(|(_, block)| block.name.to_string())
+                    .collect();
                 if let Some(memory) = find(&names) {
                     pages.has_memory = memory.bases.iter().map(Option::is_some).collect();
                     self.session.add_memory(self.vm, memory);
@@ -121,7 +143,8 @@ impl Sink {
             }
             if !batch.repair.is_empty() {
                 for runs in batch.repair.chunks(1024) {
-                    self.session.say(self.vm, BackMessage::RepairRequest(runs.to_vec()));
+                    self.session
+                        .say(self.vm, BackMessage::RepairRequest(runs.to_vec()));
                 }
             }
             pages.remember(&self.session, self.vm, &batch, &frame.body);
@@ -140,17 +163,29 @@ impl PagesBySlot {
     /// Remembers where the batch put contents. Literals are hashed here, by this VM's thread;
     /// a reference moves its entry to the newer place.
     fn remember(&self, session: &TargetSession, vm: u16, batch: &Batch<Arc<Buffer>>, body: &[u8]) {
-        let findable = |block: page::BlockIndex| self.has_memory.get(usize::from(block.0)).copied().unwrap_or(false);
-        let literals = batch.placed.iter().filter(|p| findable(p.block)).filter_map(|p| {
-            let at = p.literal_at?;
-            let bytes: &PageBytes = body.get(at..at + PAGE_SIZE)?.try_into().ok()?;
-            Some((p.entry, session.key.id_of(bytes), p.block, p.page))
-        });
+        let findable = |block: page::BlockIndex| {
+            self.has_memory
+                .get(usize::from(block.0))
+                .copied()
+                .unwrap_or(false)
+        };
+        let literals = batch
+            .placed
+            .iter()
+            .filter(|p| findable(p.block))
+            .filter_map(|p| {
+                let at = p.literal_at?;
+                let bytes: &PageBytes = body.get(at..at + PAGE_SIZE)?.try_into().ok()?;
+                Some((p.entry, session.key.id_of(bytes), p.block, p.page))
+            });
         let hashed: Vec<_> = literals.collect();
         if !hashed.is_empty() {
             session.place(vm, hashed.into_iter());
         }
-        let referred = batch.placed.iter().filter(|p| p.literal_at.is_none() && findable(p.block));
+        let referred = batch
+            .placed
+            .iter()
+            .filter(|p| p.literal_at.is_none() && findable(p.block));
         session.place_again(vm, referred.map(|p| (p.entry, p.block, p.page)));
     }
 }
@@ -192,7 +227,12 @@ pub(crate) enum ReturnEnd {
 }
 
 /// Reads a target QEMU's return path to its end; own pongs become acknowledgements.
-pub(crate) fn read_return_path(mut socket: UnixStream, session: &TargetSession, vm: u16, pings: &Pings) -> ReturnEnd {
+pub(crate) fn read_return_path(
+    mut socket: UnixStream,
+    session: &TargetSession,
+    vm: u16,
+    pings: &Pings,
+) -> ReturnEnd {
     let mut decoder = ReturnDecoder::new();
     let (mut buffer, mut filled) = (vec![0; 4096], 0);
     loop {
@@ -212,11 +252,16 @@ pub(crate) fn read_return_path(mut socket: UnixStream, session: &TargetSession, 
                     }
                     break;
                 }
-                Ok(ReturnStep::Message { message: ReturnMessage::Shut(status), .. }) => return ReturnEnd::Shut(status),
+                Ok(ReturnStep::Message {
+                    message: ReturnMessage::Shut(status),
+                    ..
+                }) => return ReturnEnd::Shut(status),
                 Ok(ReturnStep::Message { message, raw }) => {
                     at += raw.len();
                     match message {
-                        ReturnMessage::Pong(value) if Unpacker::is_our_ping(value) => acknowledge(session, vm, pings, value),
+                        ReturnMessage::Pong(value) if Unpacker::is_our_ping(value) => {
+                            acknowledge(session, vm, pings, value)
+                        }
                         _ => session.say(vm, BackMessage::ReturnPath(raw.to_vec())),
                     }
                 }

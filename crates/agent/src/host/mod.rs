@@ -43,16 +43,22 @@ impl HostMover {
     /// Opens the journals, takes up what was left, and listens for moves.
     pub(crate) fn start(config: &Config, tls: Option<&Tls>) -> anyhow::Result<Self> {
         let security = match tls {
-            Some(tls) => Security::Tls { server: Arc::clone(&tls.server), client: Arc::clone(&tls.client) },
+            Some(tls) => Security::Tls {
+                server: Arc::clone(&tls.server),
+                client: Arc::clone(&tls.client),
+            },
             None => Security::Plaintext,
         };
         let peer_timeout = config.peer_timeout();
         let hold = Hold(config.hold_dir.clone());
         let log_dir = config.state_dir.join("log");
-        std::fs::create_dir_all(&log_dir).with_context(|| format!("creating {}", log_dir.display()))?;
-        std::fs::create_dir_all(&config.run_dir).with_context(|| format!("creating {}", config.run_dir.display()))?;
+        std::fs::create_dir_all(&log_dir)
+            .with_context(|| format!("creating {}", log_dir.display()))?;
+        std::fs::create_dir_all(&config.run_dir)
+            .with_context(|| format!("creating {}", config.run_dir.display()))?;
         let lock = claim(&config.state_dir)?;
-        let journal = |role| Journal::open(config.state_dir.join(role)).context("opening the journal");
+        let journal =
+            |role| Journal::open(config.state_dir.join(role)).context("opening the journal");
         let arrivals = Arrivals::start(TargetContext {
             run_dir: config.run_dir.clone(),
             log_dir,
@@ -60,7 +66,12 @@ impl HostMover {
             hold: hold.clone(),
             store_bytes: usize::try_from(config.store_bytes)?,
         })?;
-        target::listen(config.bulk, Arc::clone(&arrivals), security.clone(), peer_timeout)?;
+        target::listen(
+            config.bulk,
+            Arc::clone(&arrivals),
+            security.clone(),
+            peer_timeout,
+        )?;
         let session = SessionContext {
             host: config.name.clone(),
             security,
@@ -77,7 +88,13 @@ impl HostMover {
             window_bytes: config.window_bytes_max,
             stall_limit: Duration::from_secs(config.switchover_stall_limit_s),
         };
-        Ok(Self { _lock: lock, context, arrivals, moves: Arc::default(), budgets: Mutex::default() })
+        Ok(Self {
+            _lock: lock,
+            context,
+            arrivals,
+            moves: Arc::default(),
+            budgets: Mutex::default(),
+        })
     }
 
     /// The context of a move, with its group's budget.
@@ -104,21 +121,33 @@ impl HostMover {
         })
     }
 
-    fn known<T>(&self, id: &str, use_it: impl FnOnce(&Known) -> Result<T, Refusal>) -> Result<T, Refusal> {
+    fn known<T>(
+        &self,
+        id: &str,
+        use_it: impl FnOnce(&Known) -> Result<T, Refusal>,
+    ) -> Result<T, Refusal> {
         let moves = lock(&self.moves);
-        let known = moves
-            .get(id)
-            .ok_or_else(|| Refusal::new(RefusalCode::UnknownMove, format!("no move {id} goes out from this host")))?;
+        let known = moves.get(id).ok_or_else(|| {
+            Refusal::new(
+                RefusalCode::UnknownMove,
+                format!("no move {id} goes out from this host"),
+            )
+        })?;
         use_it(known)
     }
 
     fn busy(&self, spec: &MoveSpec) -> Option<Refusal> {
         let moves = lock(&self.moves);
-        let same = moves.values().find(|m| m.spec.vm == spec.vm && !m.phase.is_final())?;
+        let same = moves
+            .values()
+            .find(|m| m.spec.vm == spec.vm && !m.phase.is_final())?;
         Some(Refusal::of_vm(
             RefusalCode::Busy,
             &spec.vm,
-            format!("{} is moving already, as {}; wait for that move or cancel it", spec.vm, same.spec.id),
+            format!(
+                "{} is moving already, as {}; wait for that move or cancel it",
+                spec.vm, same.spec.id
+            ),
         ))
     }
 }
@@ -129,7 +158,11 @@ impl Mover for HostMover {
             return Err(busy);
         }
         let refuse = |error: &guest::GuestError| {
-            Refusal::of_vm(code_of(error), &spec.vm, format!("{} was not touched: {}", spec.vm, chain(error)))
+            Refusal::of_vm(
+                code_of(error),
+                &spec.vm,
+                format!("{} was not touched: {}", spec.vm, chain(error)),
+            )
         };
         let (guest, _events) = SourceGuest::attach(&spec.qmp).map_err(|e| refuse(&e))?;
         guest.check().map_err(|e| refuse(&e))?;
@@ -150,16 +183,31 @@ impl Mover for HostMover {
         }
         let id = spec.id.clone();
         let events = self.sink(&id, events);
-        let run = MoveRun::start(self.context_of(&spec), spec.clone(), events).map_err(|e| internal(&e))?;
-        lock(&self.moves).insert(id, Known { spec, run, phase: Phase::Queued });
+        let run = MoveRun::start(self.context_of(&spec), spec.clone(), events)
+            .map_err(|e| internal(&e))?;
+        lock(&self.moves).insert(
+            id,
+            Known {
+                spec,
+                run,
+                phase: Phase::Queued,
+            },
+        );
         Ok(())
     }
 
     fn cancel(&self, id: &str) -> Result<(), Refusal> {
         self.known(id, |known| {
             if known.phase >= Phase::Released {
-                let message = format!("{} has been let go at the target; it cannot be cancelled any more", known.spec.vm);
-                return Err(Refusal::of_vm(RefusalCode::TooLate, &known.spec.vm, message));
+                let message = format!(
+                    "{} has been let go at the target; it cannot be cancelled any more",
+                    known.spec.vm
+                );
+                return Err(Refusal::of_vm(
+                    RefusalCode::TooLate,
+                    &known.spec.vm,
+                    message,
+                ));
             }
             known.run.tell(Input::Cancel);
             Ok(())
@@ -170,7 +218,11 @@ impl Mover for HostMover {
         self.known(id, |known| {
             if known.phase != Phase::Held {
                 let message = format!("{} does not wait to be continued", known.spec.vm);
-                return Err(Refusal::of_vm(RefusalCode::NotHeld, &known.spec.vm, message));
+                return Err(Refusal::of_vm(
+                    RefusalCode::NotHeld,
+                    &known.spec.vm,
+                    message,
+                ));
             }
             known.run.tell(Input::Confirmed);
             Ok(())
@@ -189,7 +241,9 @@ impl Mover for HostMover {
 
     fn admit(&self, request: &Admission) -> Result<(), Refusal> {
         let report = host_report();
-        let needed = request.memory_bytes().saturating_add(QEMU_OVERHEAD_BYTES.saturating_mul(request.vms.len() as u64));
+        let needed = request
+            .memory_bytes()
+            .saturating_add(QEMU_OVERHEAD_BYTES.saturating_mul(request.vms.len() as u64));
         let available = report.memory.for_guests().0;
         if needed > available {
             let names: Vec<&str> = request.vms.iter().map(|vm| vm.vm.as_str()).collect();
@@ -216,20 +270,36 @@ impl Mover for HostMover {
 
     fn recover(&self, id: &str, events: EventSink) -> Result<(), Refusal> {
         let Some(entry) = self.context.journal.read::<Entry>(id) else {
-            return Err(Refusal::new(RefusalCode::UnknownMove, format!("no interrupted move {id} in the journal here")));
+            return Err(Refusal::new(
+                RefusalCode::UnknownMove,
+                format!("no interrupted move {id} in the journal here"),
+            ));
         };
         if let Some(busy) = self.busy(&entry.spec) {
             return Err(busy);
         }
         let spec = entry.spec.clone();
         let events = self.sink(id, events);
-        let run = MoveRun::recover(self.context_of(&spec), entry, events).map_err(|e| internal(&e))?;
-        lock(&self.moves).insert(id.to_owned(), Known { spec, run, phase: Phase::Queued });
+        let run =
+            MoveRun::recover(self.context_of(&spec), entry, events).map_err(|e| internal(&e))?;
+        lock(&self.moves).insert(
+            id.to_owned(),
+            Known {
+                spec,
+                run,
+                phase: Phase::Queued,
+            },
+        );
         Ok(())
     }
 
     fn recoverable(&self) -> Vec<MoveSpec> {
-        self.context.journal.all::<Entry>().into_iter().map(|entry| entry.spec).collect()
+        self.context
+            .journal
+            .all::<Entry>()
+            .into_iter()
+            .map(|entry| entry.spec)
+            .collect()
     }
 
     fn incoming(&self) -> Vec<String> {
@@ -240,9 +310,16 @@ impl Mover for HostMover {
 /// Sees that no other agent has this state directory.
 fn claim(state_dir: &std::path::Path) -> anyhow::Result<std::fs::File> {
     let path = state_dir.join("lock");
-    let file = std::fs::File::create(&path).with_context(|| format!("creating {}", path.display()))?;
-    rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive)
-        .with_context(|| format!("another agent runs with the state directory {}", state_dir.display()))?;
+    let file =
+        std::fs::File::create(&path).with_context(|| format!("creating {}", path.display()))?;
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).with_context(
+        || {
+            format!(
+                "another agent runs with the state directory {}",
+                state_dir.display()
+            )
+        },
+    )?;
     Ok(file)
 }
 
@@ -251,13 +328,19 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 fn internal(error: &std::io::Error) -> Refusal {
-    Refusal::new(RefusalCode::Internal, format!("no thread for the move: {error}"))
+    Refusal::new(
+        RefusalCode::Internal,
+        format!("no thread for the move: {error}"),
+    )
 }
 
 fn code_of(error: &guest::GuestError) -> RefusalCode {
     match error {
-        guest::GuestError::Qmp(QmpError::Busy { .. }) | guest::GuestError::MigrationActive { .. } => RefusalCode::Busy,
-        guest::GuestError::Qmp(QmpError::Connect { source, .. }) if source.kind() == std::io::ErrorKind::PermissionDenied => {
+        guest::GuestError::Qmp(QmpError::Busy { .. })
+        | guest::GuestError::MigrationActive { .. } => RefusalCode::Busy,
+        guest::GuestError::Qmp(QmpError::Connect { source, .. })
+            if source.kind() == std::io::ErrorKind::PermissionDenied =>
+        {
             RefusalCode::Forbidden
         }
         guest::GuestError::Qmp(QmpError::Connect { .. }) => RefusalCode::UnknownVm,
@@ -277,7 +360,9 @@ fn chain(error: &dyn std::error::Error) -> String {
 
 /// The machine type that a command line names.
 fn machine_of(argv: &[String]) -> Option<String> {
-    let at = argv.iter().position(|a| a == "-machine" || a == "-M" || a == "--machine")?;
+    let at = argv
+        .iter()
+        .position(|a| a == "-machine" || a == "-M" || a == "--machine")?;
     let value = argv.get(at + 1)?;
     let first = value.split(',').next()?;
     Some(first.strip_prefix("type=").unwrap_or(first).to_owned())
@@ -292,5 +377,9 @@ fn is_program(program: &std::path::Path) -> bool {
     if program.components().count() > 1 {
         return runs(program);
     }
-    std::env::var_os("PATH").is_some_and(|path| std::env::split_paths(&path).any(|dir| runs(&dir.join(program))))
+    std::env::var_os("PATH")
+        .is_some_and(|path| std::env::split_paths(&path).any(|dir| runs(&dir.join(program))))
 }
+
+#[cfg(test)]
+mod tests;

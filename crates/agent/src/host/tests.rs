@@ -1,0 +1,305 @@
+//! Both roles in one process, around real QEMUs with firmware and loaded data.
+
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use guest::SourceGuest;
+use page::HostAddr;
+use sys::ProcessMemory;
+
+use super::*;
+use crate::types::{Compression, PageCounts, Preset, Progress, Replace, Settings};
+
+/// Memory of the test's VMs.
+const MEMORY_MIB: usize = 64;
+
+struct Vm {
+    name: String,
+    qmp: PathBuf,
+    child: Child,
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A VM with `data` in its memory from 16 MiB on.
+fn vm(dir: &Path, name: &str, data: &Path, extra: &[&str]) -> Vm {
+    let qmp = dir.join(format!("{name}.qmp"));
+    let child = Command::new("qemu-system-x86_64")
+        .args([
+            "-name",
+            name,
+            "-machine",
+            "pc",
+            "-accel",
+            "tcg",
+            "-nodefaults",
+            "-display",
+            "none",
+        ])
+        .args([
+            "-m",
+            &MEMORY_MIB.to_string(),
+            "-qmp",
+            &format!("unix:{},server=on,wait=off", qmp.display()),
+        ])
+        .args([
+            "-device",
+            &format!("loader,file={},addr=0x1000000,force-raw=on", data.display()),
+        ])
+        .args(extra)
+        .stdin(Stdio::null())
+        .spawn()
+        .expect("QEMU starts");
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !qmp.exists() {
+        assert!(Instant::now() < deadline, "QEMU makes no QMP socket");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    // The firmware comes to rest.
+    std::thread::sleep(Duration::from_millis(1500));
+    Vm {
+        name: name.to_owned(),
+        qmp,
+        child,
+    }
+}
+
+struct Agents {
+    source: HostMover,
+    target: HostMover,
+    target_bulk: SocketAddr,
+    dir: tempfile::TempDir,
+}
+
+fn free_address() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+}
+
+fn agents() -> Agents {
+    let dir = tempfile::tempdir().unwrap();
+    let agent = |name: &str, bulk: SocketAddr| {
+        let text = format!(
+            "name = \"{name}\"\nbulk = \"{bulk}\"\ninsecure_plaintext = true\nstate_dir = \"{0}/{name}/state\"\nrun_dir = \"{0}/{name}/run\"\n",
+            dir.path().display()
+        );
+        let config = Config::parse(Path::new("test.toml"), &text).unwrap();
+        HostMover::start(&config, None).unwrap()
+    };
+    let target_bulk = free_address();
+    let (source, target) = (agent("s", free_address()), agent("t", target_bulk));
+    Agents {
+        source,
+        target,
+        target_bulk,
+        dir,
+    }
+}
+
+impl Agents {
+    fn spec(&self, vm: &Vm, settings: Settings) -> MoveSpec {
+        MoveSpec {
+            id: format!("g/{}", vm.name),
+            group: "g".into(),
+            vm: vm.name.clone(),
+            qmp: vm.qmp.clone(),
+            target_name: "t".into(),
+            target_bulk: self.target_bulk.to_string(),
+            settings,
+            domain_key: "42".repeat(32),
+            replace: vec![Replace {
+                from: ".qmp".into(),
+                to: ".moved.qmp".into(),
+            }],
+            definition: None,
+            max_bandwidth_bytes_per_s: None,
+            group_bandwidth_bytes_per_s: None,
+            downtime_limit_ms: None,
+            confirm_handover: true,
+        }
+    }
+}
+
+/// Collects a move's events.
+fn events() -> (EventSink, Receiver<Happening>) {
+    let (sender, receiver) = channel();
+    (
+        Box::new(move |happening| drop(sender.send(happening))),
+        receiver,
+    )
+}
+
+/// Waits for a phase; returns the newest progress before it, and the phase's message.
+fn wait_for(events: &Receiver<Happening>, wanted: Phase) -> (Progress, String) {
+    let mut newest = Progress::default();
+    let mut seen = Vec::new();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match events.recv_timeout(left) {
+            Ok(Happening::Progress { progress }) => newest = progress,
+            Ok(Happening::Phase { phase, message }) if phase == wanted => return (newest, message),
+            Ok(Happening::Phase { phase, message }) => {
+                assert!(
+                    !phase.is_final(),
+                    "{phase:?} instead of {wanted:?}: {message}"
+                );
+                seen.push(phase);
+            }
+            Ok(Happening::Note { .. }) => {}
+            Err(_) => panic!("no {wanted:?} after {seen:?}"),
+        }
+    }
+}
+
+/// Pages that all differ, a part that repeats them, and a part filled with one byte.
+fn test_data(dir: &Path, seed: u64) -> PathBuf {
+    let mut bytes = Vec::new();
+    let mut state = seed;
+    for _ in 0..(8 << 20) / 8 {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        bytes.extend_from_slice(&(state ^ (state >> 29)).to_le_bytes());
+    }
+    bytes.extend_from_within(..4 << 20);
+    bytes.extend_from_slice(&[0x5a; 4 << 20]);
+    let path = dir.join(format!("data-{seed}"));
+    std::fs::write(&path, bytes).unwrap();
+    path
+}
+
+/// Moves VMs with the same data under `settings`, compares, lets them run; returns their pages.
+fn move_and_compare(settings: Settings, count: usize) -> Vec<(String, PageCounts)> {
+    let agents = agents();
+    let data = test_data(agents.dir.path(), 7);
+    let vms: Vec<Vm> = (0..count)
+        .map(|i| vm(agents.dir.path(), &format!("v{i}"), &data, &[]))
+        .collect();
+    let moves: Vec<_> = vms
+        .iter()
+        .map(|vm| {
+            let (sink, receiver) = events();
+            agents.source.check(&agents.spec(vm, settings)).unwrap();
+            agents
+                .source
+                .start(agents.spec(vm, settings), sink)
+                .unwrap();
+            receiver
+        })
+        .collect();
+    let mut pages = Vec::new();
+    for (vm, events) in vms.iter().zip(&moves) {
+        pages.push((vm.name.clone(), wait_for(events, Phase::Held).0.pages));
+    }
+    for (vm, events) in vms.iter().zip(&moves) {
+        let before = source_memory(vm);
+        let after = target_memory(&agents, vm);
+        let odd = before
+            .chunks(4096)
+            .zip(after.chunks(4096))
+            .filter(|(a, b)| a != b)
+            .count();
+        assert_eq!(
+            (odd, before.len()),
+            (0, after.len()),
+            "pages of {} differ",
+            vm.name
+        );
+        agents
+            .source
+            .resume_held(&format!("g/{}", vm.name))
+            .unwrap();
+        wait_for(events, Phase::Moved);
+    }
+    assert!(agents.target.incoming().is_empty());
+    for vm in &vms {
+        let (guest, _events) = SourceGuest::attach(&moved_qmp(vm)).unwrap();
+        assert_eq!(guest.run_state().unwrap(), guest::RunState::Running);
+        guest.quit().unwrap();
+    }
+    pages
+}
+
+/// The RAM of a process whose monitor is taken: the one mapping of its size.
+fn memory_of(pid: u32) -> Vec<u8> {
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    let size = (MEMORY_MIB as u64) << 20;
+    let base = maps
+        .lines()
+        .filter_map(|line| {
+            let (range, _) = line.split_once(' ')?;
+            let (start, end) = range.split_once('-')?;
+            let start = u64::from_str_radix(start, 16).ok()?;
+            let end = u64::from_str_radix(end, 16).ok()?;
+            (end - start == size && line.contains("rw-p")).then_some(start)
+        })
+        .next()
+        .expect("a mapping of the RAM's size");
+    let count = u32::try_from(size / 4096).unwrap();
+    let addresses: Vec<HostAddr> = (0..count)
+        .map(|p| HostAddr(base).of_page(page::PageNo(p)).unwrap())
+        .collect();
+    let mut bytes = vec![0; addresses.len() * page::PAGE_SIZE];
+    let read = ProcessMemory::open(pid)
+        .unwrap()
+        .read_pages(&addresses, &mut bytes)
+        .unwrap();
+    assert_eq!(read, addresses.len());
+    bytes
+}
+
+fn moved_qmp(vm: &Vm) -> PathBuf {
+    vm.qmp.with_extension("moved.qmp")
+}
+
+fn source_memory(vm: &Vm) -> Vec<u8> {
+    memory_of(vm.child.id())
+}
+
+fn target_memory(agents: &Agents, vm: &Vm) -> Vec<u8> {
+    memory_of(
+        agents
+            .target
+            .arrivals
+            .pid_of(&format!("g/{}", vm.name))
+            .unwrap(),
+    )
+}
+
+#[test]
+fn real_a_vm_arrives_page_for_page_with_online_compression() {
+    let pages = move_and_compare(Preset::Oc.settings(), 1);
+    let (_, pages) = &pages[0];
+    assert!(pages.fill >= 1024, "{pages:?}");
+    assert_eq!(pages.reference, 0);
+}
+
+#[test]
+fn real_a_gang_sends_each_content_once() {
+    let pages = move_and_compare(Preset::Gang.settings(), 2);
+    let literal: u64 = pages.iter().map(|(_, p)| p.literal).sum();
+    let reference: u64 = pages.iter().map(|(_, p)| p.reference).sum();
+    // 2048 pages of data that each VM has in full and again in half.
+    assert!(reference >= 1024 + 3072, "{pages:?}");
+    assert!(literal < 2048 + 1024, "{pages:?}");
+}
+
+#[test]
+fn real_a_gang_arrives_compressed() {
+    let settings = Settings {
+        compression: Compression::Zstd,
+        ..Preset::Gang.settings()
+    };
+    move_and_compare(settings, 2);
+}
