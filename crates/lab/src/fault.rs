@@ -8,7 +8,6 @@
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,7 +17,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use crate::bench::Bench;
-use crate::gangway::Agents;
+use crate::gangway::{Agents, control_socket};
 use crate::guest::{Host, Vm};
 use crate::outcome::EventLog;
 use crate::shell::{output, say};
@@ -125,12 +124,17 @@ impl<'a> Armed<'a> {
         })
     }
 
-    /// Waits for the instant, lets the fault strike, and undoes it when its time is over. `over`
-    /// says that the migration has ended; `phase` what the event stream said last of this VM.
+    /// Name of the VM whose move it strikes.
+    #[must_use]
+    pub fn vm(&self) -> &str {
+        &self.vm.name
+    }
+
+    /// Waits for the moment, lets the fault strike, and undoes it when its time is over. Gives up
+    /// when the migration ends before the moment comes.
     pub fn strike(
         &self,
-        agents: &Agents,
-        cli_pid: u32,
+        (agents, cli_pid): (&Agents, u32),
         log: &EventLog,
         progress: &dyn Fn() -> Progress,
     ) -> anyhow::Result<()> {
@@ -156,6 +160,21 @@ impl<'a> Armed<'a> {
             thread::sleep(Duration::from_secs_f64(seconds));
             self.set(agents, cli_pid, false)?;
             log.note(&self.vm.name, "fault-over", json!({}));
+        }
+        Ok(())
+    }
+
+    /// Undoes a fault that was to last for good, before the VM is moved again.
+    pub fn heal(&self, agents: &Agents) -> anyhow::Result<()> {
+        if let Some(path) = self.hold.as_ref().filter(|path| path.exists()) {
+            fs::remove_file(path).with_context(|| format!("removing {}", path.display()))?;
+        }
+        let lasts = matches!(
+            self.fault.action,
+            Action::Stop | Action::Cut | Action::FillDisk
+        );
+        if lasts && self.fault.for_s.is_none() && self.fault.on != Victim::Cli {
+            self.set(agents, 0, false)?;
         }
         Ok(())
     }
@@ -193,9 +212,10 @@ impl<'a> Armed<'a> {
                 fs::remove_file(filler(self.host()?)).context("freeing the disk")
             }
             (Action::Cancel, true) => {
-                let mut cancel = Command::new(agents.program());
-                cancel.arg("cancel").args(["--vm", &self.vm.name]);
-                cancel.arg("--socket").arg(agents.coordinator_socket()?);
+                let host = agents.coordinator()?;
+                let mut cancel = host.command(agents.program());
+                cancel.args(["cancel", "--vm", &self.vm.name, "--socket"]);
+                cancel.arg(control_socket(host));
                 output(&mut cancel).map(drop)
             }
             (Action::Kill | Action::Cancel, false) => Ok(()),

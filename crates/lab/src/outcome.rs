@@ -70,6 +70,9 @@ impl Moved {
     }
 }
 
+/// Further measures, for `application` in the results.
+pub type Figures = Vec<(String, Value)>;
+
 /// What a technique did.
 #[derive(Clone, Debug)]
 pub struct Outcome {
@@ -77,8 +80,8 @@ pub struct Outcome {
     pub started: UnixMs,
     /// Every VM of the scenario.
     pub moved: Vec<Moved>,
-    /// Further figures, for `application`.
-    pub figures: Vec<(String, Value)>,
+    /// What only this technique can tell.
+    pub figures: Figures,
     /// Processor time of single kinds of process.
     pub cpu_seconds: Vec<(String, f64)>,
 }

@@ -7,12 +7,12 @@ use anyhow::Context;
 
 use crate::bench::{Bench, Programs};
 use crate::clock::UnixMs;
-use crate::gangway;
+use crate::gangway::{self, Agents};
 use crate::install;
 use crate::measure::{self, Before};
-use crate::outcome::EventLog;
+use crate::outcome::{EventLog, Outcome};
 use crate::results::{Results, Run, Topology};
-use crate::scenario::{Scenario, Technique};
+use crate::scenario::{Preset, Scenario, Stock, Technique};
 use crate::session::Session;
 use crate::shell::{output, say};
 use crate::stock;
@@ -86,20 +86,11 @@ fn one(
     log: &EventLog,
 ) -> anyhow::Result<Run> {
     let bench = Bench::start(session, scenario, programs)?;
-    let agents = match technique {
-        Technique::Stock(_) => None,
-        Technique::Gangway { .. } => Some(gangway::Agents::start(&bench, session.dir())?),
-    };
+    let mut mover = Mover::start(technique, &bench)?;
     let before = Before::read(&bench)?;
     say(&format!("moving {} VMs with {technique}", bench.vms.len()));
     let (outcome, [source_footprint_bytes, target_footprint_bytes]) =
-        measure::with_footprints(&bench, || match (technique, &agents) {
-            (Technique::Stock(stock), _) => Ok(stock::migrate(&bench, stock, log)),
-            (Technique::Gangway { preset, zstd }, Some(agents)) => {
-                agents.migrate(&bench, (preset, zstd), log)
-            }
-            (Technique::Gangway { .. }, None) => anyhow::bail!("no agents were started"),
-        });
+        measure::with_footprints(&bench, || mover.migrate(&bench, log));
     let outcome = outcome?;
     say("listening to the guests after their move");
     measure::listen(&bench, &outcome);
@@ -117,6 +108,40 @@ fn one(
         failure,
         ..run
     })
+}
+
+/// What carries out a technique, ready to begin.
+enum Mover {
+    Stock(Stock),
+    Gangway {
+        agents: Agents,
+        preset: Preset,
+        zstd: bool,
+    },
+}
+
+impl Mover {
+    fn start(technique: Technique, bench: &Bench<'_>) -> anyhow::Result<Self> {
+        Ok(match technique {
+            Technique::Stock(stock) => Self::Stock(stock),
+            Technique::Gangway { preset, zstd } => Self::Gangway {
+                agents: Agents::start(bench)?,
+                preset,
+                zstd,
+            },
+        })
+    }
+
+    fn migrate(&mut self, bench: &Bench<'_>, log: &EventLog) -> anyhow::Result<Outcome> {
+        match self {
+            Self::Stock(stock) => Ok(stock::migrate(bench, *stock, log)),
+            Self::Gangway {
+                agents,
+                preset,
+                zstd,
+            } => gangway::migrate(agents, bench, (*preset, *zstd), log),
+        }
+    }
 }
 
 /// One line for the terminal.

@@ -1,0 +1,331 @@
+//! `gangway migrate`, watched; each VM is compared when it is held; a fault may strike, and then
+//! what stayed is moved again.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use serde_json::{Value, json};
+
+use super::agents::{Agents, control_socket};
+use super::plan::{self, Settings};
+use super::record::{Held, Record};
+use crate::bench::Bench;
+use crate::clock::UnixMs;
+use crate::fault::{Armed, Fault, Victim};
+use crate::guest::Vm;
+use crate::memory::{Compared, GuestMemory, compare};
+use crate::outcome::{EventLog, Figures, Hold, Moved, Outcome};
+use crate::scenario::Preset;
+use crate::shell::{output, say};
+
+/// Longest answer of the control API to `continue`; it answers when the request is accepted.
+const CONTINUE_PATIENCE: Duration = Duration::from_secs(20);
+/// Time between the end of a migration that a fault has struck and the look at who runs where.
+const AFTERMATH: Duration = Duration::from_secs(3);
+
+/// Moves all VMs of the bench; if the scenario has a fault, again after it.
+pub fn migrate(
+    agents: &mut Agents,
+    bench: &Bench<'_>,
+    (preset, zstd): (Preset, bool),
+    log: &EventLog,
+) -> anyhow::Result<Outcome> {
+    let all: Vec<&Vm> = bench.vms.iter().collect();
+    let cpu_before = agents.processor_s();
+    let settings = Settings {
+        preset,
+        zstd,
+        confirm_handover: true,
+    };
+    let started = UnixMs::now();
+    let (moved, mut figures) = match &bench.scenario.fault {
+        None => {
+            let attempt = Attempt {
+                agents,
+                bench,
+                log,
+                started,
+            }
+            .run(&all, settings, None)?;
+            (
+                attempt.moved,
+                vec![("exit_code".to_owned(), json!(attempt.exit_code))],
+            )
+        }
+        Some(fault) => with_fault(agents, bench, log, (fault, settings))?,
+    };
+    figures.push((
+        "agent_memory_bytes_max".to_owned(),
+        json!(agents.peak_memory_bytes()),
+    ));
+    let cpu_seconds = agents.processor_s_since(&cpu_before);
+    Ok(Outcome {
+        started,
+        moved,
+        figures,
+        cpu_seconds,
+    })
+}
+
+/// A migration that the fault strikes, then, with everything healed, another one of the VMs that
+/// it left at their sources.
+fn with_fault(
+    agents: &mut Agents,
+    bench: &Bench<'_>,
+    log: &EventLog,
+    (fault, settings): (&Fault, Settings),
+) -> anyhow::Result<(Vec<Moved>, Figures)> {
+    let started = UnixMs::now();
+    let armed = Armed::arm(fault, bench)?;
+    let all: Vec<&Vm> = bench.vms.iter().collect();
+    // Who would let a held VM go may be the victim; the guests' own checks must suffice here.
+    let unheld = Settings {
+        confirm_handover: false,
+        ..settings
+    };
+    let first = Attempt {
+        agents,
+        bench,
+        log,
+        started,
+    }
+    .run(&all, unheld, Some(&armed))?;
+    if fault.on == Victim::Cli {
+        wait_for_sources_to_go(bench);
+    }
+    thread::sleep(AFTERMATH);
+    let stayed: Vec<&Vm> = bench
+        .vms
+        .iter()
+        .filter(|vm| !has_arrived(bench, vm))
+        .collect();
+    let mut figures = vec![
+        ("exit_code_under_fault".to_owned(), json!(first.exit_code)),
+        (
+            "vms_left_at_source_by_fault".to_owned(),
+            json!(stayed.len()),
+        ),
+        (
+            "message_under_fault".to_owned(),
+            json!(message_for(&first.moved, &fault.vm)),
+        ),
+    ];
+    armed.heal(agents)?;
+    agents.restart_dead()?;
+    recover(agents, &mut figures)?;
+    let mut moved: Vec<Moved> = first.moved;
+    moved.iter_mut().for_each(|moved| moved.remark = None);
+    if !stayed.is_empty() {
+        say(&format!(
+            "moving {} VMs again, after the fault",
+            stayed.len()
+        ));
+        let second = Attempt {
+            agents,
+            bench,
+            log,
+            started,
+        }
+        .run(&stayed, settings, None)?;
+        figures.push(("exit_code".to_owned(), json!(second.exit_code)));
+        for again in second.moved {
+            if let Some(place) = moved.iter_mut().find(|moved| moved.vm == again.vm) {
+                *place = again;
+            }
+        }
+    }
+    Ok((moved, figures))
+}
+
+fn message_for(moved: &[Moved], vm: &str) -> Option<String> {
+    moved.iter().find(|moved| moved.vm == vm)?.remark.clone()
+}
+
+fn has_arrived(bench: &Bench<'_>, vm: &Vm) -> bool {
+    bench.observer.track(&vm.name).ends_at(vm.target.name())
+}
+
+/// A migration goes on without the CLI that asked for it.
+fn wait_for_sources_to_go(bench: &Bench<'_>) {
+    let deadline = Instant::now() + Duration::from_secs(bench.scenario.patience_s);
+    while Instant::now() < deadline && bench.running.iter().any(|r| r.gone_at().is_none()) {
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// Has every agent finish or undo what a fault interrupted.
+fn recover(agents: &Agents, figures: &mut Figures) -> anyhow::Result<()> {
+    let host = agents.coordinator()?;
+    let mut command = host.command(agents.program());
+    command
+        .args(["recover", "--socket"])
+        .arg(control_socket(host));
+    if let Err(error) = output(&mut command) {
+        figures.push(("recover".to_owned(), format!("{error:#}").into()));
+    }
+    Ok(())
+}
+
+/// One `gangway migrate`.
+struct Attempt<'a> {
+    agents: &'a Agents,
+    bench: &'a Bench<'a>,
+    log: &'a EventLog,
+    started: UnixMs,
+}
+
+/// What came of it.
+struct Attempted {
+    moved: Vec<Moved>,
+    exit_code: Option<i32>,
+}
+
+impl Attempt<'_> {
+    fn run(
+        &self,
+        vms: &[&Vm],
+        settings: Settings,
+        armed: Option<&Armed<'_>>,
+    ) -> anyhow::Result<Attempted> {
+        let mut cli = self.start_cli(&plan::text(self.bench, vms, settings)?)?;
+        let lines = BufReader::new(cli.stdout.take().context("the CLI has no output")?);
+        let record = Record::new(vms, self.started, self.log);
+        let pid = cli.id();
+        let exit_code = thread::scope(|scope| {
+            if let Some(armed) = armed {
+                let record = &record;
+                scope.spawn(move || {
+                    let progress = || record.progress_of(armed.vm());
+                    if let Err(error) = armed.strike((self.agents, pid), self.log, &progress) {
+                        say(&format!("the fault did not strike: {error:#}"));
+                    }
+                });
+            }
+            let code = self.follow(lines, &record, &mut cli);
+            record.finish();
+            code
+        })?;
+        Ok(Attempted {
+            moved: record.into_moved(exit_code),
+            exit_code,
+        })
+    }
+
+    fn start_cli(&self, plan: &str) -> anyhow::Result<Child> {
+        let host = self.agents.coordinator()?;
+        let file = host.dir.join("plan.toml");
+        std::fs::write(&file, plan).context("writing the plan")?;
+        let log = std::fs::File::create(host.dir.join("migrate.log")).context("making a log")?;
+        host.command(self.agents.program())
+            .arg("migrate")
+            .arg(file)
+            .args(["--json", "--socket"])
+            .arg(control_socket(host))
+            .stdout(Stdio::piped())
+            .stderr(log)
+            .spawn()
+            .context("starting `gangway migrate`")
+    }
+
+    /// Reads the CLI's events until it ends; compares each VM when it is held.
+    fn follow(
+        &self,
+        lines: impl BufRead + Send,
+        record: &Record<'_>,
+        cli: &mut Child,
+    ) -> anyhow::Result<Option<i32>> {
+        let patience = Duration::from_secs(self.bench.scenario.patience_s);
+        let deadline = Instant::now() + patience;
+        thread::scope(|scope| {
+            let (sender, events) = mpsc::channel();
+            scope.spawn(move || {
+                // Ends with the CLI's output.
+                for line in lines.lines().map_while(Result::ok) {
+                    if let Ok(event) = serde_json::from_str::<Value>(&line)
+                        && sender.send(event).is_err()
+                    {
+                        return;
+                    }
+                }
+            });
+            loop {
+                match events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                    Ok(event) => {
+                        if let Some(held) = record.take(event) {
+                            scope.spawn(move || self.hand_over(&held, record));
+                        }
+                    }
+                    Err(RecvTimeoutError::Disconnected) => break,
+                    Err(RecvTimeoutError::Timeout) => {
+                        say(&format!("the migration has not ended after {patience:?}"));
+                        cli.kill().context("ending `gangway migrate`")?;
+                        break;
+                    }
+                }
+            }
+            Ok(cli.wait().context("waiting for `gangway migrate`")?.code())
+        })
+    }
+
+    /// Compares the memory of a VM that stands still at both ends, then lets it run.
+    fn hand_over(&self, held: &Held, record: &Record<'_>) {
+        let Some(vm) = self.bench.vms.iter().find(|vm| vm.name == held.vm) else {
+            return;
+        };
+        let compared = compare_at_both_ends(vm);
+        let hold = Hold {
+            from: held.since,
+            to: UnixMs::now(),
+        };
+        let path = format!("/v1/moves/{}/continue", held.id);
+        let let_go = post(&control_socket(&vm.source), &path);
+        record.compared(&held.vm, hold, compared);
+        if let Err(error) = let_go {
+            record.remark(&held.vm, format!("it could not be let go: {error:#}"));
+        }
+    }
+}
+
+fn compare_at_both_ends(vm: &Vm) -> anyhow::Result<Compared> {
+    let mut source = vm.qmp(&vm.source)?;
+    let mut target = vm.qmp(&vm.target)?;
+    for (qmp, end) in [(&mut source, "source"), (&mut target, "target")] {
+        let status = qmp.execute("query-status", json!({}))?;
+        anyhow::ensure!(
+            status["running"] == false,
+            "the VM runs at the {end} while it is held"
+        );
+    }
+    compare(
+        &GuestMemory::of(&mut source)?,
+        &GuestMemory::of(&mut target)?,
+    )
+}
+
+/// Sends a POST without a body over a unix socket: all of HTTP that the lab needs. Not the CLI,
+/// whose start would count as downtime.
+fn post(socket: &Path, path: &str) -> anyhow::Result<()> {
+    let mut stream = UnixStream::connect(socket).context("connecting to the agent")?;
+    stream
+        .set_read_timeout(Some(CONTINUE_PATIENCE))
+        .context("setting a timeout")?;
+    let request = format!(
+        "POST {path} HTTP/1.1\r\nHost: agent\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    );
+    stream
+        .write_all(request.as_bytes())
+        .context("sending the request")?;
+    let mut answer = String::new();
+    stream
+        .read_to_string(&mut answer)
+        .context("reading the answer")?;
+    let status = answer.split_whitespace().nth(1).unwrap_or_default();
+    anyhow::ensure!(status.starts_with('2'), "POST {path}: {answer}");
+    Ok(())
+}

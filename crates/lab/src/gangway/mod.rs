@@ -1,0 +1,9 @@
+//! The technique under test: real agents, a real plan, the real command line.
+
+mod agents;
+mod migration;
+mod plan;
+mod record;
+
+pub use agents::{Agents, control_socket};
+pub use migration::migrate;

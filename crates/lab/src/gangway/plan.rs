@@ -1,0 +1,66 @@
+//! The plan of a scenario.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::Context;
+use serde_json::{Value, json};
+
+use super::agents::{BULK_PORT, CONTROL_PORT};
+use crate::bench::Bench;
+use crate::guest::Vm;
+use crate::scenario::Preset;
+
+/// What the plan says beside the moves.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Settings {
+    pub(super) preset: Preset,
+    pub(super) zstd: bool,
+    /// VMs wait, stopped at both ends, until the lab has compared their memory.
+    pub(super) confirm_handover: bool,
+}
+
+/// The plan that moves `vms`, as TOML.
+pub(super) fn text(bench: &Bench<'_>, vms: &[&Vm], settings: Settings) -> anyhow::Result<String> {
+    let hosts: BTreeMap<&str, Value> = bench
+        .hosts
+        .iter()
+        .map(|host| {
+            let ip = host.address.ip;
+            let control = format!("{ip}:{CONTROL_PORT}");
+            (
+                host.name(),
+                json!({"control": control, "bulk": format!("{ip}:{BULK_PORT}")}),
+            )
+        })
+        .collect();
+    let moves: Vec<Value> = vms.iter().map(|vm| one(bench, vm)).collect();
+    let plan = json!({
+        "preset": match settings.preset { Preset::Oc => "oc", Preset::Gang => "gang" },
+        "compression": if settings.zstd { "zstd" } else { "none" },
+        "confirm_handover": settings.confirm_handover,
+        "hosts": hosts,
+        "move": moves,
+    });
+    toml::to_string(&plan).context("writing the plan")
+}
+
+fn one(bench: &Bench<'_>, vm: &Vm) -> Value {
+    let replace = |from: &Path, to: &Path| json!({"from": from, "to": to});
+    // With a slash at the end: `/s1/` must not be found in `/s10/`.
+    let mut replaced = vec![replace(&vm.source.dir.join(""), &vm.target.dir.join(""))];
+    let (source, target) = (
+        &bench.programs.source.program,
+        &bench.programs.target.program,
+    );
+    if source != target {
+        replaced.push(replace(source, target));
+    }
+    json!({
+        "vm": vm.name,
+        "from": vm.source.name(),
+        "to": vm.target.name(),
+        "qmp": vm.agent_socket(&vm.source),
+        "replace": replaced,
+    })
+}
