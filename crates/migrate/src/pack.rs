@@ -291,11 +291,16 @@ fn piece_of_page(
 }
 
 /// Front of a `Repair` body for `pages` of one block; their bytes follow in this order.
+///
+/// `as_of` is the packer's [`position`](Packer::position), or that of the newest frame on its
+/// way, taken after the request came and before the pages are read from memory: they are at
+/// least as new as anything in the stream up to there, and the target does not put them in the
+/// place of what came later.
 #[must_use]
-pub fn repair_front(block: BlockIndex, pages: &[PageNo]) -> Vec<u8> {
+pub fn repair_front(as_of: u64, block: BlockIndex, pages: &[PageNo]) -> Vec<u8> {
     let mut ops = OpWriter::new();
     for page in pages {
         ops.plain(block, *page);
     }
-    ops.finish(0)
+    ops.finish(as_of)
 }
