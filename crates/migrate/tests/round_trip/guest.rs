@@ -1,0 +1,231 @@
+//! A guest, and the source QEMU that writes its stream.
+
+use std::sync::Arc;
+
+use page::{BlockIndex, PAGE_SIZE, PageBytes, PageNo};
+use qstream::{BlockList, Command, Encoder, encode_command};
+
+use crate::opening;
+use crate::rng::Rng;
+
+/// A page content by its number: the small ones are fill pages, 0 is the zero page.
+pub(crate) type Content = u32;
+
+/// Contents below this are fill pages.
+const FILLS: Content = 4;
+
+/// Contents that guests have: few, so that pages are often equal, in one guest and across them.
+const CONTENTS: usize = 40;
+
+/// The block that cannot be read again from the source QEMU.
+pub(crate) const NOT_REPAIRABLE: BlockIndex = BlockIndex(1);
+
+pub(crate) fn bytes_of(content: Content) -> PageBytes {
+    if content < FILLS {
+        return [content.to_le_bytes()[0]; PAGE_SIZE];
+    }
+    let mut bytes = [0xee; PAGE_SIZE];
+    bytes[..4].copy_from_slice(&content.to_le_bytes());
+    bytes
+}
+
+/// The content with these bytes; no guest has any others.
+pub(crate) fn content_of(bytes: &PageBytes) -> Content {
+    let number = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+    let content = match number.to_le_bytes() {
+        [a, b, c, d] if u32::from(a) < FILLS && a == b && b == c && c == d => a.into(),
+        _ => number,
+    };
+    assert!(*bytes == bytes_of(content), "bytes that no guest has");
+    content
+}
+
+pub(crate) fn is_fill(content: Content) -> bool {
+    content < FILLS
+}
+
+/// All pages of a guest in one row.
+pub(crate) struct Layout {
+    pub(crate) blocks: Arc<BlockList>,
+    pub(crate) footers: bool,
+    rows: Vec<(BlockIndex, PageNo)>,
+}
+
+impl Layout {
+    pub(crate) fn random(rng: &mut Rng) -> Self {
+        let pages = |rng: &mut Rng, most| 1 + rng.below(most) as u64;
+        let blocks = opening::block_list(&[
+            ("pc.ram", pages(rng, 40)),
+            ("0000:00:01.0/vga.vram", pages(rng, 6)),
+            ("dimm0", pages(rng, 10)),
+        ]);
+        let rows = blocks.iter().flat_map(|(index, block)| {
+            let pages = u32::try_from(block.used_len.pages()).unwrap();
+            (0..pages).map(move |page| (index, PageNo(page)))
+        });
+        Self {
+            rows: rows.collect(),
+            footers: rng.chance(80),
+            blocks: Arc::clone(&blocks),
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.rows.len()
+    }
+
+    pub(crate) fn address(&self, row: usize) -> (BlockIndex, PageNo) {
+        self.rows[row]
+    }
+
+    pub(crate) fn row(&self, block: BlockIndex, page: PageNo) -> usize {
+        self.rows.binary_search(&(block, page)).unwrap()
+    }
+}
+
+/// A page of the guest: every content it ever had; the last is the present one.
+#[derive(Default)]
+struct Page {
+    versions: Vec<Content>,
+    is_dirty: bool,
+    /// What the stream said of it: position after the record, and version.
+    sent: Vec<(u64, usize)>,
+}
+
+/// The source QEMU with its guest.
+pub(crate) struct SourceQemu {
+    pub(crate) layout: Arc<Layout>,
+    pages: Vec<Page>,
+    encoder: Encoder,
+    /// Everything written so far.
+    pub(crate) stream: Vec<u8>,
+    /// The page that the round is at.
+    next: usize,
+    rounds_left: usize,
+    /// Where device state starts, once it is written.
+    pub(crate) tail_at: Option<u64>,
+}
+
+impl SourceQemu {
+    pub(crate) fn new(rng: &mut Rng) -> Self {
+        let layout = Arc::new(Layout::random(rng));
+        let mut stream = opening::header();
+        if rng.chance(50) {
+            encode_command(Command::OpenReturnPath, &mut stream);
+            encode_command(Command::Ping(1), &mut stream);
+        }
+        stream.extend(opening::ram_start(&layout.blocks, layout.footers));
+        let pages = (0..layout.len()).map(|_| Page {
+            versions: vec![random_content(rng)],
+            is_dirty: true,
+            sent: Vec::new(),
+        });
+        Self {
+            pages: pages.collect(),
+            encoder: opening::encoder(&layout.blocks, layout.footers),
+            layout,
+            stream,
+            next: 0,
+            rounds_left: 1 + rng.below(4),
+            tail_at: None,
+        }
+    }
+
+    /// The guest writes to a page, unless it is stopped.
+    pub(crate) fn guest_writes(&mut self, rng: &mut Rng) {
+        if self.tail_at.is_none() {
+            let row = rng.below(self.pages.len());
+            self.pages[row].versions.push(random_content(rng));
+            self.pages[row].is_dirty = true;
+        }
+    }
+
+    /// QEMU writes a page, a command, or everything that follows the guest's stop.
+    pub(crate) fn writes(&mut self, rng: &mut Rng) {
+        if self.tail_at.is_some() {
+            return;
+        }
+        if self.next == self.pages.len() {
+            self.next = 0;
+            self.rounds_left -= 1;
+            self.encoder.close(&mut self.stream);
+            if self.rounds_left == 0 {
+                self.finish(rng);
+            }
+        } else if rng.chance(10) {
+            self.encoder.close(&mut self.stream);
+            if rng.chance(50) {
+                encode_command(Command::Ping(2), &mut self.stream);
+            }
+        } else {
+            if self.pages[self.next].is_dirty {
+                self.send(self.next, rng);
+            }
+            self.next += 1;
+        }
+    }
+
+    /// The guest stops: the END section and device state.
+    fn finish(&mut self, rng: &mut Rng) {
+        if rng.chance(50) {
+            encode_command(Command::SwitchoverStart, &mut self.stream);
+        }
+        self.encoder.begin_end(&mut self.stream);
+        for row in 0..self.pages.len() {
+            if self.pages[row].is_dirty {
+                self.send(row, rng);
+            }
+        }
+        self.encoder.close(&mut self.stream);
+        self.tail_at = Some(self.stream.len() as u64);
+        let tail = 1 + rng.below(3000);
+        self.stream.extend(rng.bytes(tail));
+    }
+
+    fn send(&mut self, row: usize, rng: &mut Rng) {
+        let (block, number) = self.layout.address(row);
+        let page = &mut self.pages[row];
+        page.is_dirty = false;
+        let content = page.versions[page.versions.len() - 1];
+        if content == 0 && rng.chance(80) {
+            self.encoder.zero(block, number, &mut self.stream);
+        } else {
+            self.encoder.page(block, number, &mut self.stream);
+            self.stream.extend(bytes_of(content));
+        }
+        page.sent
+            .push((self.stream.len() as u64, page.versions.len() - 1));
+    }
+
+    /// What is in the page now, as another process would read it.
+    pub(crate) fn read(&self, row: usize) -> Content {
+        let versions = &self.pages[row].versions;
+        versions[versions.len() - 1]
+    }
+
+    /// All contents that the page had from `version` on.
+    pub(crate) fn versions_from(&self, row: usize, version: usize) -> &[Content] {
+        &self.pages[row].versions[version..]
+    }
+
+    /// The newest version of the page that the stream has up to `position`.
+    pub(crate) fn version_at(&self, row: usize, position: u64) -> Option<usize> {
+        let sent = &self.pages[row].sent;
+        let count = sent.partition_point(|(at, _)| *at <= position);
+        Some(sent[count.checked_sub(1)?].1)
+    }
+
+    /// Contents that the stream carried as pages of repairable blocks.
+    pub(crate) fn contents_sent(&self) -> impl Iterator<Item = Content> {
+        let rows =
+            (0..self.pages.len()).filter(|row| self.layout.address(*row).0 != NOT_REPAIRABLE);
+        rows.flat_map(|row| {
+            let page = &self.pages[row];
+            page.sent.iter().map(|(_, version)| page.versions[*version])
+        })
+    }
+}
+
+fn random_content(rng: &mut Rng) -> Content {
+    u32::try_from(rng.below(CONTENTS)).unwrap()
+}

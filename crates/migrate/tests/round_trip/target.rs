@@ -1,0 +1,119 @@
+//! The target QEMU: loads a stream, and checks what it is given against the source's history.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use page::{BlockIndex, PageBytes, PageNo};
+use qstream::{Command, Decoder, Item, Step};
+
+use crate::guest::{Content, Layout, SourceQemu, bytes_of, content_of};
+
+/// What the guest's page holds at the target.
+#[derive(Clone, Copy)]
+struct Page {
+    content: Content,
+    /// The oldest version of the source's page that the stream can have put here. A repair may
+    /// be newer, and is replaced by what the stream has: QEMU sends the newer version again.
+    version: usize,
+}
+
+pub(crate) struct TargetQemu {
+    layout: Arc<Layout>,
+    decoder: Decoder,
+    unread: Vec<u8>,
+    /// Position in the stream where each piece that was written ends, and of what age it is.
+    pieces: VecDeque<(u64, Option<u64>)>,
+    written: u64,
+    pages: Vec<Option<Page>>,
+    pub(crate) tail: Vec<u8>,
+    /// Pings that it has answered, oldest first.
+    pub(crate) pongs: Vec<u32>,
+}
+
+impl TargetQemu {
+    pub(crate) fn new(layout: Arc<Layout>) -> Self {
+        Self {
+            decoder: Decoder::new(),
+            unread: Vec::new(),
+            pieces: VecDeque::new(),
+            written: 0,
+            pages: vec![None; layout.len()],
+            tail: Vec::new(),
+            pongs: Vec::new(),
+            layout,
+        }
+    }
+
+    /// Takes bytes; those of a repair with the position up to which the stream had been read
+    /// before the repair was.
+    pub(crate) fn write(&mut self, bytes: &[u8], repair_as_of: Option<u64>) {
+        self.unread.extend_from_slice(bytes);
+        self.written += bytes.len() as u64;
+        self.pieces.push_back((self.written, repair_as_of));
+    }
+
+    /// The age of the piece that holds the item before the decoder's position.
+    fn repair_as_of(&mut self) -> Option<u64> {
+        let position = self.decoder.position();
+        while self.pieces.front()?.0 < position {
+            self.pieces.pop_front();
+        }
+        self.pieces.front()?.1
+    }
+
+    /// Puts `content` into a page: it must be a version that is not older than what the stream
+    /// has put there before, and a repair not older than what the stream had before it was read.
+    fn put(&mut self, row: usize, content: Content, source: &SourceQemu) {
+        let as_of = self.repair_as_of();
+        let page = self.pages[row];
+        let mut oldest = page.map_or(0, |page| page.version);
+        if let Some(position) = as_of {
+            let wanted = source.version_at(row, position);
+            oldest = oldest.max(wanted.expect("a repair of a page that was never sent"));
+        }
+        let newer = source.versions_from(row, oldest);
+        let Some(index) = newer.iter().position(|version| *version == content) else {
+            panic!("page {row} becomes {content}, which is older than {newer:?}");
+        };
+        self.pages[row] = Some(Page {
+            content,
+            version: oldest + if as_of.is_some() { 0 } else { index },
+        });
+    }
+
+    pub(crate) fn unread(&self) -> usize {
+        self.unread.len()
+    }
+
+    /// Loads the items in the first `most` bytes.
+    pub(crate) fn load(&mut self, most: usize, source: &SourceQemu) {
+        let unread = std::mem::take(&mut self.unread);
+        let (mut rest, not_yet) = unread.split_at(most.min(unread.len()));
+        while let Step::Item { item, consumed } = self.decoder.decode(rest).expect("a valid stream")
+        {
+            rest = &rest[consumed..];
+            match item {
+                Item::Page { block, page, bytes } => {
+                    self.put(self.layout.row(block, page), content_of(bytes), source);
+                }
+                Item::Zero { block, page } => self.put(self.layout.row(block, page), 0, source),
+                Item::Command {
+                    command: Command::Ping(value),
+                    ..
+                } => self.pongs.push(value),
+                Item::Tail(bytes) => self.tail.extend_from_slice(bytes),
+                _ => {}
+            }
+        }
+        self.unread = [rest, not_yet].concat();
+    }
+
+    pub(crate) fn content(&self, row: usize) -> Option<Content> {
+        self.pages[row].map(|page| page.content)
+    }
+
+    /// The page as another process would read it.
+    pub(crate) fn read(&self, block: BlockIndex, page: PageNo) -> PageBytes {
+        bytes_of(self.content(self.layout.row(block, page)).unwrap_or(0))
+    }
+}
