@@ -8,6 +8,7 @@
 //! ```
 
 mod control;
+mod home;
 mod outbox;
 mod progress;
 mod reader;

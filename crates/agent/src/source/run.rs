@@ -1,18 +1,16 @@
 //! One outgoing move: what the hand-over machine wants is done here, in one thread.
 
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
-use guest::{MigrationParameters, QmpEvent, RunState, SourceGuest, target_argv};
+use guest::{MigrationParameters, QmpEvent, RunState, target_argv};
 use migrate::handover::{SourceAction, SourceEvent, SourceJournal, SourceMove, SourceState};
 use migrate::pack::Packer;
 use page::ContentKey;
 use serde::{Deserialize, Serialize};
-use sys::ProcessMemory;
 use wire::OpenMove;
 
 use crate::api::mover::EventSink;
@@ -20,15 +18,13 @@ use crate::journal::Journal;
 use crate::types::{Happening, MoveSpec, Phase, Scope};
 
 use super::control::Control;
+use super::home::{Home, guest_memory};
 use super::progress::ProgressMeter;
 use super::session::{Session, SessionContext, SessionKey, Sessions, describe, spawn};
-use super::stream::{GuestMemory, Stream};
+use super::stream::Stream;
 
 /// How often progress is taken and QEMU is told the wire's rate.
 const TICK: Duration = Duration::from_millis(500);
-
-/// How long the source QEMU may take to connect to our socket, or to get back to running.
-const QEMU_PATIENCE: Duration = Duration::from_secs(15);
 
 /// Pause before a release is repeated.
 const RELEASE_PAUSE: Duration = Duration::from_millis(500);
@@ -126,8 +122,7 @@ struct Run {
     sender: Sender<Input>,
     inputs: Receiver<Input>,
     machine: SourceMove,
-    guest: Option<Arc<SourceGuest>>,
-    was_running: bool,
+    home: Home,
     session: Option<Arc<Session>>,
     stream: Option<Arc<Stream>>,
     control: Control,
@@ -136,8 +131,6 @@ struct Run {
     phase: Phase,
     /// The guest was seen to stop for its switch-over.
     stopped: bool,
-    /// Something was done to the source QEMU, now or before a restart.
-    touched: bool,
 }
 
 impl Run {
@@ -148,6 +141,7 @@ impl Run {
         (sender, inputs): (Sender<Input>, Receiver<Input>),
     ) -> Self {
         let control = Control::new(&spec.target_bulk, "none", &context.session);
+        let spec_vm = spec.vm.clone();
         Self {
             context,
             spec,
@@ -155,8 +149,7 @@ impl Run {
             sender,
             inputs,
             machine: SourceMove::default(),
-            guest: None,
-            was_running: true,
+            home: Home::new(&spec_vm),
             session: None,
             stream: None,
             control,
@@ -164,7 +157,6 @@ impl Run {
             started: Instant::now(),
             phase: Phase::Queued,
             stopped: false,
-            touched: false,
         }
     }
 
@@ -203,9 +195,9 @@ impl Run {
     /// Attaches to the VM, opens the session, has the target QEMU started.
     fn prepare(&mut self) -> anyhow::Result<()> {
         let spec = self.spec.clone();
-        let guest = self.attach()?;
+        let guest = self.home.attach(&spec.qmp, self.sender.clone())?;
         guest.check()?;
-        self.was_running = guest.run_state()? == RunState::Running;
+        self.home.was_running = guest.run_state()? == RunState::Running;
         self.meter = ProgressMeter::new(guest.memory_bytes().0);
         let argv = match spec.definition.clone() {
             Some(argv) => argv,
@@ -247,7 +239,7 @@ impl Run {
         self.stream = Some(stream);
         self.write_journal(SourceJournal::Begun)?;
         let memory_bytes = guest.memory_bytes().0;
-        let resume = self.was_running;
+        let resume = self.home.was_running;
         let open = OpenMove {
             id: spec.id.clone(),
             vm_name: spec.vm.clone(),
@@ -262,32 +254,15 @@ impl Run {
         Ok(())
     }
 
-    fn attach(&mut self) -> anyhow::Result<Arc<SourceGuest>> {
-        let (guest, events) = SourceGuest::attach(&self.spec.qmp)?;
-        let guest = Arc::new(guest);
-        self.guest = Some(Arc::clone(&guest));
-        let sender = self.sender.clone();
-        spawn("gw-qmp", move || {
-            for event in events {
-                if sender.send(Input::Qmp(event)).is_err() {
-                    return;
-                }
-            }
-            let _ = sender.send(Input::QmpClosed);
-        })?;
-        Ok(guest)
-    }
-
     /// After a restart of the agent.
     fn reattach(&mut self, entry: Entry) -> SourceEvent {
-        self.was_running = entry.was_running;
-        self.touched = true;
+        self.home = Home::interrupted(&self.spec.vm, entry.was_running);
         self.phase = if entry.state == SourceJournal::Releasing {
             Phase::Loaded
         } else {
             Phase::Preparing
         };
-        if let Err(error) = self.attach() {
+        if let Err(error) = self.home.attach(&self.spec.qmp, self.sender.clone()) {
             // Without a source QEMU a release can still be answered; bringing it back cannot.
             tracing::warn!(vm = self.spec.vm, "cannot reach the source QEMU: {error:#}");
         }
@@ -317,7 +292,7 @@ impl Run {
 
     fn take_qmp(&mut self, event: &QmpEvent) {
         match event.name.as_str() {
-            "STOP" if *self.machine.state() == SourceState::Copying && self.was_running => {
+            "STOP" if *self.machine.state() == SourceState::Copying && self.home.was_running => {
                 self.stopped = true;
                 self.enter(
                     Phase::SwitchOver,
@@ -327,11 +302,7 @@ impl Run {
             "MIGRATION" => match event.data.get("status").and_then(|s| s.as_str()) {
                 Some("completed") => self.handle(SourceEvent::SourceCompleted),
                 Some("failed" | "cancelled") => {
-                    let why = self
-                        .guest
-                        .as_ref()
-                        .and_then(|g| g.migration().ok())
-                        .and_then(|info| info.error_desc);
+                    let why = self.home.migration().and_then(|info| info.error_desc);
                     let why = why.unwrap_or_else(|| "no reason given".into());
                     self.handle(SourceEvent::Failed(format!(
                         "the source QEMU ended its migration: {why}"
@@ -365,14 +336,14 @@ impl Run {
         let info = if self.stopped {
             None
         } else {
-            self.guest.as_ref().and_then(|g| g.migration().ok())
+            self.home.migration()
         };
         let progress = self.meter.sample(stream, info.as_ref());
         (self.events)(Happening::Progress { progress });
         let (_, _, _, able) = stream.flow();
         if let Some(guest) = self
-            .guest
-            .as_ref()
+            .home
+            .guest()
             .filter(|_| !self.stopped && able.unique > 0)
             && let Err(error) = guest.set_wire_rate(able.unique, able.stream)
         {
@@ -438,12 +409,20 @@ impl Run {
                 }
                 None
             }
-            SourceAction::BringBack => Some(match self.bring_back() {
-                Ok(()) => SourceEvent::SourceRuns,
-                Err(error) => SourceEvent::SourceLost(format!("{error:#}")),
-            }),
+            SourceAction::BringBack => {
+                let stream = self.stream.clone();
+                let close = || {
+                    if let Some(stream) = stream {
+                        stream.close(true);
+                    }
+                };
+                Some(match self.home.bring_back(close) {
+                    Ok(()) => SourceEvent::SourceRuns,
+                    Err(error) => SourceEvent::SourceLost(format!("{error:#}")),
+                })
+            }
             SourceAction::QuitSource => {
-                self.quit_source();
+                self.home.quit();
                 None
             }
             SourceAction::ForgetJournal => {
@@ -454,17 +433,10 @@ impl Run {
     }
 
     fn start_stream(&mut self) -> anyhow::Result<()> {
-        self.touched = true;
-        let (Some(guest), Some(stream), Some(session)) = (&self.guest, &self.stream, &self.session)
-        else {
+        let (Some(stream), Some(session)) = (&self.stream, &self.session) else {
             return Err(anyhow!("the move was not prepared"));
         };
-        let path = self
-            .context
-            .run_dir
-            .join(format!("m-{}-{}.sock", stream.vm, &session.id[..8]));
-        let listener = UnixListener::bind(&path)
-            .with_context(|| format!("listening on {}", path.display()))?;
+        let socket_name = format!("m-{}-{}.sock", stream.vm, &session.id[..8]);
         let parameters = MigrationParameters {
             downtime_limit_ms: self
                 .spec
@@ -472,12 +444,8 @@ impl Run {
                 .unwrap_or(MigrationParameters::default().downtime_limit_ms),
             ..MigrationParameters::default()
         };
-        let connected = guest
-            .start_migration(&path, &parameters)
-            .context("starting the migration in the source QEMU")
-            .and_then(|()| accept(&listener).context("waiting for the source QEMU to connect"));
-        let _ = std::fs::remove_file(&path);
-        let socket = connected?;
+        let path = self.context.run_dir.join(socket_name);
+        let socket = self.home.migrate(&path, &parameters)?;
         stream.attach(socket.try_clone()?);
         let key = match self.spec.settings.scope {
             Scope::None => None,
@@ -529,68 +497,11 @@ impl Run {
         }
     }
 
-    /// Sees that the VM is here as it was before the move.
-    fn bring_back(&mut self) -> anyhow::Result<()> {
-        let Some(guest) = self.guest.clone() else {
-            return if self.touched {
-                Err(anyhow!("the source QEMU cannot be reached"))
-            } else {
-                Ok(())
-            };
-        };
-        if let Err(error) = guest.cancel() {
-            tracing::debug!(vm = self.spec.vm, %error, "nothing to cancel");
-        }
-        if let Some(stream) = &self.stream {
-            stream.close(true);
-        }
-        let deadline = Instant::now() + QEMU_PATIENCE;
-        loop {
-            let state = guest
-                .run_state()
-                .context("asking the source QEMU how it is")?;
-            let over = guest.migration().is_ok_and(|info| info.status.is_over());
-            match state {
-                RunState::Running => break,
-                RunState::Paused if !self.was_running => break,
-                RunState::PostMigrate | RunState::Paused if over && self.was_running => {
-                    guest.cont().context("resuming the guest at the source")?;
-                }
-                RunState::PostMigrate if over => break,
-                _ => {}
-            }
-            if Instant::now() > deadline {
-                return Err(anyhow!("the source QEMU stays in state {state:?}"));
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        if let Err(error) = guest.restore_settings() {
-            tracing::warn!(vm = self.spec.vm, %error, "the source QEMU's migration settings were not restored");
-        }
-        Ok(())
-    }
-
-    fn quit_source(&mut self) {
-        let Some(guest) = &self.guest else { return };
-        if let Err(error) = guest.quit() {
-            tracing::warn!(vm = self.spec.vm, %error, "the source QEMU does not quit");
-        }
-        if !guest.process().wait_gone(QEMU_PATIENCE).unwrap_or(false) {
-            tracing::warn!(
-                vm = self.spec.vm,
-                "killing the source QEMU, which has migrated and does not quit"
-            );
-            if let Err(error) = guest.process().kill() {
-                tracing::error!(vm = self.spec.vm, %error, "the source QEMU cannot be killed; it is stopped and of no use");
-            }
-        }
-    }
-
     fn write_journal(&self, state: SourceJournal) -> anyhow::Result<()> {
         let entry = Entry {
             spec: self.spec.clone(),
             state,
-            was_running: self.was_running,
+            was_running: self.home.was_running,
         };
         self.context
             .journal
@@ -642,43 +553,9 @@ fn plain(error: &crate::link::LinkError) -> String {
     text
 }
 
-fn guest_memory(guest: &SourceGuest) -> anyhow::Result<GuestMemory> {
-    let memory = ProcessMemory::open(guest.pid())?;
-    let blocks = guest.ram_blocks()?;
-    let addresses = blocks
-        .into_iter()
-        .filter_map(|block| Some((block.name, block.hva?)))
-        .collect();
-    Ok(GuestMemory {
-        memory,
-        addresses,
-        bases: std::sync::Mutex::default(),
-    })
-}
-
 fn content_key(hex_digits: &str) -> anyhow::Result<ContentKey> {
     let mut secret = [0; 32];
     hex::decode_to_slice(hex_digits, &mut secret)
         .context("the trust domain's secret is not 64 hex digits")?;
     Ok(ContentKey::new(secret))
-}
-
-/// Accepts the one connection of a source QEMU.
-fn accept(listener: &UnixListener) -> anyhow::Result<UnixStream> {
-    listener.set_nonblocking(true)?;
-    let deadline = Instant::now() + QEMU_PATIENCE;
-    loop {
-        match listener.accept() {
-            Ok((socket, _)) => {
-                socket.set_nonblocking(false)?;
-                return Ok(socket);
-            }
-            Err(error)
-                if error.kind() == std::io::ErrorKind::WouldBlock && Instant::now() < deadline =>
-            {
-                std::thread::sleep(Duration::from_millis(2));
-            }
-            Err(error) => return Err(error.into()),
-        }
-    }
 }

@@ -366,9 +366,7 @@ fn compressor(window_log: u8) -> Result<CCtx<'static>, LinkError> {
         // Finds what another VM sent long ago.
         CParameter::EnableLongDistanceMatching(true),
     ] {
-        context
-            .set_parameter(parameter)
-            .map_err(|code| zstd_error(code))?;
+        context.set_parameter(parameter).map_err(zstd_error)?;
     }
     Ok(context)
 }

@@ -23,6 +23,9 @@ const HEARTBEAT: Duration = Duration::from_secs(1);
 /// connection that is this far behind is as good as dead.
 const BACK_QUEUE: usize = 4096;
 
+/// A message about the VM of this number.
+type ToSource = (u16, BackMessage);
+
 /// A VM's memory as other VMs of its session can read it.
 pub(crate) struct GuestMemory {
     pub(crate) memory: ProcessMemory,
@@ -37,7 +40,7 @@ pub(crate) struct TargetSession {
     pub(crate) recent: Mutex<Recent<Arc<Buffer>>>,
     memories: Mutex<HashMap<u16, Arc<GuestMemory>>>,
     sinks: Mutex<HashMap<u16, SinkHandle>>,
-    back: (Sender<(u16, BackMessage)>, Receiver<(u16, BackMessage)>),
+    back: (Sender<ToSource>, Receiver<ToSource>),
     over: AtomicBool,
     forward: Mutex<Option<TcpStream>>,
 }

@@ -1,0 +1,187 @@
+//! The source QEMU in the hands of a move: taken, migrated, brought back or quit.
+
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use guest::{MigrationInfo, MigrationParameters, RunState, SourceGuest};
+use sys::ProcessMemory;
+
+use super::run::Input;
+use super::session::spawn;
+use super::stream::GuestMemory;
+
+/// How long the source QEMU may take to connect to our socket, or to get back to running.
+const QEMU_PATIENCE: Duration = Duration::from_secs(15);
+
+/// The VM where it comes from.
+pub(crate) struct Home {
+    vm: String,
+    guest: Option<Arc<SourceGuest>>,
+    /// Whether the guest ran when the move began.
+    pub(crate) was_running: bool,
+    /// Something was done to the source QEMU, now or before a restart of the agent.
+    touched: bool,
+}
+
+impl Home {
+    pub(crate) fn new(vm: &str) -> Self {
+        Self {
+            vm: vm.to_owned(),
+            guest: None,
+            was_running: true,
+            touched: false,
+        }
+    }
+
+    /// The home of a move that an earlier process began.
+    pub(crate) fn interrupted(vm: &str, was_running: bool) -> Self {
+        Self {
+            was_running,
+            touched: true,
+            ..Self::new(vm)
+        }
+    }
+
+    /// Attaches to the QEMU behind `qmp`; its events go to `sender`.
+    pub(crate) fn attach(
+        &mut self,
+        qmp: &Path,
+        sender: Sender<Input>,
+    ) -> anyhow::Result<Arc<SourceGuest>> {
+        let (guest, events) = SourceGuest::attach(qmp)?;
+        let guest = Arc::new(guest);
+        self.guest = Some(Arc::clone(&guest));
+        spawn("gw-qmp", move || {
+            for event in events {
+                if sender.send(Input::Qmp(event)).is_err() {
+                    return;
+                }
+            }
+            let _ = sender.send(Input::QmpClosed);
+        })?;
+        Ok(guest)
+    }
+
+    pub(crate) fn guest(&self) -> Option<&Arc<SourceGuest>> {
+        self.guest.as_ref()
+    }
+
+    /// What QEMU says of its migration, if it can be asked.
+    pub(crate) fn migration(&self) -> Option<MigrationInfo> {
+        self.guest.as_ref()?.migration().ok()
+    }
+
+    /// Has QEMU migrate into a socket at `path`; returns our end.
+    pub(crate) fn migrate(
+        &mut self,
+        path: &Path,
+        parameters: &MigrationParameters,
+    ) -> anyhow::Result<UnixStream> {
+        let guest = self.guest.as_ref().ok_or_else(|| anyhow!("no QEMU"))?;
+        self.touched = true;
+        let listener =
+            UnixListener::bind(path).with_context(|| format!("listening on {}", path.display()))?;
+        let connected = guest
+            .start_migration(path, parameters)
+            .context("starting the migration in the source QEMU")
+            .and_then(|()| accept(&listener).context("waiting for the source QEMU to connect"));
+        let _ = std::fs::remove_file(path);
+        connected
+    }
+
+    /// Cancels what QEMU is doing; `close` then closes our end of its stream. Waits until the
+    /// guest is here as it was before the move.
+    pub(crate) fn bring_back(&self, close: impl FnOnce()) -> anyhow::Result<()> {
+        let Some(guest) = &self.guest else {
+            return if self.touched {
+                Err(anyhow!("the source QEMU cannot be reached"))
+            } else {
+                Ok(())
+            };
+        };
+        if let Err(error) = guest.cancel() {
+            tracing::debug!(vm = self.vm, %error, "nothing to cancel");
+        }
+        close();
+        let deadline = Instant::now() + QEMU_PATIENCE;
+        loop {
+            let state = guest
+                .run_state()
+                .context("asking the source QEMU how it is")?;
+            let over = guest.migration().is_ok_and(|info| info.status.is_over());
+            match state {
+                RunState::Running => break,
+                RunState::PostMigrate | RunState::Paused if over && self.was_running => {
+                    guest.cont().context("resuming the guest at the source")?;
+                }
+                RunState::PostMigrate | RunState::Paused if over => break,
+                _ => {}
+            }
+            if Instant::now() > deadline {
+                return Err(anyhow!("the source QEMU stays in state {state:?}"));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        if let Err(error) = guest.restore_settings() {
+            tracing::warn!(vm = self.vm, %error, "the source QEMU's migration settings were not restored");
+        }
+        Ok(())
+    }
+
+    /// The VM runs elsewhere: its QEMU here goes.
+    pub(crate) fn quit(&self) {
+        let Some(guest) = &self.guest else { return };
+        if let Err(error) = guest.quit() {
+            tracing::warn!(vm = self.vm, %error, "the source QEMU does not quit");
+        }
+        if guest.process().wait_gone(QEMU_PATIENCE).unwrap_or(false) {
+            return;
+        }
+        tracing::warn!(
+            vm = self.vm,
+            "killing the source QEMU, which has migrated and does not quit"
+        );
+        if let Err(error) = guest.process().kill() {
+            tracing::error!(vm = self.vm, %error, "the source QEMU cannot be killed; it is stopped and of no use");
+        }
+    }
+}
+
+/// What repairs are read from.
+pub(crate) fn guest_memory(guest: &SourceGuest) -> anyhow::Result<GuestMemory> {
+    let memory = ProcessMemory::open(guest.pid())?;
+    let blocks = guest.ram_blocks()?;
+    let addresses = blocks
+        .into_iter()
+        .filter_map(|block| Some((block.name, block.hva?)))
+        .collect();
+    Ok(GuestMemory {
+        memory,
+        addresses,
+        bases: std::sync::Mutex::default(),
+    })
+}
+
+/// Accepts the one connection of a source QEMU.
+fn accept(listener: &UnixListener) -> anyhow::Result<UnixStream> {
+    listener.set_nonblocking(true)?;
+    let deadline = Instant::now() + QEMU_PATIENCE;
+    loop {
+        match listener.accept() {
+            Ok((socket, _)) => {
+                socket.set_nonblocking(false)?;
+                return Ok(socket);
+            }
+            Err(error)
+                if error.kind() == std::io::ErrorKind::WouldBlock && Instant::now() < deadline =>
+            {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
