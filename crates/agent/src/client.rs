@@ -50,7 +50,7 @@ pub enum CallError {
     #[error(transparent)]
     Refused(#[from] Refusal),
     /// Nothing listens there, the network is down, or the TLS handshake failed.
-    #[error("cannot connect to the agent at {endpoint}: {source}")]
+    #[error("cannot connect to the agent at {endpoint}")]
     Connect {
         /// Socket or address.
         endpoint: String,
@@ -91,7 +91,16 @@ impl CallError {
     pub fn into_refusal(self) -> Refusal {
         match self {
             Self::Refused(refusal) => refusal,
-            other => Refusal::new(RefusalCode::Unreachable, other.to_string()),
+            other => Refusal::new(RefusalCode::Unreachable, other.in_full()),
+        }
+    }
+
+    /// The error with its cause, in one line.
+    #[must_use]
+    pub fn in_full(&self) -> String {
+        match self {
+            Self::Connect { source, .. } => format!("{self}: {source}"),
+            _ => self.to_string(),
         }
     }
 

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::types::{MoveSpec, Plan, PlanMove, Preset, Settings};
 
@@ -20,8 +20,16 @@ const BANDWIDTH_BYTES_PER_S_MIN: u64 = 64 * 1024;
 const DOWNTIME_LIMIT_MS_MAX: u64 = 2_000_000;
 
 /// Why a plan cannot be used; found before anything is asked of any agent.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Debug, thiserror::Error)]
 pub enum PlanError {
+    /// The file cannot be read.
+    #[error("cannot read the plan {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: std::io::Error,
+    },
     /// Not TOML, or a key is unknown, missing or of the wrong type.
     #[error("{at}: {message}")]
     Syntax {
@@ -101,6 +109,15 @@ pub enum PlanError {
 }
 
 impl Plan {
+    /// Reads and checks a file.
+    pub fn load(path: &Path) -> Result<Self, PlanError> {
+        let text = std::fs::read_to_string(path).map_err(|source| PlanError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::parse(path, &text)
+    }
+
     /// Parses the TOML text of the file `path` and checks it.
     pub fn parse(path: &Path, text: &str) -> Result<Self, PlanError> {
         let plan: Self = toml::from_str(text).map_err(|error| PlanError::Syntax {

@@ -8,7 +8,7 @@ use utoipa::ToSchema;
 /// What `gangway doctor` shows.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct DoctorReport {
-    /// The findings, the most important first.
+    /// The findings.
     pub findings: Vec<Finding>,
 }
 
@@ -27,7 +27,7 @@ pub struct Finding {
 }
 
 /// How a finding is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verdict {
     /// As it should be.
@@ -38,8 +38,9 @@ pub enum Verdict {
     Broken,
 }
 
-/// Looks at this host.
-pub(super) fn examine() -> DoctorReport {
+/// Looks at this host. Starts each QEMU found, to ask for its version: some tens of milliseconds.
+#[must_use]
+pub fn examine() -> DoctorReport {
     judge(&guest::host_report())
 }
 

@@ -1,5 +1,10 @@
 //! Agents for tests: the real API around a [`FakeHost`], in a directory of their own.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "test support: a failed set-up must stop the test"
+)]
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,10 +38,6 @@ impl TestAgent {
     /// If it cannot be started.
     pub async fn start(host: FakeHost, tls_dir: Option<&Path>) -> Self {
         // Not under TMPDIR: a unix socket's path is short.
-        #[expect(
-            clippy::unwrap_used,
-            reason = "test support: a failed set-up must stop the test"
-        )]
         let dir = tempfile::tempdir_in("/tmp").unwrap();
         let tls = match tls_dir {
             Some(tls_dir) => format!("tls_dir = {tls_dir:?}"),
@@ -48,10 +49,6 @@ impl TestAgent {
             dir.path(),
             dir.path().join("state"),
         );
-        #[expect(
-            clippy::unwrap_used,
-            reason = "test support: a failed set-up must stop the test"
-        )]
         let config = Config::parse(Path::new("agent.toml"), &text).unwrap();
         let mut agent = Self {
             host: Arc::new(host),
@@ -59,10 +56,6 @@ impl TestAgent {
             agent: None,
             dir,
         };
-        #[expect(
-            clippy::unwrap_used,
-            reason = "test support: a failed set-up must stop the test"
-        )]
         agent.start_again().await.unwrap();
         agent
     }
@@ -72,10 +65,6 @@ impl TestAgent {
     /// # Errors
     /// As [`Agent::start`].
     pub async fn start_again(&mut self) -> Result<(), ServeError> {
-        #[expect(
-            clippy::unwrap_used,
-            reason = "test support: a failed set-up must stop the test"
-        )]
         let tls = self
             .config
             .tls_dir
@@ -175,10 +164,6 @@ pub fn plan(a: &TestAgent, b: &TestAgent, moves: &[(&str, &str, &str)]) -> Plan 
 ///
 /// # Panics
 /// If a file cannot be written.
-#[expect(
-    clippy::unwrap_used,
-    reason = "test support: a failure to set up must stop the test"
-)]
 pub fn write_certificates(dir: &Path, server_names: &[&str]) {
     use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 

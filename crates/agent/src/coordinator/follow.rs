@@ -136,7 +136,7 @@ impl Group {
                 } else {
                     (Phase::Stayed, "it was not started and runs at the source")
                 };
-                let message = format!("VM `{vm}`: {error}; {state}");
+                let message = format!("VM `{vm}`: {}; {state}", error.in_full());
                 self.settle(at, phase, message).await;
                 return false;
             }
@@ -244,8 +244,9 @@ impl Group {
     fn unreachable(&self, at: usize, error: &CallError) {
         let source = &self.members[at].source;
         let message = format!(
-            "the agent of host `{source}` is unreachable ({error}); the move goes on without us if \
-             it can, its state is not known here"
+            "the agent of host `{source}` is unreachable ({}); the move goes on without us if \
+             it can, its state is not known here",
+            error.in_full()
         );
         self.set_reachable(at, false, &message);
     }

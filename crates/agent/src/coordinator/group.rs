@@ -390,7 +390,8 @@ impl Group {
                 Err(error) if change.is_increase() => {
                     tracing::warn!(
                         source = change.source,
-                        "share of bandwidth not raised: {error}"
+                        "share of bandwidth not raised: {}",
+                        error.in_full()
                     );
                 }
                 Err(error) => {
@@ -398,7 +399,8 @@ impl Group {
                     // this agent's return, tries again.
                     tracing::warn!(
                         source = change.source,
-                        "share of bandwidth not cut: {error}"
+                        "share of bandwidth not cut: {}",
+                        error.in_full()
                     );
                     return;
                 }

@@ -1,0 +1,245 @@
+//! The command line, as data.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use agent::types::{Compression, Mode, Plan, Preset, Scope, Sharing};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand};
+use serde::de::DeserializeOwned;
+use serde::de::value::StrDeserializer;
+
+/// Move groups of running QEMU virtual machines between hosts.
+#[derive(Debug, Parser)]
+#[command(name = "gangway", version, after_help = EXIT_CODES)]
+pub(crate) struct Cli {
+    /// Control socket of this host's agent.
+    #[arg(
+        long,
+        global = true,
+        value_name = "PATH",
+        default_value = "/run/gangway/control.sock"
+    )]
+    pub(crate) socket: PathBuf,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    all moved
+  1    some VMs stayed, each runs at its source
+  2    the command line, the plan or the configuration is wrong
+  3    refused before anything was started
+  4    a VM needs a person
+  130  left with Ctrl-C; the migration goes on";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run the agent of this host.
+    Agent {
+        /// Configuration.
+        #[arg(long, value_name = "FILE", default_value = "/etc/gangway/agent.toml")]
+        config: PathBuf,
+    },
+    /// Migrate the VMs of a plan.
+    ///
+    /// The agent carries the migration out; it goes on if this command is ended, and
+    /// `gangway status --watch` shows it again.
+    Migrate(Migrate),
+    /// Show what this host's agent is doing, or one group.
+    Status {
+        /// Group; all if absent.
+        group: Option<String>,
+        /// Follow the group's migration to its end.
+        #[arg(long)]
+        watch: bool,
+        /// One JSON object a line.
+        #[arg(long)]
+        json: bool,
+    },
+    /// End moves, with the VMs running at their sources.
+    Cancel(Target),
+    /// Let VMs go that are held before their start at the target (`confirm_handover`).
+    Continue(Target),
+    /// Finish or undo the moves of VMs that need a person.
+    Recover(Target),
+    /// Say whether this host is ready for migrations.
+    Doctor {
+        /// One JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print a shell's completions.
+    Completions {
+        /// Shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the man page, or write those of all commands.
+    Man {
+        /// Directory for all pages.
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Migrate {
+    /// The plan (TOML).
+    pub(crate) plan: PathBuf,
+    #[command(flatten)]
+    pub(crate) overrides: Overrides,
+    /// Print events and outcomes as one JSON object a line.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Return once all agents have agreed; prints the group's id.
+    #[arg(long)]
+    pub(crate) detach: bool,
+}
+
+/// What the command line changes in the plan.
+#[derive(Debug, Args)]
+pub(crate) struct Overrides {
+    /// Technique.
+    #[arg(long, value_parser = choice::<Preset>(&["oc", "gang"]))]
+    preset: Option<Preset>,
+    /// Where duplicates are looked for.
+    #[arg(long, value_parser = choice::<Scope>(&["none", "host"]))]
+    scope: Option<Scope>,
+    /// What becomes of page sharing at the target.
+    #[arg(long, value_parser = choice::<Sharing>(&["off"]))]
+    sharing: Option<Sharing>,
+    /// How page bytes are packed.
+    #[arg(long, value_parser = choice::<Compression>(&["none", "zstd"]))]
+    compression: Option<Compression>,
+    /// When the VMs change hosts.
+    #[arg(long, value_parser = choice::<Mode>(&["pre-copy"]))]
+    mode: Option<Mode>,
+    /// Budget of the whole group on the wire, in bytes per second; K, M and G are decimal.
+    #[arg(long, value_name = "BYTES/S")]
+    max_bandwidth: Option<Bytes>,
+}
+
+impl Overrides {
+    /// Puts what was given into the plan. A preset on the command line replaces the plan's
+    /// preset, not the settings that the plan names one by one.
+    pub(crate) fn apply(&self, plan: &mut Plan) {
+        plan.preset = self.preset.or(plan.preset);
+        plan.scope = self.scope.or(plan.scope);
+        plan.sharing = self.sharing.or(plan.sharing);
+        plan.compression = self.compression.or(plan.compression);
+        plan.mode = self.mode.or(plan.mode);
+        let budget = self.max_bandwidth.map(|bytes| bytes.0);
+        plan.max_bandwidth_bytes_per_s = budget.or(plan.max_bandwidth_bytes_per_s);
+    }
+}
+
+/// Which moves an action is for.
+#[derive(Debug, Args)]
+pub(crate) struct Target {
+    /// Group; may be left out if only one comes into question.
+    pub(crate) group: Option<String>,
+    /// This VM only.
+    #[arg(long, value_name = "VM")]
+    pub(crate) vm: Option<String>,
+    /// One JSON object a line.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// A number of bytes, written `250M`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Bytes(u64);
+
+impl FromStr for Bytes {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (number, unit) = match text.char_indices().last() {
+            Some((at, 'k' | 'K')) => (&text[..at], 1_000),
+            Some((at, 'm' | 'M')) => (&text[..at], 1_000_000),
+            Some((at, 'g' | 'G')) => (&text[..at], 1_000_000_000),
+            _ => (text, 1),
+        };
+        let bytes = number
+            .parse::<u64>()
+            .ok()
+            .and_then(|number| number.checked_mul(unit));
+        bytes
+            .map(Self)
+            .ok_or("a number of bytes, such as 250000000, 250000K or 250M")
+    }
+}
+
+/// Values of one of the API's enums, by the names that the API gives them.
+fn choice<T>(names: &'static [&'static str]) -> impl TypedValueParser<Value = T>
+where
+    T: DeserializeOwned + Clone + Send + Sync + 'static,
+{
+    PossibleValuesParser::new(names).try_map(|name| {
+        let name: StrDeserializer<'_, serde::de::value::Error> =
+            serde::de::IntoDeserializer::into_deserializer(name.as_str());
+        T::deserialize(name)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn overrides(arguments: &str) -> Overrides {
+        let line = format!("gangway migrate p {arguments}");
+        match Cli::parse_from(line.split_whitespace()).command {
+            Command::Migrate(migrate) => migrate.overrides,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_offered_value_is_one_of_the_apis() {
+        let command = Cli::command();
+        let migrate = command.find_subcommand("migrate").unwrap();
+        let mut tried = 0;
+        for argument in migrate
+            .get_arguments()
+            .filter(|argument| argument.get_long().is_some())
+        {
+            for value in argument.get_possible_values() {
+                if matches!(argument.get_long(), Some("json" | "detach")) {
+                    continue;
+                }
+                let long = argument.get_long().unwrap();
+                overrides(&format!("--{long} {}", value.get_name()));
+                tried += 1;
+            }
+        }
+        assert_eq!(tried, 8);
+    }
+
+    #[test]
+    fn the_command_line_overrides_the_plan_and_leaves_the_rest() {
+        let text = "preset = \"oc\"\nscope = \"none\"\nmove = []\n[hosts]\n";
+        let mut plan: Plan = toml::from_str(text).unwrap();
+        overrides("--compression zstd --preset gang --max-bandwidth 20M").apply(&mut plan);
+        assert_eq!(plan.preset, Some(Preset::Gang));
+        assert_eq!(plan.compression, Some(Compression::Zstd));
+        assert_eq!(plan.scope, Some(Scope::None));
+        assert_eq!(plan.max_bandwidth_bytes_per_s, Some(20_000_000));
+    }
+
+    #[test]
+    fn bytes_are_numbers_with_decimal_units() {
+        assert_eq!("64K".parse(), Ok(Bytes(64_000)));
+        assert_eq!("7".parse(), Ok(Bytes(7)));
+        for wrong in ["", "M", "1.5M", "-1", "99999999999999G", "1T"] {
+            assert!(wrong.parse::<Bytes>().is_err(), "{wrong}");
+        }
+    }
+}
