@@ -2,9 +2,9 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 
 use crate::cgroup::Cgroup;
 use crate::clock::UnixMs;
@@ -19,6 +19,8 @@ use crate::shell::say;
 /// How long one guest may take to boot and to fill its memory. Emulated guests that boot on a
 /// machine that also compiles were seen to take 40 s.
 const BOOT_PATIENCE: Duration = Duration::from_secs(240);
+/// How often a boot is checked for having failed.
+const BOOT_STEP: Duration = Duration::from_secs(2);
 
 /// Programs of a scenario.
 #[derive(Clone, Debug)]
@@ -164,8 +166,7 @@ impl<'a> Bench<'a> {
         }
         let arguments = vm.arguments(&vm.source, self.scenario, &self.programs.image);
         let running = guest::start(vm, &vm.source, &self.programs.source, &arguments, &[])?;
-        self.observer
-            .wait_for(&vm.name, BOOT_PATIENCE, |beat| beat.ready)
+        self.wait_until_ready(vm, &running)
             .with_context(|| self.last_words(vm))?;
         let took = UnixMs::now().s_since(began);
         say(&format!(
@@ -174,6 +175,21 @@ impl<'a> Bench<'a> {
             vm.source.name()
         ));
         Ok(running)
+    }
+
+    fn wait_until_ready(&self, vm: &Vm, running: &Running) -> anyhow::Result<()> {
+        let deadline = Instant::now() + BOOT_PATIENCE;
+        loop {
+            let heard = self
+                .observer
+                .wait_for(&vm.name, BOOT_STEP, |beat| beat.ready);
+            match heard {
+                Ok(_) => return Ok(()),
+                Err(_) if running.gone_at().is_some() => bail!("its QEMU has ended"),
+                Err(error) if Instant::now() >= deadline => return Err(error),
+                Err(_) => {}
+            }
+        }
     }
 
     /// What QEMU and the guest said last, for the error message.

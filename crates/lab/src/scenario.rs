@@ -308,8 +308,8 @@ impl Scenario {
             );
         }
         let filled = u64::from(self.vm.stamp_mb) + u64::from(self.vm.dirty_mb);
-        // What the guest's kernel, programs and file system need.
-        let own = 80;
+        // What the guest's kernel, programs and file system were seen to need.
+        let own = 100 + self.vm.memory_mb / 8;
         ensure!(
             self.vm.memory_mb >= filled + own,
             "vm.memory_mb = {}: {filled} MiB of workload need {own} MiB more than that",
