@@ -1,9 +1,10 @@
 //! The machines of both roles, on one core: items are pages. Run with `cargo bench -p migrate`.
 //!
 //! The source scans and resolves buffers of 256 KiB of a stream of 64 MiB, which comes from
-//! memory and not from the cache. What a known page costs beyond its hash is `known` less
-//! `hash`.
+//! memory and not from the cache. What a known page costs beyond its hash is
+//! `resolve_known` and `source_without_deduplication` together.
 
+use std::cell::RefCell;
 use std::collections::HashSet;
 use std::hint::black_box;
 use std::ops::Range;
@@ -132,17 +133,27 @@ fn source_unique(bencher: Bencher<'_, '_>) {
     bench_source(bencher, Kind::Unique, Some(key()), HostTable::default);
 }
 
-#[divan::bench(sample_count = 20)]
-fn source_unique_in_a_large_table(bencher: Bencher<'_, '_>) {
-    let table = || full_table(std::iter::empty());
-    bench_source(bencher, Kind::Unique, Some(key()), table);
-}
-
-#[divan::bench(sample_count = 20)]
-fn source_known(bencher: Bencher<'_, '_>) {
-    let ids: Vec<_> = (0..PAGES).map(|n| key().id_of(&unique_page(n))).collect();
-    let table = || full_table(ids.iter().copied());
-    bench_source(bencher, Kind::Unique, Some(key()), table);
+/// What a known page costs after its hash, in a large table; what it costs before is
+/// `source_without_deduplication`. A sample is one buffer, which was hashed just before.
+#[divan::bench(sample_count = 2000, sample_size = 1)]
+fn resolve_known(bencher: Bencher<'_, '_>) {
+    let (start, ram) = stream(Kind::Unique);
+    let ids = (0..PAGES).map(|number| key().id_of(&unique_page(number)));
+    let mut table = full_table(ids);
+    let state = RefCell::new((packer(&start, Some(key())), &ram[..]));
+    bencher
+        .counter(ItemsCount::new(BUFFER / (PAGE_SIZE + 8)))
+        .with_inputs(|| {
+            let (packer, rest) = &mut *state.borrow_mut();
+            if rest.len() < BUFFER {
+                (*packer, *rest) = (self::packer(&start, Some(key())), &ram[..]);
+            }
+            let buffer = &rest[..BUFFER];
+            let used = packer.scan(buffer, 0).expect("a valid stream");
+            *rest = &rest[used..];
+            buffer
+        })
+        .bench_local_values(|buffer| state.borrow_mut().0.resolve(buffer, &mut table));
 }
 
 #[divan::bench]
