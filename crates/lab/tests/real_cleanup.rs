@@ -15,7 +15,7 @@ fn lab_with_booting_guests(out: &Path) -> Child {
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()
-        .unwrap();
+        .expect("the lab starts");
     let console = format!("/tmp/gw{}/s1/vm1", child.id());
     let deadline = Instant::now() + Duration::from_secs(40);
     while !Path::new(&console).exists() {
@@ -46,7 +46,7 @@ fn leftovers(pid: u32) -> Vec<String> {
         );
     }
     let in_our_directory = format!("/tmp/{prefix}/");
-    for process in std::fs::read_dir("/proc").unwrap().flatten() {
+    for process in std::fs::read_dir("/proc").expect("/proc is there").flatten() {
         let command = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
         if String::from_utf8_lossy(&command).contains(&in_our_directory) {
             found.push(process.file_name().to_string_lossy().into_owned());
@@ -56,7 +56,7 @@ fn leftovers(pid: u32) -> Vec<String> {
 }
 
 fn signal(child: &Child, signal: Signal) {
-    kill_process(Pid::from_child(child), signal).unwrap();
+    kill_process(Pid::from_child(child), signal).expect("it runs");
 }
 
 #[test]
