@@ -11,8 +11,9 @@ use crate::plan::position;
 
 const MIB: u64 = 1024 * 1024;
 
-/// Shorter would call a busy host dead; longer leaves a person without news for minutes.
-const PEER_TIMEOUT_S: RangeInclusive<u64> = 1..=300;
+/// Shorter would call a busy host dead, whose event streams show life once a second; longer leaves
+/// a person without news for minutes.
+const PEER_TIMEOUT_S: RangeInclusive<u64> = 3..=300;
 /// The guest is stopped meanwhile: half a minute is the most that its own peers tolerate.
 const SWITCHOVER_STALL_LIMIT_S: RangeInclusive<u64> = 1..=30;
 /// A group of 64 MiB guests profits from 1 MiB; above 4 GiB the store competes with the guests.
@@ -282,7 +283,7 @@ mod tests {
         for (line, expected) in [
             (
                 "peer_timeout_s = 0",
-                "`peer_timeout_s` is 0: it must be 1 to 300",
+                "`peer_timeout_s` is 0: it must be 3 to 300",
             ),
             (
                 "store_bytes = 1",

@@ -1,6 +1,6 @@
 //! The paths of groups.
 
-use axum::extract::{Path, Query, State};
+use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use axum::response::Response;
 use axum::routing::{get, post};
@@ -81,7 +81,7 @@ pub(super) async fn get_group(
 pub(super) async fn group_events(
     State(api): State<Api>,
     Path(group): Path<String>,
-    Query(From { from }): Query<From>,
+    From { from }: From,
 ) -> Result<Response, Refusal> {
     Ok(event_stream(api.coordinator.get(&group)?, from, &api.boot))
 }

@@ -16,7 +16,7 @@ use super::log::EventLog;
 use super::mover::{Refusal, RefusalCode};
 use crate::client::BOOT_HEADER;
 
-/// An idle stream says so often that it is alive; a third of the shortest sensible peer timeout.
+/// An idle stream says so often that it is alive: three times in the shortest peer timeout.
 const KEEP_ALIVE: Duration = Duration::from_secs(1);
 /// Frames between a log and a slow reader: beyond that the log's own bound takes over.
 const FRAMES: usize = 4;

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use axum::extract::{DefaultBodyLimit, Path, Query, State};
+use axum::extract::{DefaultBodyLimit, FromRequestParts, Path, Query, State};
+use axum::http::request::Parts;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, patch, post};
@@ -109,6 +110,17 @@ pub(crate) struct From {
     pub(crate) from: u64,
 }
 
+impl<S: Send + Sync> FromRequestParts<S> for From {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
+        let query = Query::from_request_parts(parts, state).await;
+        query
+            .map(|Query(from)| from)
+            .map_err(|error| Refusal::new(RefusalCode::BadRequest, error.body_text()))
+    }
+}
+
 /// A move's id is `group/vm`.
 type MovePath = Path<(String, String)>;
 
@@ -158,7 +170,7 @@ async fn get_move(
 async fn move_events(
     State(api): State<Api>,
     Path((group, vm)): MovePath,
-    Query(From { from }): Query<From>,
+    From { from }: From,
 ) -> Result<Response, Refusal> {
     let record = api.moves.get(&id(&group, &vm))?;
     Ok(event_stream(record, from, &api.boot))

@@ -207,13 +207,14 @@ async fn what_makes_no_sense_is_refused_with_its_place() {
     assert_eq!(unknown.code, RefusalCode::UnknownMove);
     let nowhere = refusal(client.get::<()>("/v1/nowhere").await);
     assert_eq!(nowhere.code, RefusalCode::BadRequest);
-    assert!(
-        client
-            .get::<Vec<MoveStatus>>("/v1/moves")
-            .await
-            .unwrap()
-            .is_empty()
-    );
+    let started: Vec<MoveStatus> = client.get("/v1/moves").await.unwrap();
+    assert_eq!(started, []);
+    client
+        .post::<_, MoveStatus>("/v1/moves", &spec("web"))
+        .await
+        .unwrap();
+    let nonsense = refusal(client.get::<()>("/v1/moves/g/web/events?from=x").await);
+    assert_eq!(nonsense.code, RefusalCode::BadRequest);
 }
 
 #[tokio::test]

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use tokio::task::JoinSet;
 
 use super::Peers;
-use crate::api::mover::{Admission, MoveCheck, Refusal};
+use crate::api::mover::{Admission, MoveCheck, Refusal, RefusalCode};
 use crate::client::{CallError, Client};
 use crate::types::{MoveSpec, Plan};
 
@@ -90,7 +90,11 @@ async fn all<T: 'static>(
         match joined {
             Ok(Ok(result)) => results.push(result),
             Ok(Err(refusal)) => refusals.push(refusal),
-            Err(error) => std::panic::resume_unwind(error.into_panic()),
+            Err(error) => {
+                tracing::error!("asking the agents failed: {error}");
+                let message = "the agent failed inside, see its log; nothing was started";
+                refusals.push((usize::MAX, Refusal::new(RefusalCode::Internal, message)));
+            }
         }
     }
     match refusals.into_iter().min_by_key(|(at, _)| *at) {
