@@ -12,7 +12,7 @@ mod screen;
 mod status;
 mod watch;
 
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -79,10 +79,9 @@ async fn talk(cli: &Cli) -> anyhow::Result<Exit> {
 
 fn run_agent(path: &Path) -> anyhow::Result<Exit> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .init();
+    let colours = io::stderr().is_terminal();
+    let log = tracing_subscriber::fmt().with_env_filter(filter);
+    log.with_ansi(colours).with_writer(io::stderr).init();
     let config = Config::load(path)?;
     let runtime = tokio::runtime::Runtime::new().context("starting the runtime")?;
     runtime.block_on(agent::run(&config))?;
