@@ -8,12 +8,28 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-/// Time that the wire may be behind: a third of QEMU's default downtime limit of 300 ms, so
-/// that the backlog at switch-over stays the smaller part of the downtime.
-const TIME_LIMIT_MS: u64 = 100;
+/// How much the wire may be behind, while the end of the migration is far and once it is near.
+struct Lead {
+    /// Time at the rate that the path has shown.
+    time_ms: u64,
+    /// Below this the window never closes on time alone.
+    floor_bytes: u64,
+}
 
-/// Below this the window never closes on time alone: one read buffer, or nothing would move.
-const FLOOR_BYTES: u64 = 256 << 10;
+/// Far from its end a migration wants throughput: an answer may take long because both hosts
+/// are busy, and a window of less than that time would make itself smaller and smaller. It is
+/// about what a TCP socket buffers by itself.
+const FAR: Lead = Lead {
+    time_ms: 400,
+    floor_bytes: 1 << 20,
+};
+
+/// Near its end the backlog is downtime: a third of QEMU's default limit of 300 ms, and no less
+/// than one read buffer, or nothing would move.
+const NEAR: Lead = Lead {
+    time_ms: 100,
+    floor_bytes: 256 << 10,
+};
 
 /// Interval over which rates are measured; QEMU uses the same.
 const MEASURE: Duration = Duration::from_millis(250);
@@ -33,6 +49,7 @@ pub struct Window {
     flights: VecDeque<Flight>,
     wire_in_flight: u64,
     meter: Meter,
+    near_end: bool,
 }
 
 /// Rates as the acknowledgements show them, bytes per second.
@@ -57,6 +74,7 @@ impl Window {
             flights: VecDeque::new(),
             wire_in_flight: 0,
             meter: Meter::default(),
+            near_end: false,
         }
     }
 
@@ -96,8 +114,14 @@ impl Window {
     /// Whether more may be read from QEMU.
     #[must_use]
     pub fn is_open(&self) -> bool {
-        let in_time = self.meter.best.wire.saturating_mul(TIME_LIMIT_MS) / 1000;
-        self.backlog() < self.limit_bytes && self.wire_in_flight < in_time.max(FLOOR_BYTES)
+        let lead = if self.near_end { NEAR } else { FAR };
+        let in_time = self.meter.best.wire.saturating_mul(lead.time_ms) / 1000;
+        self.backlog() < self.limit_bytes && self.wire_in_flight < in_time.max(lead.floor_bytes)
+    }
+
+    /// Whether QEMU may soon stop its guest: the window is smaller then.
+    pub fn set_near_end(&mut self, near_end: bool) {
+        self.near_end = near_end;
     }
 
     /// The reader waited for the window for this long.
@@ -204,7 +228,8 @@ mod tests {
     #[test]
     fn the_window_closes_on_wire_time() {
         let mut w = Window::new(8 << 20);
-        w.sent(1, FLOOR_BYTES, 0);
+        w.set_near_end(true);
+        w.sent(1, NEAR.floor_bytes, 0);
         assert!(!w.is_open(), "nothing is known of the path yet");
         // 10 MB a second: 1 MB may be under way.
         for step in 1..=20 {
@@ -215,6 +240,8 @@ mod tests {
         assert!(w.is_open());
         w.sent(101, 200_000, 0);
         assert!(!w.is_open());
+        w.set_near_end(false);
+        assert!(w.is_open(), "far from the end more may be under way");
     }
 
     #[test]

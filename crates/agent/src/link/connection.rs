@@ -21,6 +21,9 @@ const TICK: Duration = Duration::from_millis(250);
 /// Plain text that rustls holds before it must be written: some records of 16 KiB.
 const TLS_BUFFER: usize = 256 << 10;
 
+/// Bytes read from a socket at once under TLS: what arrives in 1 ms at 1 Gbit/s.
+const READ_AHEAD: usize = 128 << 10;
+
 /// Keys and certificates, or none.
 #[derive(Clone)]
 pub(crate) enum Security {
@@ -54,8 +57,55 @@ pub(crate) enum LinkError {
 
 enum Stream {
     Plain(TcpStream),
-    Client(Box<StreamOwned<ClientConnection, TcpStream>>),
-    Server(Box<StreamOwned<ServerConnection, TcpStream>>),
+    Client(Box<StreamOwned<ClientConnection, Buffered>>),
+    Server(Box<StreamOwned<ServerConnection, Buffered>>),
+}
+
+/// A socket that is read in large pieces: rustls by itself reads a page or less at a time.
+struct Buffered {
+    tcp: TcpStream,
+    bytes: Box<[u8]>,
+    at: usize,
+    filled: usize,
+}
+
+impl Buffered {
+    fn new(tcp: TcpStream) -> Self {
+        let bytes = vec![0; READ_AHEAD].into_boxed_slice();
+        Self {
+            tcp,
+            bytes,
+            at: 0,
+            filled: 0,
+        }
+    }
+}
+
+impl Read for Buffered {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        if self.at == self.filled {
+            self.filled = self.tcp.read(&mut self.bytes)?;
+            self.at = 0;
+        }
+        let n = out.len().min(self.filled - self.at);
+        out[..n].copy_from_slice(&self.bytes[self.at..self.at + n]);
+        self.at += n;
+        Ok(n)
+    }
+}
+
+impl Write for Buffered {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.tcp.write(bytes)
+    }
+
+    fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.tcp.write_vectored(slices)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// A connection. Reads and writes fail once the peer made no progress for `timeout`.
@@ -95,7 +145,7 @@ impl Link {
                     .ok_or_else(|| LinkError::Address(address.to_owned()))?;
                 let mut connection = ClientConnection::new(Arc::clone(client), name)?;
                 connection.set_buffer_limit(Some(TLS_BUFFER));
-                Stream::Client(Box::new(StreamOwned::new(connection, tcp)))
+                Stream::Client(Box::new(StreamOwned::new(connection, Buffered::new(tcp))))
             }
         };
         Ok(Self { stream, timeout })
@@ -113,7 +163,7 @@ impl Link {
             Security::Tls { server, .. } => {
                 let mut connection = ServerConnection::new(Arc::clone(server))?;
                 connection.set_buffer_limit(Some(TLS_BUFFER));
-                Stream::Server(Box::new(StreamOwned::new(connection, tcp)))
+                Stream::Server(Box::new(StreamOwned::new(connection, Buffered::new(tcp))))
             }
         };
         Ok(Self { stream, timeout })
@@ -123,8 +173,8 @@ impl Link {
     pub(crate) fn socket(&self) -> io::Result<TcpStream> {
         match &self.stream {
             Stream::Plain(tcp) => tcp.try_clone(),
-            Stream::Client(tls) => tls.sock.try_clone(),
-            Stream::Server(tls) => tls.sock.try_clone(),
+            Stream::Client(tls) => tls.sock.tcp.try_clone(),
+            Stream::Server(tls) => tls.sock.tcp.try_clone(),
         }
     }
 

@@ -26,6 +26,10 @@ use super::stream::Stream;
 /// How often progress is taken and QEMU is told the wire's rate.
 const TICK: Duration = Duration::from_millis(500);
 
+/// With less than this to go the window is narrowed: three ticks, so that it has drained before
+/// QEMU can stop the guest.
+const NEAR_END_S: f64 = 1.5;
+
 /// Pause before a release is repeated.
 const RELEASE_PAUSE: Duration = Duration::from_millis(500);
 
@@ -339,6 +343,8 @@ impl Run {
             self.home.migration()
         };
         let progress = self.meter.sample(stream, info.as_ref());
+        stream
+            .set_near_end(progress.round > 1 || progress.eta_s.is_some_and(|eta| eta < NEAR_END_S));
         (self.events)(Happening::Progress { progress });
         let (_, _, _, able) = stream.flow();
         if let Some(guest) = self

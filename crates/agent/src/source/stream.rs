@@ -151,6 +151,11 @@ impl Stream {
         self.moved.notify_all();
     }
 
+    /// Whether QEMU may soon stop its guest.
+    pub(crate) fn set_near_end(&self, near_end: bool) {
+        lock(&self.window).window.set_near_end(near_end);
+    }
+
     /// How long the target has not acknowledged anything of what it should.
     pub(crate) fn stalled_for(&self) -> Duration {
         let flow = lock(&self.window);
