@@ -183,6 +183,20 @@ fn raw_bytes_cannot_carry_pages_past_the_checks() {
     for bytes in [&part[..], &part[..5], b"\x08\0\x02\0\x04\0\0", b"junk"] {
         assert!(apply_ops(&mut opened(8), |ops| ops.raw(bytes)).is_err());
     }
+    let start = opening::ram_start(&blocks, true);
+    for (raw, start) in [
+        (opening::header(), [&start[..], &part].concat()),
+        (opening::header(), [&start[..], &part[..5]].concat()),
+        ([opening::header(), start.clone()].concat(), part),
+        (Vec::new(), start),
+    ] {
+        let mut ops = OpWriter::new();
+        ops.raw(&raw);
+        ops.ram_start(&start);
+        let body = Body::from(ops.finish(100));
+        let mut unpacker = Unpacker::default();
+        assert!(apply(&mut unpacker, FrameKind::Pages, &body, &mut Rng::new(0)).is_err());
+    }
     let ping = b"\x08\0\x02\0\x04\0\0\0\x01";
     assert!(apply_ops(&mut opened(8), |ops| ops.raw(ping)).is_ok());
 }

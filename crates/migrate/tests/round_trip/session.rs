@@ -52,6 +52,20 @@ impl Faults {
     }
 }
 
+/// What can happen next, to one VM or to the connection.
+type Action = fn(&mut Session, usize);
+
+const ACTIONS: [Action; 8] = [
+    Session::guest_writes,
+    Session::qemu_writes,
+    Session::read_stream,
+    Session::read_memory,
+    Session::send_repair,
+    Session::receive,
+    Session::unpack,
+    Session::load,
+];
+
 /// One VM: its QEMUs, and what the agents hold for it.
 struct Move {
     source: SourceQemu,
@@ -113,19 +127,16 @@ impl Session {
 
     /// Moves all VMs, and checks that they are at the target as they were at their stop.
     pub(crate) fn run(&mut self) {
+        // Some are slow in this run, others quick.
+        let mut likely = Vec::new();
+        for action in ACTIONS {
+            let weight = [1, 4, 16][self.rng.below(3)];
+            likely.resize(likely.len() + weight, action);
+        }
         for _ in 0..MAX_STEPS {
             self.now += Duration::from_millis(1);
             let vm = self.rng.below(self.moves.len());
-            match self.rng.below(10) {
-                0 => self.moves[vm].source.guest_writes(&mut self.rng),
-                1 | 2 => self.moves[vm].source.writes(&mut self.rng),
-                3 | 4 => self.read_stream(vm),
-                5 => self.read_memory(vm),
-                6 => self.send_repair(vm),
-                7 => self.receive(),
-                8 => self.unpack(vm),
-                _ => self.load(vm),
-            }
+            likely[self.rng.below(likely.len())](self, vm);
             if (0..self.moves.len()).all(|vm| self.is_done(vm)) {
                 return (0..self.moves.len()).for_each(|vm| self.check_arrived(vm));
             }
@@ -135,6 +146,14 @@ impl Session {
 
     pub(crate) fn sources(&self) -> impl Iterator<Item = &SourceQemu> {
         self.moves.iter().map(|m| &m.source)
+    }
+
+    fn guest_writes(&mut self, vm: usize) {
+        self.moves[vm].source.guest_writes(&mut self.rng);
+    }
+
+    fn qemu_writes(&mut self, vm: usize) {
+        self.moves[vm].source.writes(&mut self.rng);
     }
 
     fn is_done(&self, vm: usize) -> bool {
@@ -249,7 +268,7 @@ impl Session {
     }
 
     /// The target agent's receiver takes a frame off the connection.
-    fn receive(&mut self) {
+    fn receive(&mut self, _vm: usize) {
         let Some((header, body)) = self.wire.pop_front() else {
             return;
         };
