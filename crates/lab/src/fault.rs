@@ -34,6 +34,9 @@ pub struct Fault {
     pub vm: String,
     /// When.
     pub at: Moment,
+    /// Seconds between that moment and the fault; an agent held at an instant waits as long.
+    #[serde(default)]
+    pub after_s: f64,
     /// What happens.
     pub action: Action,
     /// To whom.
@@ -47,10 +50,10 @@ pub struct Fault {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Moment {
-    /// The source agent is at this instant: `bulk`, `switch-over`, `sent`, `loaded`, `committed`,
+    /// The source agent is at this instant: `switch-over`, `sent`, `loaded`, `committed`,
     /// `released`.
     Source(String),
-    /// The target agent is at this instant: `target-loaded`, `target-release`, `target-running`.
+    /// The target agent is at this instant: `target-loaded`.
     Target(String),
     /// The event stream says that the VM has entered this phase.
     Phase(String),
@@ -139,12 +142,9 @@ impl<'a> Armed<'a> {
         progress: &dyn Fn() -> Progress,
     ) -> anyhow::Result<()> {
         if !self.wait(progress) {
-            say(&format!(
-                "the migration ended before the fault's moment, {:?}",
-                self.fault.at
-            ));
-            return Ok(());
+            bail!("the migration ended before its moment, {:?}", self.fault.at);
         }
+        thread::sleep(Duration::from_secs_f64(self.fault.after_s));
         let what = format!(
             "{:?} {:?} at {:?}",
             self.fault.action, self.fault.on, self.fault.at

@@ -101,7 +101,7 @@ fn one(
         .iter()
         .filter_map(|vm| Some(format!("{}: {}", vm.vm, vm.remark.as_ref()?)))
         .collect();
-    let failure = (scenario.fault.is_none() && !stayed.is_empty()).then(|| stayed.join("; "));
+    let failure = (!stayed.is_empty()).then(|| stayed.join("; "));
     Ok(Run {
         source_footprint_bytes,
         target_footprint_bytes,

@@ -22,6 +22,7 @@ const BUILT_IN: &[(&str, &str)] = &[
         "versions-old",
         include_str!("../scenarios/versions-old.toml"),
     ),
+    ("fault", include_str!("../scenarios/fault.toml")),
     ("unshaped", include_str!("../scenarios/unshaped.toml")),
 ];
 
@@ -307,6 +308,17 @@ impl Scenario {
                 "{name} = {value}: must be 1 to {most}"
             );
         }
+        for seconds in self
+            .fault
+            .iter()
+            .flat_map(|fault| [Some(fault.after_s), fault.for_s])
+        {
+            let seconds = seconds.unwrap_or(0.0);
+            ensure!(
+                (0.0..=600.0).contains(&seconds),
+                "a fault's time is {seconds} s: it must be 0 to 600"
+            );
+        }
         let filled = u64::from(self.vm.stamp_mb) + u64::from(self.vm.dirty_mb);
         // What the guest's kernel, programs and file system were seen to need.
         let own = 100 + self.vm.memory_mb / 8;
@@ -400,6 +412,8 @@ mod tests {
         let names: Vec<_> = changed.techniques.iter().map(ToString::to_string).collect();
         assert_eq!(names, ["stock", "gang+zstd"]);
         assert_eq!(changed.gangway.as_deref(), Some(Path::new("/x/gangway")));
+        let fault = Scenario::load("fault", &["fault.for_s=-1".to_owned()]).unwrap_err();
+        assert!(fault.to_string().contains("0 to 600"), "{fault}");
         for wrong in [
             "repeats=0",
             "vm.size=1",

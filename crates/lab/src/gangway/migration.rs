@@ -22,7 +22,7 @@ use crate::guest::Vm;
 use crate::memory::{Compared, GuestMemory, compare};
 use crate::outcome::{EventLog, Figures, Hold, Moved, Outcome};
 use crate::scenario::Preset;
-use crate::shell::{output, say};
+use crate::shell::say;
 
 /// Longest answer of the control API to `continue`; it answers when the request is accepted.
 const CONTINUE_PATIENCE: Duration = Duration::from_secs(20);
@@ -118,7 +118,7 @@ fn with_fault(
     ];
     armed.heal(agents)?;
     agents.restart_dead()?;
-    recover(agents, &mut figures)?;
+    figures.push(("recover_exit_code".to_owned(), json!(recover(agents)?)));
     let mut moved: Vec<Moved> = first.moved;
     moved.iter_mut().for_each(|moved| moved.remark = None);
     if !stayed.is_empty() {
@@ -159,17 +159,16 @@ fn wait_for_sources_to_go(bench: &Bench<'_>) {
     }
 }
 
-/// Has every agent finish or undo what a fault interrupted.
-fn recover(agents: &Agents, figures: &mut Figures) -> anyhow::Result<()> {
+/// Has the agents finish or undo what the fault left to a person; returns the CLI's exit code.
+/// That there is nothing to recover is one of its answers.
+fn recover(agents: &Agents) -> anyhow::Result<Option<i32>> {
     let host = agents.coordinator()?;
     let mut command = host.command(agents.program());
     command
         .args(["recover", "--socket"])
         .arg(control_socket(host));
-    if let Err(error) = output(&mut command) {
-        figures.push(("recover".to_owned(), format!("{error:#}").into()));
-    }
-    Ok(())
+    let done = command.output().context("running `gangway recover`")?;
+    Ok(done.status.code())
 }
 
 /// One `gangway migrate`.
@@ -198,18 +197,17 @@ impl Attempt<'_> {
         let record = Record::new(vms, self.started, self.log);
         let pid = cli.id();
         let exit_code = thread::scope(|scope| {
-            if let Some(armed) = armed {
-                let record = &record;
-                scope.spawn(move || {
-                    let progress = || record.progress_of(armed.vm());
-                    if let Err(error) = armed.strike((self.agents, pid), self.log, &progress) {
-                        say(&format!("the fault did not strike: {error:#}"));
-                    }
-                });
-            }
+            let progress = || record.progress_of(armed.map_or("", Armed::vm));
+            let struck = armed.map(|armed| {
+                scope.spawn(move || armed.strike((self.agents, pid), self.log, &progress))
+            });
             let code = self.follow(lines, &record, &mut cli);
             record.finish();
-            code
+            match struck.map(thread::ScopedJoinHandle::join) {
+                Some(Err(_)) => anyhow::bail!("the fault's thread panicked"),
+                Some(Ok(Err(error))) => Err(error.context("the fault did not strike")),
+                Some(Ok(Ok(()))) | None => code,
+            }
         })?;
         Ok(Attempted {
             moved: record.into_moved(exit_code),
