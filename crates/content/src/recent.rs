@@ -10,6 +10,8 @@ struct Run<B> {
     count: u32,
     body: B,
     offset: usize,
+    /// Bytes that the run keeps alive.
+    held: usize,
 }
 
 /// A content that a frame holds.
@@ -21,45 +23,56 @@ pub struct RecentPage<'a, B> {
 }
 
 /// The newest contents by entry id. It shares the frames' bodies (`B` is a counted pointer)
-/// and lets the oldest go beyond its limit, counted in page bytes.
+/// and lets the oldest go beyond its limit, counted in what the bodies take, not in what is
+/// wanted of them.
 pub struct Recent<B> {
     runs: VecDeque<Run<B>>,
-    pages: usize,
-    max_pages: usize,
+    held: usize,
+    max_held: usize,
 }
 
 impl<B> Recent<B> {
-    /// Keeps at most `max_bytes` of page bytes.
+    /// Keeps at most `max_bytes`.
     #[must_use]
     pub fn with_limit(max_bytes: usize) -> Self {
         Self {
             runs: VecDeque::new(),
-            pages: 0,
-            max_pages: max_bytes / PAGE_SIZE,
+            held: 0,
+            max_held: max_bytes,
         }
     }
 
-    /// Adds `count` contents from `first` on. Entries come in ascending order in an honest
-    /// session; one that is out of order is not kept, and repaired if somebody asks for it.
-    pub fn push(&mut self, first: EntryId, count: u32, body: B, offset: usize) {
-        let in_order = self
-            .runs
-            .back()
-            .is_none_or(|last| last.first.0.saturating_add(last.count) <= first.0);
-        if !in_order || count == 0 {
-            return;
+    /// Adds the contents of a frame whose body takes `body_len` bytes: runs of entries, each
+    /// with its first entry, its length and the offset of its first page in the body. Entries
+    /// come in ascending order in an honest session; a run that is out of order is not kept, and
+    /// repaired if somebody asks for it.
+    pub fn push(&mut self, runs: &[(EntryId, u32, usize)], body: &B, body_len: usize)
+    where
+        B: Clone,
+    {
+        // The first run pays for the body.
+        let mut held = body_len;
+        for (first, count, offset) in runs.iter().copied() {
+            let in_order = self
+                .runs
+                .back()
+                .is_none_or(|last| last.first.0.saturating_add(last.count) <= first.0);
+            if !in_order || count == 0 {
+                continue;
+            }
+            self.held += held;
+            self.runs.push_back(Run {
+                first,
+                count,
+                body: body.clone(),
+                offset,
+                held: std::mem::take(&mut held),
+            });
         }
-        self.runs.push_back(Run {
-            first,
-            count,
-            body,
-            offset,
-        });
-        self.pages += count as usize;
-        while self.pages > self.max_pages
+        while self.held > self.max_held
             && let Some(oldest) = self.runs.pop_front()
         {
-            self.pages -= oldest.count as usize;
+            self.held -= oldest.held;
         }
     }
 
@@ -83,22 +96,35 @@ mod tests {
     #[test]
     fn the_oldest_go_first_and_gaps_are_not_found() {
         let mut recent = Recent::with_limit(4 * PAGE_SIZE);
-        recent.push(EntryId(0), 2, 'a', 100);
-        recent.push(EntryId(5), 2, 'b', 0);
+        recent.push(&[(EntryId(0), 2, 100)], &'a', 2 * PAGE_SIZE);
+        recent.push(
+            &[(EntryId(5), 1, 0), (EntryId(6), 1, 9)],
+            &'b',
+            2 * PAGE_SIZE,
+        );
         let found = recent.find(EntryId(1)).map(|p| (*p.body, p.offset));
         assert_eq!(found, Some(('a', 100 + PAGE_SIZE)));
         assert!(recent.find(EntryId(2)).is_none());
-        recent.push(EntryId(7), 1, 'c', 0);
+        recent.push(&[(EntryId(7), 1, 0)], &'c', PAGE_SIZE);
         assert!(recent.find(EntryId(1)).is_none());
         assert_eq!(recent.find(EntryId(6)).map(|p| *p.body), Some('b'));
         assert_eq!(recent.find(EntryId(7)).map(|p| *p.body), Some('c'));
     }
 
     #[test]
+    fn a_large_body_with_one_content_counts_in_full() {
+        let mut recent = Recent::with_limit(1 << 20);
+        for n in 0..100 {
+            recent.push(&[(EntryId(n), 1, 0)], &'x', 1 << 20);
+        }
+        assert_eq!(recent.runs.len(), 1);
+    }
+
+    #[test]
     fn entries_out_of_order_are_not_kept() {
         let mut recent = Recent::with_limit(100 * PAGE_SIZE);
-        recent.push(EntryId(9), 1, 'a', 0);
-        recent.push(EntryId(3), 1, 'b', 0);
+        recent.push(&[(EntryId(9), 1, 0)], &'a', PAGE_SIZE);
+        recent.push(&[(EntryId(3), 1, 0)], &'b', PAGE_SIZE);
         assert!(recent.find(EntryId(3)).is_none());
     }
 }

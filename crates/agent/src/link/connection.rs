@@ -258,8 +258,12 @@ impl Link {
             let batch = slices.len().min(1024);
             let result = match &mut self.stream {
                 Stream::Plain(tcp) => tcp.write_vectored(&slices[..batch]),
-                Stream::Client(tls) => tls.write_vectored(&slices[..batch]),
-                Stream::Server(tls) => tls.write_vectored(&slices[..batch]),
+                // Not through `StreamOwned`, which takes one slice at a time: a record, a system
+                // call and a wake-up of the peer for each page.
+                Stream::Client(tls) => rustls::Stream::new(&mut tls.conn, &mut tls.sock)
+                    .write_vectored(&slices[..batch]),
+                Stream::Server(tls) => rustls::Stream::new(&mut tls.conn, &mut tls.sock)
+                    .write_vectored(&slices[..batch]),
             };
             match result {
                 Ok(0) => return Err(LinkError::Closed),

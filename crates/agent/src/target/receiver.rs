@@ -76,10 +76,7 @@ fn deliver(
 ) -> Result<(), ReceiveError> {
     if !is_repair {
         let runs = literal_runs(&body)?;
-        let mut recent = lock(&session.recent);
-        for (first, count, offset) in runs {
-            recent.push(first, count, Arc::clone(&body), offset);
-        }
+        lock(&session.recent).push(&runs, &body, body.len());
     }
     if let Some(sink) = session.sink(vm) {
         sink.push(SinkFrame { body, is_repair });

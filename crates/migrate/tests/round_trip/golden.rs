@@ -49,9 +49,8 @@ fn carry(stream: &[u8]) -> Vec<u8> {
         let pages = packed.pages.iter();
         let pages = pages.flat_map(|at| &buffer[*at as usize..][..PAGE_SIZE]);
         let body: Body = packed.front.iter().chain(pages).copied().collect();
-        for (first, count, at) in literal_runs(&body).expect("an honest frame") {
-            recent.push(first, count, Arc::clone(&body), at);
-        }
+        let runs = literal_runs(&body).expect("an honest frame");
+        recent.push(&runs, &body, body.len());
         let mut batch = Batch::default();
         unpacker
             .apply(&body, false, &mut All(&recent), &mut batch)

@@ -274,9 +274,8 @@ impl Session {
         };
         let header = FrameHeader::parse(header).unwrap();
         assert_eq!(header.body_len(), body.len());
-        for (first, count, at) in literal_runs(&body).unwrap() {
-            self.recent.push(first, count, Arc::clone(&body), at);
-        }
+        self.recent
+            .push(&literal_runs(&body).unwrap(), &body, body.len());
         let vm = usize::from(header.vm());
         self.moves[vm].inbox.push_back((header.kind(), body));
     }
