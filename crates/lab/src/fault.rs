@@ -20,10 +20,13 @@ use crate::bench::Bench;
 use crate::gangway::{Agents, control_socket};
 use crate::guest::{Host, Vm};
 use crate::outcome::EventLog;
-use crate::shell::{output, say};
+use crate::shell::say;
 
 /// How often the lab looks whether an agent has reached the instant.
 const LOOK: Duration = Duration::from_millis(5);
+
+/// How long `gangway cancel` may take to tell the agent.
+const CANCEL_DELIVERY: Duration = Duration::from_millis(500);
 
 /// One fault.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -216,7 +219,11 @@ impl<'a> Armed<'a> {
                 let mut cancel = host.command(agents.program());
                 cancel.args(["cancel", "--vm", &self.vm.name, "--socket"]);
                 cancel.arg(control_socket(host));
-                output(&mut cancel).map(drop)
+                let mut cancel = cancel.spawn().context("starting `gangway cancel`")?;
+                // It returns when the move has ended, for which the agent must be let go first.
+                thread::spawn(move || cancel.wait());
+                thread::sleep(CANCEL_DELIVERY);
+                Ok(())
             }
             (Action::Kill | Action::Cancel, false) => Ok(()),
         }

@@ -26,6 +26,8 @@ use crate::shell::say;
 
 /// Longest answer of the control API to `continue`; it answers when the request is accepted.
 const CONTINUE_PATIENCE: Duration = Duration::from_secs(20);
+/// What `gangway migrate` says, in the coordinator's directory.
+const CLI_LOG: &str = "migrate.log";
 /// Time between the end of a migration that a fault has struck and the look at who runs where.
 const AFTERMATH: Duration = Duration::from_secs(3);
 
@@ -100,27 +102,24 @@ fn with_fault(
         wait_for_sources_to_go(bench);
     }
     thread::sleep(AFTERMATH);
-    let stayed: Vec<&Vm> = bench
-        .vms
-        .iter()
-        .filter(|vm| !has_arrived(bench, vm))
-        .collect();
     let mut figures = vec![
-        ("exit_code_under_fault".to_owned(), json!(first.exit_code)),
-        (
-            "vms_left_at_source_by_fault".to_owned(),
-            json!(stayed.len()),
+        figure("exit_code_under_fault", json!(first.exit_code)),
+        figure(
+            "vms_moved_under_fault",
+            json!(bench.vms.len() - not_arrived(bench).len()),
         ),
-        (
-            "message_under_fault".to_owned(),
+        figure(
+            "message_under_fault",
             json!(message_for(&first.moved, &fault.vm)),
         ),
     ];
     armed.heal(agents)?;
     agents.restart_dead()?;
-    figures.push(("recover_exit_code".to_owned(), json!(recover(agents)?)));
+    figures.push(figure("recover_exit_code", json!(recover(agents)?)));
+    thread::sleep(AFTERMATH);
     let mut moved: Vec<Moved> = first.moved;
     moved.iter_mut().for_each(|moved| moved.remark = None);
+    let stayed = not_arrived(bench);
     if !stayed.is_empty() {
         say(&format!(
             "moving {} VMs again, after the fault",
@@ -133,7 +132,7 @@ fn with_fault(
             started,
         }
         .run(&stayed, settings, None)?;
-        figures.push(("exit_code".to_owned(), json!(second.exit_code)));
+        figures.push(figure("exit_code", json!(second.exit_code)));
         for again in second.moved {
             if let Some(place) = moved.iter_mut().find(|moved| moved.vm == again.vm) {
                 *place = again;
@@ -147,8 +146,13 @@ fn message_for(moved: &[Moved], vm: &str) -> Option<String> {
     moved.iter().find(|moved| moved.vm == vm)?.remark.clone()
 }
 
-fn has_arrived(bench: &Bench<'_>, vm: &Vm) -> bool {
-    bench.observer.track(&vm.name).ends_at(vm.target.name())
+fn not_arrived<'a>(bench: &'a Bench<'_>) -> Vec<&'a Vm> {
+    let arrived = |vm: &Vm| bench.observer.track(&vm.name).ends_at(vm.target.name());
+    bench.vms.iter().filter(|vm| !arrived(vm)).collect()
+}
+
+fn figure(name: &str, value: Value) -> (String, Value) {
+    (name.to_owned(), value)
 }
 
 /// A migration goes on without the CLI that asked for it.
@@ -209,17 +213,25 @@ impl Attempt<'_> {
                 Some(Ok(Ok(()))) | None => code,
             }
         })?;
+        let said = self.said_by_cli()?;
         Ok(Attempted {
-            moved: record.into_moved(exit_code),
+            moved: record.into_moved(exit_code, &said),
             exit_code,
         })
+    }
+
+    /// The last line of the CLI's talk, which says why it ended as it did.
+    fn said_by_cli(&self) -> anyhow::Result<String> {
+        let path = self.agents.coordinator()?.dir.join(CLI_LOG);
+        let text = std::fs::read_to_string(path).context("reading the CLI's log")?;
+        Ok(text.lines().last().unwrap_or_default().to_owned())
     }
 
     fn start_cli(&self, plan: &str) -> anyhow::Result<Child> {
         let host = self.agents.coordinator()?;
         let file = host.dir.join("plan.toml");
         std::fs::write(&file, plan).context("writing the plan")?;
-        let log = std::fs::File::create(host.dir.join("migrate.log")).context("making a log")?;
+        let log = std::fs::File::create(host.dir.join(CLI_LOG)).context("making a log")?;
         host.command(self.agents.program())
             .arg("migrate")
             .arg(file)

@@ -152,7 +152,7 @@ impl<'a> Record<'a> {
     }
 
     /// A VM of which no event said that it moved has not, whatever the reason.
-    pub(super) fn into_moved(self, exit_code: Option<i32>) -> Vec<Moved> {
+    pub(super) fn into_moved(self, exit_code: Option<i32>, said: &str) -> Vec<Moved> {
         let state = self
             .state
             .into_inner()
@@ -164,7 +164,9 @@ impl<'a> Record<'a> {
             let phase = phases.get(&moved.vm).map_or("none", String::as_str);
             if moved.remark.is_none() && phase != "moved" {
                 let code = exit_code.map_or("a signal".into(), |code| code.to_string());
-                moved.remark = Some(format!("in phase `{phase}` when the CLI ended with {code}"));
+                moved.remark = Some(format!(
+                    "in phase `{phase}` when the CLI ended with {code}: {said}"
+                ));
             }
         }
         moved

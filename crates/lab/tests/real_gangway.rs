@@ -1,0 +1,54 @@
+//! The real agents and the real command line on a real rack, beside stock QEMU on the same rack.
+//!
+//! Needs the `gangway` binary of the same target directory (`make test` builds it first).
+
+use lab::results::{Results, Run};
+use lab::run;
+use lab::scenario::Scenario;
+
+fn results_of(name: &str, settings: &[&str]) -> Results {
+    let settings: Vec<String> = settings.iter().map(|&setting| setting.to_owned()).collect();
+    let scenario = Scenario::load(name, &settings).expect("the scenario is valid");
+    let out = tempfile::tempdir().expect("a directory for results");
+    run::scenario(name, &scenario, out.path()).expect("the lab works")
+}
+
+fn assert_intact(run: &Run) {
+    assert_eq!(run.failure, None, "{}", run.name());
+    assert_eq!(run.vms_lost, Some(0), "{}", run.name());
+    assert_eq!(run.mismatched_pages, Some(0), "{}", run.name());
+    assert_eq!(run.stamp_errors, Some(0), "{}", run.name());
+}
+
+#[test]
+fn real_gang_needs_fewer_bytes_than_stock_and_every_page_arrives() {
+    let results = results_of("pair", &["techniques=stock,gang+zstd", "settle_s=1"]);
+    let [stock, gang] = &results.runs[..] else {
+        panic!("two techniques, {} runs", results.runs.len())
+    };
+    for run in [stock, gang] {
+        assert_intact(run);
+        assert_eq!(run.compared_pages, Some(2 * (256 << 20) / 4096));
+    }
+    let pages = gang.pages.expect("the events count pages");
+    assert!(pages.reference.unwrap() > 0);
+    assert_eq!(gang.application["exit_code"], 0);
+    let (stock_bytes, gang_bytes) = (stock.core_bytes.unwrap(), gang.core_bytes.unwrap());
+    assert!(
+        gang_bytes * 4 < stock_bytes,
+        "{gang_bytes} of {stock_bytes} bytes"
+    );
+}
+
+#[test]
+fn real_vm_runs_on_at_its_source_when_the_target_agent_dies_and_then_moves() {
+    let results = results_of("fault", &[]);
+    let [run] = &results.runs[..] else {
+        panic!("one run")
+    };
+    assert_intact(run);
+    assert_eq!(run.application["exit_code_under_fault"], 1);
+    assert_eq!(run.application["vms_moved_under_fault"], 0);
+    assert_eq!(run.application["exit_code"], 0);
+    assert_eq!(run.compared_pages, Some((192 << 20) / 4096));
+}
