@@ -136,25 +136,47 @@ impl HostMover {
         use_it(known)
     }
 
-    fn busy(&self, spec: &MoveSpec) -> Option<Refusal> {
-        let moves = lock(&self.moves);
-        let same = moves
-            .values()
-            .find(|m| m.spec.vm == spec.vm && !m.phase.is_final())?;
-        Some(Refusal::of_vm(
-            RefusalCode::Busy,
-            &spec.vm,
-            format!(
-                "{} is moving already, as {}; wait for that move or cancel it",
-                spec.vm, same.spec.id
-            ),
-        ))
+    /// Starts a mover's thread for `spec`, unless its VM is moving already. The table is locked
+    /// meanwhile, so that the thread's first events find their move.
+    fn begin(
+        &self,
+        spec: MoveSpec,
+        events: EventSink,
+        run: impl FnOnce(MoveContext, EventSink) -> std::io::Result<MoveRun>,
+    ) -> Result<(), Refusal> {
+        let id = spec.id.clone();
+        let context = self.context_of(&spec);
+        let events = self.sink(&id, events);
+        let mut moves = lock(&self.moves);
+        if let Some(busy) = busy(&moves, &spec) {
+            return Err(busy);
+        }
+        // The API keeps the history; here only moves under way are of use.
+        moves.retain(|_, known| !known.phase.is_final());
+        let run = run(context, events).map_err(|e| internal(&e))?;
+        let phase = Phase::Queued;
+        moves.insert(id, Known { spec, run, phase });
+        Ok(())
     }
+}
+
+fn busy(moves: &HashMap<String, Known>, spec: &MoveSpec) -> Option<Refusal> {
+    let same = moves
+        .values()
+        .find(|m| m.spec.vm == spec.vm && !m.phase.is_final())?;
+    Some(Refusal::of_vm(
+        RefusalCode::Busy,
+        &spec.vm,
+        format!(
+            "{} is moving already, as {}; wait for that move or cancel it",
+            spec.vm, same.spec.id
+        ),
+    ))
 }
 
 impl Mover for HostMover {
     fn check(&self, spec: &MoveSpec) -> Result<MoveCheck, Refusal> {
-        if let Some(busy) = self.busy(spec) {
+        if let Some(busy) = busy(&lock(&self.moves), spec) {
             return Err(busy);
         }
         let refuse = |error: &guest::GuestError| {
@@ -178,22 +200,10 @@ impl Mover for HostMover {
     }
 
     fn start(&self, spec: MoveSpec, events: EventSink) -> Result<(), Refusal> {
-        if let Some(busy) = self.busy(&spec) {
-            return Err(busy);
-        }
-        let id = spec.id.clone();
-        let events = self.sink(&id, events);
-        let run = MoveRun::start(self.context_of(&spec), spec.clone(), events)
-            .map_err(|e| internal(&e))?;
-        lock(&self.moves).insert(
-            id,
-            Known {
-                spec,
-                run,
-                phase: Phase::Queued,
-            },
-        );
-        Ok(())
+        let its = spec.clone();
+        self.begin(spec, events, |context, events| {
+            MoveRun::start(context, its, events)
+        })
     }
 
     fn cancel(&self, id: &str) -> Result<(), Refusal> {
@@ -275,22 +285,9 @@ impl Mover for HostMover {
                 format!("no interrupted move {id} in the journal here"),
             ));
         };
-        if let Some(busy) = self.busy(&entry.spec) {
-            return Err(busy);
-        }
-        let spec = entry.spec.clone();
-        let events = self.sink(id, events);
-        let run =
-            MoveRun::recover(self.context_of(&spec), entry, events).map_err(|e| internal(&e))?;
-        lock(&self.moves).insert(
-            id.to_owned(),
-            Known {
-                spec,
-                run,
-                phase: Phase::Queued,
-            },
-        );
-        Ok(())
+        self.begin(entry.spec.clone(), events, |context, events| {
+            MoveRun::recover(context, entry, events)
+        })
     }
 
     fn recoverable(&self) -> Vec<MoveSpec> {

@@ -57,7 +57,8 @@ pub(crate) struct Incoming {
     /// Held while an action is under way: events wait for each other.
     machine: Mutex<TargetMove>,
     context: TargetContext,
-    session: Option<(Arc<TargetSession>, u16)>,
+    /// Let go when the session is over, with what it remembers.
+    session: Mutex<Option<(Arc<TargetSession>, u16)>>,
     clock: Instant,
 }
 
@@ -135,6 +136,10 @@ impl Arrivals {
         let incoming = Incoming::start(session, &request, &self.context, self.clock)?;
         let pid = lock(&incoming.entry).pid;
         lock(&self.moves).insert(request.id, incoming);
+        if session.is_over() {
+            // It ended while QEMU was started, when the move was not yet known here.
+            self.session_lost(session);
+        }
         Ok(pid)
     }
 
@@ -205,13 +210,13 @@ impl Arrivals {
         let moves: Vec<_> = lock(&self.moves).values().cloned().collect();
         for incoming in moves {
             if incoming
-                .session
-                .as_ref()
-                .is_some_and(|(s, _)| Arc::ptr_eq(s, session))
+                .session()
+                .is_some_and(|(s, _)| Arc::ptr_eq(&s, session))
             {
                 incoming.handle(TargetEvent::SessionLost {
                     now: self.clock.elapsed(),
                 });
+                *lock(&incoming.session) = None;
             }
         }
     }
@@ -260,7 +265,7 @@ impl Incoming {
             guest: Mutex::new(Some(Arc::new(guest))),
             machine: Mutex::default(),
             context: context.clone(),
-            session: Some((Arc::clone(session), request.vm)),
+            session: Mutex::new(Some((Arc::clone(session), request.vm))),
             clock,
         });
         let fed = incoming
@@ -316,7 +321,7 @@ impl Incoming {
             guest: Mutex::new(guest.map(Arc::new)),
             machine,
             context: context.clone(),
-            session: None,
+            session: Mutex::new(None),
             clock,
         });
         incoming.handle(TargetEvent::Restarted(state, found));
@@ -378,9 +383,9 @@ impl Incoming {
                     self.context.hold.at("target-loaded", &self.vm_name());
                     self.handle(TargetEvent::LoadReported);
                     if self.answer() == MoveState::Loaded
-                        && let Some((session, vm)) = &self.session
+                        && let Some((session, vm)) = self.session()
                     {
-                        session.say(*vm, BackMessage::Loaded);
+                        session.say(vm, BackMessage::Loaded);
                     }
                     return;
                 }
@@ -399,9 +404,9 @@ impl Incoming {
     fn fail(&self, reason: &str) {
         self.handle(TargetEvent::Failed(reason.to_owned()));
         if let (MoveState::NeverRan { reason }, Some((session, vm))) =
-            (self.answer(), &self.session)
+            (self.answer(), self.session())
         {
-            session.say(*vm, BackMessage::LoadFailed(reason));
+            session.say(vm, BackMessage::LoadFailed(reason));
         }
     }
 
@@ -461,8 +466,8 @@ impl Incoming {
                         "the target QEMU cannot be killed; it is stopped: {error:#}"
                     );
                 }
-                if let Some((session, vm)) = &self.session {
-                    session.remove_sink(*vm);
+                if let Some((session, vm)) = self.session() {
+                    session.remove_sink(vm);
                 }
                 None
             }
@@ -499,6 +504,10 @@ impl Incoming {
             },
             Err(error) => TargetEvent::QemuGone(error.to_string()),
         }
+    }
+
+    fn session(&self) -> Option<(Arc<TargetSession>, u16)> {
+        lock(&self.session).clone()
     }
 
     fn guest(&self) -> anyhow::Result<Arc<TargetGuest>> {
