@@ -46,7 +46,10 @@ fn leftovers(pid: u32) -> Vec<String> {
         );
     }
     let in_our_directory = format!("/tmp/{prefix}/");
-    for process in std::fs::read_dir("/proc").expect("/proc is there").flatten() {
+    for process in std::fs::read_dir("/proc")
+        .expect("/proc is there")
+        .flatten()
+    {
         let command = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
         if String::from_utf8_lossy(&command).contains(&in_our_directory) {
             found.push(process.file_name().to_string_lossy().into_owned());
