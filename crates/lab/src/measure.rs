@@ -1,15 +1,20 @@
 //! Turns what was seen of a run into its entry in `results.json`.
 
 use std::collections::BTreeMap;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use serde_json::{Value, json};
+
 use crate::bench::Bench;
 use crate::clock::UnixMs;
+use crate::guest::Vm;
 use crate::net::{Counters, Rack};
 use crate::observer::{Life, Track};
 use crate::outcome::{Moved, Outcome};
+use crate::process;
 use crate::results::{Downtime, Pages, Run, VmResult, VmTimeline};
 
 /// Interval between readings of the hosts' memory.
@@ -25,6 +30,7 @@ const LISTEN: Duration = Duration::from_secs(2);
 pub struct Before {
     counters: Counters,
     processor_s: [Option<f64>; 2],
+    source_pss_bytes: Option<u64>,
     checked: Vec<u64>,
 }
 
@@ -42,6 +48,11 @@ impl Before {
         Ok(Self {
             checked: checked.collect(),
             processor_s: [Rack::Source, Rack::Target].map(|rack| bench.processor_s(rack)),
+            source_pss_bytes: bench
+                .running
+                .iter()
+                .map(|qemu| process::pss_bytes(qemu.pid))
+                .sum(),
             counters: bench.counters()?,
         })
     }
@@ -128,7 +139,7 @@ pub fn run(bench: &Bench<'_>, before: &Before, outcome: &Outcome) -> anyhow::Res
             lives.iter().filter(|life| life.lost).count(),
         )?),
         stamp_errors: lives.iter().map(|life| life.result.stamp_errors).sum(),
-        application: application(&lives, counters, outcome),
+        application: application(bench, before, &lives, (counters, outcome)),
         cpu_seconds: cpu_seconds(bench, before, outcome),
         timeline: outcome
             .moved
@@ -255,25 +266,38 @@ fn total_pages(moved: &[Moved]) -> Option<Pages> {
 }
 
 fn application(
+    bench: &Bench<'_>,
+    before: &Before,
     lives: &[VmLife],
-    counters: Counters,
-    outcome: &Outcome,
-) -> BTreeMap<String, serde_json::Value> {
+    (counters, outcome): (Counters, &Outcome),
+) -> BTreeMap<String, Value> {
     let checked: u64 = lives.iter().map(|life| life.checked).sum();
+    let figure = |name: &str, value: Value| (name.to_owned(), value);
     [
-        ("stamped_pages_checked".to_owned(), checked.into()),
-        (
-            "core_bytes_source_to_target".to_owned(),
-            counters.core_to_target.into(),
+        figure("stamped_pages_checked", json!(checked)),
+        figure(
+            "core_bytes_source_to_target",
+            json!(counters.core_to_target),
         ),
-        (
-            "core_bytes_target_to_source".to_owned(),
-            counters.core_to_source.into(),
+        figure(
+            "core_bytes_target_to_source",
+            json!(counters.core_to_source),
         ),
+        figure("qemu_pss_bytes_source", json!(before.source_pss_bytes)),
+        figure("qemu_pss_bytes_target", json!(target_pss_bytes(bench))),
     ]
     .into_iter()
     .chain(outcome.figures.iter().cloned())
     .collect()
+}
+
+/// Memory of the target QEMUs, if all VMs have one.
+fn target_pss_bytes(bench: &Bench<'_>) -> Option<u64> {
+    let of = |vm: &Vm| {
+        let stream = UnixStream::connect(vm.lab_socket(&vm.target)).ok()?;
+        process::pss_bytes(process::peer_pid(&stream).ok()?)
+    };
+    bench.vms.iter().map(of).sum()
 }
 
 fn cpu_seconds(bench: &Bench<'_>, before: &Before, outcome: &Outcome) -> BTreeMap<String, f64> {

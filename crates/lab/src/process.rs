@@ -1,6 +1,15 @@
-//! What `/proc` says of a process.
+//! What the kernel says of a process.
 
 use std::fs;
+use std::os::unix::net::UnixStream;
+
+use anyhow::Context;
+
+/// The process that listens at the other end of a socket.
+pub fn peer_pid(stream: &UnixStream) -> anyhow::Result<u32> {
+    let peer = rustix::net::sockopt::socket_peercred(stream).context("asking for the peer")?;
+    Ok(peer.pid.as_raw_nonzero().get().unsigned_abs())
+}
 
 /// Whether the process exists and is not a zombie.
 #[must_use]
@@ -23,17 +32,20 @@ pub fn processor_s(pid: u32) -> Option<f64> {
 #[must_use]
 pub fn peak_memory_bytes(pid: u32) -> Option<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmHWM:"))?;
-    Some(
-        line.trim()
-            .strip_suffix(" kB")?
-            .trim()
-            .parse::<u64>()
-            .ok()?
-            * 1024,
-    )
+    kilobytes(&status, "VmHWM:")
+}
+
+/// Memory of the process, with pages that it shares counted by its share of them.
+#[must_use]
+pub fn pss_bytes(pid: u32) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+    kilobytes(&text, "Pss:")
+}
+
+fn kilobytes(text: &str, name: &str) -> Option<u64> {
+    let rest = text.lines().find_map(|line| line.strip_prefix(name))?;
+    let number = rest.trim().strip_suffix(" kB")?.trim();
+    Some(number.parse::<u64>().ok()? * 1024)
 }
 
 /// The fields of `/proc/PID/stat` from the state on.
@@ -52,7 +64,8 @@ mod tests {
         let pid = std::process::id();
         assert!(is_alive(pid));
         assert!(processor_s(pid).unwrap() < 3600.0);
-        assert!(peak_memory_bytes(pid).unwrap() > 1 << 20);
+        let (pss, peak) = (pss_bytes(pid).unwrap(), peak_memory_bytes(pid).unwrap());
+        assert!(pss > 0 && pss <= peak, "{pss} {peak}");
         assert_eq!(processor_s(u32::MAX), None);
         assert!(!is_alive(u32::MAX));
     }

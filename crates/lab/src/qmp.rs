@@ -10,6 +10,7 @@ use anyhow::{Context, bail};
 use serde_json::{Value, json};
 
 use crate::clock::UnixMs;
+use crate::process;
 
 /// How long QEMU may take to answer a command. A switch-over can block it for seconds.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
@@ -71,8 +72,7 @@ impl Qmp {
 
     /// Process that listens at the other end.
     pub fn peer_pid(&self) -> anyhow::Result<u32> {
-        let peer = rustix::net::sockopt::socket_peercred(&self.stream).context("asking for it")?;
-        Ok(peer.pid.as_raw_nonzero().get().unsigned_abs())
+        process::peer_pid(&self.stream)
     }
 
     /// Runs a command and returns what it returns.
