@@ -22,6 +22,9 @@ use super::sink::{ReturnEnd, Sink, read_return_path};
 /// How long a QEMU that has said `SHUT 0` may take to leave its loading state.
 const LOAD_SETTLE: Duration = Duration::from_secs(10);
 
+/// How long a QEMU whose monitor is gone may take to be gone itself.
+const DEATH_PATIENCE: Duration = Duration::from_secs(2);
+
 /// How long the answer about an ended move is kept: a source that lost its link for a weekend
 /// still gets it.
 const TOMBSTONE_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
@@ -493,6 +496,11 @@ impl Incoming {
         };
         if !lock(&self.entry).resume {
             return TargetEvent::Continued;
+        }
+        // A QEMU that is gone before it is told has never run, and the source may know so.
+        if guest.run_state().is_err() && guest.process().wait_gone(DEATH_PATIENCE).unwrap_or(false)
+        {
+            return TargetEvent::ContinueRefused("its QEMU ended before it was let go".into());
         }
         match guest.cont() {
             Ok(()) => TargetEvent::Continued,
