@@ -1,11 +1,11 @@
 //! Reading a plan: from TOML with places in its errors, then checked as a whole, then resolved
 //! into one [`MoveSpec`] for each move.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use crate::types::{MoveSpec, Plan, PlanMove, Preset, Settings};
+use crate::types::{MoveSpec, Plan, PlanMove, Preset, RackPeer, RackSpec, Scope, Settings};
 
 /// Trust domain of a move that names none.
 pub const DEFAULT_DOMAIN: &str = "default";
@@ -16,6 +16,8 @@ const NAME_BYTES_MAX: usize = 48;
 const MOVES_MAX: usize = 4096;
 /// Below this not even the protocol's headers get through in a peer's timeout.
 const BANDWIDTH_BYTES_PER_S_MIN: u64 = 64 * 1024;
+/// What an entry id has room for.
+const INDEX_SHARDS_MAX: usize = 16;
 /// QEMU's own limit of `downtime-limit`.
 const DOWNTIME_LIMIT_MS_MAX: u64 = 2_000_000;
 
@@ -158,6 +160,25 @@ impl Plan {
     }
 
     fn check_hosts(&self) -> Result<(), PlanError> {
+        if self.index.len() > INDEX_SHARDS_MAX {
+            return Err(PlanError::Limit {
+                whose: "the plan".to_owned(),
+                key: "index",
+                value: self.index.len() as u64,
+                min: 0,
+                max: INDEX_SHARDS_MAX as u64,
+            });
+        }
+        for value in &self.index {
+            if host_and_port(value).is_none() {
+                let (host, value) = ("of the index".to_owned(), value.clone());
+                return Err(PlanError::Address {
+                    host,
+                    key: "index",
+                    value,
+                });
+            }
+        }
         for (name, host) in &self.hosts {
             named("host", name)?;
             for (key, value) in [("control", &host.control), ("bulk", &host.bulk)] {
@@ -227,6 +248,7 @@ impl Plan {
     #[must_use]
     pub fn specs(&self, group: &str, keys: &BTreeMap<String, String>) -> Vec<MoveSpec> {
         let settings = self.settings();
+        let peers = self.rack_peers();
         let spec = |plan_move: &PlanMove| MoveSpec {
             id: format!("{group}/{}", plan_move.vm),
             group: group.to_owned(),
@@ -242,8 +264,34 @@ impl Plan {
             group_bandwidth_bytes_per_s: None,
             downtime_limit_ms: self.downtime_limit_ms,
             confirm_handover: self.confirm_handover,
+            rack: (settings.scope == Scope::Rack).then(|| self.rack_spec(plan_move, &peers)),
         };
         self.moves.iter().map(spec).collect()
+    }
+
+    /// The target hosts, numbered.
+    fn rack_peers(&self) -> Vec<RackPeer> {
+        let targets: BTreeSet<&String> = self.moves.iter().map(|m| &m.to).collect();
+        let peer = |(host, name): (u16, &String)| RackPeer {
+            host,
+            name: name.clone(),
+            bulk: self.hosts[name].bulk.clone(),
+        };
+        (0..).zip(targets).map(peer).collect()
+    }
+
+    fn rack_spec(&self, plan_move: &PlanMove, peers: &[RackPeer]) -> RackSpec {
+        let target = peers.iter().find(|peer| peer.name == plan_move.to);
+        let embedded = || self.moves.first().map(|m| self.hosts[&m.from].bulk.clone());
+        RackSpec {
+            index: if self.index.is_empty() {
+                embedded().into_iter().collect()
+            } else {
+                self.index.clone()
+            },
+            target: target.map_or(0, |peer| peer.host),
+            peers: peers.to_vec(),
+        }
     }
 
     /// The trust domains that the plan names.
@@ -337,7 +385,7 @@ pub(crate) fn position(path: &Path, text: &str, span: Option<Range<usize>>) -> S
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::{Compression, Scope};
+    use crate::types::Compression;
 
     const PLAN: &str = r#"
 preset = "oc"

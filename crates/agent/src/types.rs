@@ -17,6 +17,9 @@ pub enum Scope {
     None,
     /// Among the VMs that move between the same two hosts (*gang migration*).
     Host,
+    /// Among all VMs of the group: each content crosses to one target host, which passes it on
+    /// to the others (*inter-rack live migration*).
+    Rack,
 }
 
 /// What becomes of page sharing between VMs at the target.
@@ -67,20 +70,26 @@ pub enum Preset {
     Oc,
     /// Gang migration: each content once for each host pair.
     Gang,
+    /// Inter-rack live migration: each content once for the whole group, no compression.
+    Irlm,
+    /// Each content once for the whole group, and compressed.
+    Full,
 }
 
 impl Preset {
     /// The settings that the preset stands for.
     #[must_use]
     pub fn settings(self) -> Settings {
-        let scope = match self {
-            Self::Oc => Scope::None,
-            Self::Gang => Scope::Host,
+        let (scope, compression) = match self {
+            Self::Oc => (Scope::None, Compression::None),
+            Self::Gang => (Scope::Host, Compression::None),
+            Self::Irlm => (Scope::Rack, Compression::None),
+            Self::Full => (Scope::Rack, Compression::Zstd),
         };
         Settings {
             scope,
             sharing: Sharing::Off,
-            compression: Compression::None,
+            compression,
             mode: Mode::PreCopy,
         }
     }
@@ -115,6 +124,14 @@ pub struct Plan {
     /// `continue` is said through the control API (for people and managers that check first).
     #[serde(default)]
     pub confirm_handover: bool,
+    /// Whether memory is hashed before the migration, with scope `rack`; yes if absent.
+    #[serde(default)]
+    pub prepare: Option<bool>,
+    /// `host:port` of the processes of a stand-alone index, in the order of their shards; if
+    /// empty, the agent of the first move's source host has the index for as long as the group
+    /// lives.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub index: Vec<String>,
     /// How to reach the agents, by host name.
     pub hosts: BTreeMap<String, Host>,
     /// The moves, in the order in which they start.
@@ -204,6 +221,33 @@ pub struct MoveSpec {
     pub downtime_limit_ms: Option<u64>,
     /// As in the plan.
     pub confirm_handover: bool,
+    /// What the two agents need to share contents with the rest of the group; with scope `rack`.
+    #[serde(default)]
+    pub rack: Option<RackSpec>,
+}
+
+/// A move's place in its group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RackSpec {
+    /// `host:port` of the index's bulk listeners, in the order of their shards.
+    pub index: Vec<String>,
+    /// Number of this move's target host in its group.
+    pub target: u16,
+    /// The group's target hosts.
+    pub peers: Vec<RackPeer>,
+}
+
+/// A target host of a group.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct RackPeer {
+    /// Its number in the group: target hosts count from 0, in the order of their names.
+    pub host: u16,
+    /// Its name, for messages.
+    pub name: String,
+    /// `host:port` of its bulk listener.
+    pub bulk: String,
 }
 
 /// Where a move stands. The order is the order of a move that succeeds.
@@ -260,6 +304,9 @@ pub struct PageCounts {
     pub literal: u64,
     /// Pages sent as the name of a content that the target has.
     pub reference: u64,
+    /// Pages sent as the name of a content that another target host has.
+    #[serde(default)]
+    pub remote_reference: u64,
     /// Pages whose reference could not be served and that were read again from the source.
     pub repaired: u64,
 }

@@ -101,10 +101,10 @@ pub(crate) struct Migrate {
 #[derive(Debug, Args)]
 pub(crate) struct Overrides {
     /// Technique.
-    #[arg(long, value_parser = choice::<Preset>(&["oc", "gang"]))]
+    #[arg(long, value_parser = choice::<Preset>(&["oc", "gang", "irlm", "full"]))]
     preset: Option<Preset>,
     /// Where duplicates are looked for.
-    #[arg(long, value_parser = choice::<Scope>(&["none", "host"]))]
+    #[arg(long, value_parser = choice::<Scope>(&["none", "host", "rack"]))]
     scope: Option<Scope>,
     /// What becomes of page sharing at the target.
     #[arg(long, value_parser = choice::<Sharing>(&["off"]))]

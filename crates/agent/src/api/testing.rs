@@ -150,6 +150,8 @@ pub fn plan(a: &TestAgent, b: &TestAgent, moves: &[(&str, &str, &str)]) -> Plan 
         max_bandwidth_bytes_per_s: None,
         downtime_limit_ms: None,
         confirm_handover: false,
+        prepare: None,
+        index: Vec::new(),
         hosts: [
             ("a".to_owned(), a.addresses()),
             ("b".to_owned(), b.addresses()),

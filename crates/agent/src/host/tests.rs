@@ -126,6 +126,7 @@ impl Agents {
             group_bandwidth_bytes_per_s: None,
             downtime_limit_ms: None,
             confirm_handover: true,
+            rack: None,
         }
     }
 }

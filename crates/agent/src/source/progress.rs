@@ -69,6 +69,7 @@ impl ProgressMeter {
             fill: counts.fill,
             literal: counts.literal,
             reference: counts.reference,
+            remote_reference: 0,
             repaired,
         };
         if let Some(info) = info {

@@ -455,7 +455,7 @@ impl Run {
         stream.attach(socket.try_clone()?);
         let key = match self.spec.settings.scope {
             Scope::None => None,
-            Scope::Host => Some(content_key(&self.spec.domain_key)?),
+            Scope::Host | Scope::Rack => Some(content_key(&self.spec.domain_key)?),
         };
         let packer = Packer::new(key, stream.memory.addresses.keys().cloned().collect());
         let (stream, outbox, hold) = (
