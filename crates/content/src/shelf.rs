@@ -51,13 +51,13 @@ impl<B: Clone> Shelf<B> {
     /// entry, its length and the offset of its first page. The oldest bodies go beyond the limit.
     pub fn push(
         &mut self,
-        runs: impl Iterator<Item = (EntryId, u32, usize)>,
+        runs: impl IntoIterator<Item = (EntryId, u32, usize)>,
         body: &B,
         body_len: usize,
     ) {
         let number = self.next_number;
         let mut firsts = Vec::new();
-        for (first, count, offset) in runs.filter(|(_, count, _)| *count > 0) {
+        for (first, count, offset) in runs.into_iter().filter(|(_, count, _)| *count > 0) {
             let body = body.clone();
             let run = Run {
                 count,
@@ -117,12 +117,12 @@ mod tests {
     #[test]
     fn entries_come_in_any_order_and_the_oldest_body_goes_first() {
         let mut shelf = Shelf::with_limit(2 * PAGE_SIZE);
-        shelf.push([(EntryId(9), 2, 100)].into_iter(), &'a', PAGE_SIZE);
-        shelf.push([(EntryId(3), 1, 7)].into_iter(), &'b', PAGE_SIZE);
+        shelf.push([(EntryId(9), 2, 100)], &'a', PAGE_SIZE);
+        shelf.push([(EntryId(3), 1, 7)], &'b', PAGE_SIZE);
         assert_eq!(found(&shelf, 10), Some(('a', 100 + PAGE_SIZE)));
         assert_eq!(found(&shelf, 3), Some(('b', 7)));
         assert_eq!((found(&shelf, 4), found(&shelf, 11)), (None, None));
-        shelf.push([(EntryId(1), 1, 0)].into_iter(), &'c', PAGE_SIZE);
+        shelf.push([(EntryId(1), 1, 0)], &'c', PAGE_SIZE);
         assert_eq!((found(&shelf, 9), found(&shelf, 10)), (None, None));
         assert_eq!(found(&shelf, 3), Some(('b', 7)));
     }
@@ -130,9 +130,9 @@ mod tests {
     #[test]
     fn an_entry_that_came_again_stays_as_long_as_its_newest_body() {
         let mut shelf = Shelf::with_limit(2 * PAGE_SIZE);
-        shelf.push([(EntryId(9), 1, 1)].into_iter(), &'a', PAGE_SIZE);
-        shelf.push([(EntryId(9), 1, 2)].into_iter(), &'b', PAGE_SIZE);
-        shelf.push([(EntryId(5), 1, 3)].into_iter(), &'c', PAGE_SIZE);
+        shelf.push([(EntryId(9), 1, 1)], &'a', PAGE_SIZE);
+        shelf.push([(EntryId(9), 1, 2)], &'b', PAGE_SIZE);
+        shelf.push([(EntryId(5), 1, 3)], &'c', PAGE_SIZE);
         assert_eq!(found(&shelf, 9), Some(('b', 2)));
     }
 }
