@@ -79,24 +79,53 @@ impl Places {
         self.slots[at] = slot;
     }
 
+    /// Remembers what an entry of the rack must hash to, which may have no place here.
+    pub fn learn(&mut self, entry: EntryId, id: ContentId) {
+        if entry.is_local() || self.of_rack.len() >= MAX_ENTRIES {
+            return;
+        }
+        let (low, high) = halves(id);
+        let id = [low, high];
+        let slot = self.of_rack.entry(entry).or_insert(Slot { id, ..NOWHERE });
+        if slot.id != id {
+            *slot = Slot { id, ..NOWHERE };
+        }
+    }
+
+    /// What an entry must hash to, if that is known.
+    #[must_use]
+    pub fn id(&self, entry: EntryId) -> Option<ContentId> {
+        self.slot(entry).map(Slot::id)
+    }
+
     /// The id that the content of `entry` must hash to, and where to look for it.
     #[must_use]
     pub fn find(&self, entry: EntryId) -> Option<(ContentId, Place)> {
-        let slot = if entry.is_local() {
-            let at = (entry.0 & !EntryId::LOCAL_BIT) as usize;
-            self.slots.get(at).filter(|slot| slot.vm != NO_VM)?
-        } else {
-            self.of_rack.get(&entry)?
-        };
-        let mut id = [0; 16];
-        id[..8].copy_from_slice(&slot.id[0].to_le_bytes());
-        id[8..].copy_from_slice(&slot.id[1].to_le_bytes());
+        let slot = self.slot(entry).filter(|slot| slot.vm != NO_VM)?;
         let place = Place {
             vm: slot.vm,
             block: BlockIndex(slot.block),
             page: PageNo(slot.page),
         };
-        Some((ContentId(id), place))
+        Some((slot.id(), place))
+    }
+
+    fn slot(&self, entry: EntryId) -> Option<&Slot> {
+        if entry.is_local() {
+            let at = (entry.0 & !EntryId::LOCAL_BIT) as usize;
+            self.slots.get(at).filter(|slot| slot.vm != NO_VM)
+        } else {
+            self.of_rack.get(&entry)
+        }
+    }
+}
+
+impl Slot {
+    fn id(&self) -> ContentId {
+        let mut id = [0; 16];
+        id[..8].copy_from_slice(&self.id[0].to_le_bytes());
+        id[8..].copy_from_slice(&self.id[1].to_le_bytes());
+        ContentId(id)
     }
 }
 
@@ -143,6 +172,19 @@ mod tests {
         let mut places = Places::default();
         places.put(local(5), ContentId([1; 16]), at(1));
         assert_eq!(places.find(EntryId(5)), None);
+    }
+
+    #[test]
+    fn an_id_may_be_known_before_there_is_a_place_and_another_id_has_no_place() {
+        let (entry, id) = (EntryId(5), ContentId([1; 16]));
+        let mut places = Places::default();
+        places.learn(entry, id);
+        assert_eq!((places.id(entry), places.find(entry)), (Some(id), None));
+        places.put(entry, id, at(1));
+        places.learn(entry, id);
+        assert_eq!(places.find(entry), Some((id, at(1))));
+        places.learn(entry, ContentId([2; 16]));
+        assert_eq!(places.find(entry), None);
     }
 
     #[test]

@@ -16,6 +16,7 @@ use divan::counter::ItemsCount;
 use migrate::pack::{Packed, Packer};
 use migrate::unpack::{Batch, Contents, Found, Unpacker};
 use page::{BlockIndex, ContentId, ContentKey, EntryId, PAGE_SIZE, PageBytes, PageNo};
+use wire::Remote;
 
 #[path = "../tests/round_trip/opening.rs"]
 mod opening;

@@ -23,10 +23,9 @@ use std::collections::HashSet;
 use std::ops::Range;
 
 use content::{Claim, HostTable};
-use page::{
-    BlockIndex, ContentId, ContentKey, EntryId, HostNo, HostSet, PAGE_SIZE, PageNo, fill_byte,
-};
+use page::{BlockIndex, ContentId, ContentKey, EntryId, PAGE_SIZE, PageNo, fill_byte};
 use qstream::{Decoder, Item, Step, StreamError};
+use wire::index::Verdict;
 use wire::{OpWriter, RemoteContent};
 
 /// One step of the stream, as scanned from a buffer. Ranges and offsets are of that buffer.
@@ -79,29 +78,6 @@ impl std::ops::AddAssign for PackCounts {
     }
 }
 
-/// What the rack index says of a content.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// This session carries it: its bytes go as this entry.
-    Carry {
-        /// Entry.
-        entry: EntryId,
-        /// Other target hosts that need it.
-        hosts: HostSet,
-    },
-    /// A target host has it, or is about to.
-    At {
-        /// Entry.
-        entry: EntryId,
-        /// Which host; it may be this session's own target, by another connection.
-        carrier: HostNo,
-        /// Whether it passes the content on to this session's target unasked.
-        pushed: bool,
-    },
-    /// The index does not answer, or is full.
-    None,
-}
-
 /// Milestones of the stream that the caller reacts to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Milestones {
@@ -112,7 +88,7 @@ pub struct Milestones {
 }
 
 /// A buffer as operations.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Packed {
     /// Front of the frame's body: position and operations.
     pub front: Vec<u8>,
@@ -389,7 +365,7 @@ impl Resolver<'_> {
                 };
                 self.ops.remote(block, page, &content);
             }
-            (Verdict::None, None) => {
+            (Verdict::Full, None) => {
                 self.counts.literal += 1;
                 self.pages.push(at);
                 match self.table.claim(id) {
@@ -400,14 +376,14 @@ impl Resolver<'_> {
         }
     }
 
-    /// The index's answer about this page's content, if it was asked.
+    /// The index's answer about this page's content; not being asked is like a full index.
     fn answer(&mut self, id: ContentId) -> Verdict {
         match self.answers.as_slice().first() {
             Some((asked, verdict)) if *asked == id => {
                 self.answers.next();
                 *verdict
             }
-            _ => Verdict::None,
+            _ => Verdict::Full,
         }
     }
 }

@@ -54,9 +54,6 @@ pub struct Hello {
     /// The rest of the group; on forward and peer connections with scope `rack`.
     #[serde(default)]
     pub rack: Option<RackHello>,
-    /// Which table is meant; on index connections.
-    #[serde(default)]
-    pub index: Option<IndexHello>,
 }
 
 /// What a target host must know of its group to share contents with the other target hosts.
@@ -72,18 +69,6 @@ pub struct RackHello {
     /// On a forward connection, how to reach the target hosts: number and `host:port`.
     #[serde(default)]
     pub peers: Vec<(u16, String)>,
-}
-
-/// A table of an index.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct IndexHello {
-    /// Id of the group.
-    pub group: String,
-    /// Derived from the trust domain's secret, which the index does not know; 32 hex digits.
-    pub domain: String,
-    /// Number of the shard, which becomes part of its entries' ids.
-    pub shard: u8,
 }
 
 impl Hello {
@@ -104,7 +89,6 @@ impl std::fmt::Debug for Hello {
             compression,
             domain_key: _,
             rack: _,
-            index: _,
         } = self;
         write!(
             f,
@@ -260,7 +244,6 @@ mod tests {
             compression: WireCompression::None,
             domain_key: Some("00ff".into()),
             rack: None,
-            index: None,
         };
         assert!(!format!("{hello:?}").contains("00ff"));
     }

@@ -39,8 +39,8 @@ mod ops;
 mod varint;
 
 pub use control::{
-    Channel, ControlReply, ControlRequest, Hello, IndexHello, MoveState, OpenMove, RackHello,
-    WireCompression, decode_control, encode_control,
+    Channel, ControlReply, ControlRequest, Hello, MoveState, OpenMove, RackHello, WireCompression,
+    decode_control, encode_control,
 };
 pub use entries::{MAX_ENTRIES, decode_contents, decode_entries, encode_entries};
 pub use frame::{

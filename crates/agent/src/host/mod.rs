@@ -10,6 +10,7 @@ use guest::{QmpError, SourceGuest, host_report};
 
 use crate::api::mover::{Admission, Bandwidth, EventSink, MoveCheck, Mover, Refusal, RefusalCode};
 use crate::config::Config;
+use crate::index_host::IndexHost;
 use crate::journal::Journal;
 use crate::link::{Bucket, Hold, Security};
 use crate::source::{Entry, Input, MoveContext, MoveRun, SessionContext, Sessions};
@@ -60,6 +61,7 @@ impl HostMover {
         let journal =
             |role| Journal::open(config.state_dir.join(role)).context("opening the journal");
         let arrivals = Arrivals::start(TargetContext {
+            host: config.name.clone(),
             run_dir: config.run_dir.clone(),
             log_dir,
             journal: journal("incoming")?,
@@ -69,8 +71,8 @@ impl HostMover {
         target::listen(
             config.bulk,
             Arc::clone(&arrivals),
-            security.clone(),
-            peer_timeout,
+            IndexHost::start(0)?,
+            (security.clone(), peer_timeout),
         )?;
         let session = SessionContext {
             host: config.name.clone(),
@@ -81,6 +83,7 @@ impl HostMover {
         };
         let context = MoveContext {
             sessions: Arc::new(Sessions::default()),
+            indexes: Arc::default(),
             session,
             journal: journal("outgoing")?,
             run_dir: config.run_dir.clone(),

@@ -208,7 +208,6 @@ impl Shared {
                 host: self.me.0,
                 peers: Vec::new(),
             }),
-            index: None,
         })?;
         match link.receive()? {
             ControlReply::Welcome => Ok(link),
