@@ -29,7 +29,11 @@ fn serve(bytes: &[u8], piece: usize) -> (Vec<u8>, Option<String>) {
         assert!(summary.entries() <= 1000 && summary.contents() <= summary.entries());
     }
     server.closed(&mut groups, Duration::ZERO);
-    assert!(groups.iter().all(|(_, table)| table.summary().in_flight == 0));
+    assert!(
+        groups
+            .iter()
+            .all(|(_, table)| table.summary().in_flight == 0)
+    );
     groups.tick(LEASE);
     assert!(groups.is_empty());
     (out, error.map(|e| format!("{e:?}")))
