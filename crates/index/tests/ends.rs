@@ -197,6 +197,21 @@ fn the_number_of_tables_is_bounded() {
 }
 
 #[test]
+fn the_limit_on_entries_is_for_all_tables_together() {
+    let mut groups = Groups::with_limit(0, 3);
+    let (mut one, _) = Line::open(&mut groups, "g", 1);
+    let (mut two, _) = Line::open(&mut groups, "h", 2);
+    assert_eq!(one.claim(&mut groups, A, 1), carry(0, &[]));
+    assert_eq!(one.claim(&mut groups, A, 2), carry(1, &[]));
+    assert_eq!(two.claim(&mut groups, A, 1), carry(0, &[]));
+    assert_eq!(two.claim(&mut groups, A, 2), Verdict::Full);
+    assert_eq!(one.claim(&mut groups, A, 3), Verdict::Full);
+    one.client.end_group(&mut one.out);
+    one.exchange(&mut groups).unwrap();
+    assert_eq!(two.claim(&mut groups, A, 2), carry(1, &[]));
+}
+
+#[test]
 fn a_client_that_does_not_join_or_joins_twice_is_cut_off() {
     let mut groups = Groups::new(0);
     let (mut client, mut out) = (Client::new(), Vec::new());
