@@ -104,7 +104,8 @@ fn answers_come_in_the_order_of_the_requests_however_the_bytes_are_cut() {
         let empty = client.claim(A, &[], out);
         // More than fits a message.
         let claim = client.claim(A, &ids(0..10_000), out);
-        client.carried(&join_runs((0..9_000).map(EntryId)), out);
+        let local = EntryId(EntryId::LOCAL_BIT);
+        client.carried(&join_runs((0..9_000).map(EntryId).chain([local])), out);
         let seed = client.seed(B, &ids(9_999..10_001), out);
         let summary = client.summary(out);
         let answers = line.exchange(&mut groups).unwrap();
