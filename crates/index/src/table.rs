@@ -8,8 +8,8 @@ use wire::index::{EntryRun, Item, Summary, Verdict};
 use crate::entries::{Entries, Record, State};
 use crate::sets::{MAX_SETS, Sets};
 
-/// Most entries of one table: 400 GiB of distinct contents, for 4 GB of memory at 37 bytes an
-/// entry. Contents beyond go without an entry: more bytes, same result.
+/// Most entries of an index process: 400 GiB of distinct contents, for 4 GB of memory at 37
+/// bytes an entry. Contents beyond go without an entry: more bytes, same result.
 pub const MAX_ENTRIES: u32 = 100_000_000;
 
 const _: () = assert!(MAX_ENTRIES <= EntryId::MAX_IN_SHARD);
@@ -48,6 +48,8 @@ pub struct Table {
     in_flight: BTreeMap<ClientNo, u32>,
     /// Entries in each [`State`].
     states: [u64; 4],
+    /// Scratch of [`claim`](Self::claim).
+    found: Vec<Option<u32>>,
 }
 
 impl Table {
@@ -72,7 +74,26 @@ impl Table {
             pages: BTreeMap::new(),
             in_flight: BTreeMap::new(),
             states: [0; 4],
+            found: Vec::new(),
         }
+    }
+
+    /// From now on the table takes up no more contents than this, and never more than
+    /// [`MAX_ENTRIES`]; it keeps what it has.
+    pub fn set_limit(&mut self, limit: u32) {
+        self.limit = limit.min(MAX_ENTRIES);
+    }
+
+    /// Entries given out.
+    #[must_use]
+    pub fn len(&self) -> u32 {
+        self.entries.len()
+    }
+
+    /// Whether there is no entry.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 
     /// As it was made with.
@@ -122,22 +143,26 @@ impl Table {
     ) {
         let mut granted = 0;
         out.reserve(ids.len());
-        for id in ids {
-            let verdict = self.claim_one(target, client, *id);
+        // Apart from what is done with them: so the waits for memory overlap.
+        let mut found = std::mem::take(&mut self.found);
+        found.clear();
+        found.extend(ids.iter().map(|id| self.entries.find(*id)));
+        for (id, found) in ids.iter().zip(&found) {
+            let number = found.or_else(|| self.find_or_push(*id));
+            let verdict = self.claim_one(target, client, number);
             granted += u32::from(matches!(verdict, Verdict::Carry { .. }));
             out.push(verdict);
         }
+        self.found = found;
         if granted > 0 {
             *self.in_flight.entry(client).or_default() += granted;
         }
     }
 
-    fn claim_one(&mut self, target: HostNo, client: ClientNo, id: ContentId) -> Verdict {
-        let Some(number) = self.find_or_push(id) else {
-            return Verdict::Full;
-        };
-        let entry = self.entry_id(number);
-        let (Some(entry), Some(record)) = (entry, self.entries.get_mut(number)) else {
+    fn claim_one(&mut self, target: HostNo, client: ClientNo, number: Option<u32>) -> Verdict {
+        let entry = number.and_then(|number| self.entry_id(number));
+        let record = number.and_then(|number| self.entries.get_mut(number));
+        let (Some(entry), Some(record)) = (entry, record) else {
             return Verdict::Full;
         };
         match record.state() {
