@@ -25,7 +25,7 @@ use std::sync::Arc;
 
 use page::{BlockIndex, EntryId, HostSet, PAGE_SIZE, PageNo};
 use qstream::{BlockList, Decoder, Item, StreamError};
-use wire::{MAX_BODY, Op, OpReader, WireError, split_pages_body};
+use wire::{MAX_BODY, Op, OpReader, Remote, WireError, split_pages_body};
 
 pub use batch::{Ack, Arrived, Batch, Contents, Found, Placed, Segment};
 use streaming::{Frame, Origin, PageCursor, Phase, Streaming, feed};
@@ -88,6 +88,10 @@ pub enum UnpackError {
     TailTooLong,
 }
 
+#[expect(
+    clippy::large_enum_variant,
+    reason = "one for each VM, and mostly the large one"
+)]
 enum State {
     Opening(Decoder),
     Streaming(Streaming),
@@ -314,6 +318,28 @@ pub struct LiteralRun {
     pub at: usize,
     /// Target hosts to pass them on to.
     pub forward: HostSet,
+}
+
+/// Contents that a body names and another connection brings. The receiver tells the store of them
+/// in the order of arrival: a reference of another VM may rely on it.
+///
+/// # Errors
+/// A malformed body.
+pub fn remotes(body: &[u8]) -> Result<Vec<Remote<'_>>, UnpackError> {
+    let mut remotes = Vec::new();
+    for op in OpReader::new(split_pages_body(body)?.ops) {
+        if let Op::Remote(remote) = op? {
+            remotes.push(remote);
+        }
+    }
+    Ok(remotes)
+}
+
+impl LiteralRun {
+    /// The entries, and where in the body their pages start.
+    pub fn contents(self) -> impl Iterator<Item = (EntryId, usize)> {
+        (0..self.count).map(move |i| (self.first.plus(i), self.at + i as usize * PAGE_SIZE))
+    }
 }
 
 /// Runs of literals in a body. The target's receiver enters them into its store in the order of

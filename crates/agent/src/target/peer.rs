@@ -17,7 +17,7 @@ use super::rack::RackStore;
 use super::session::lock;
 
 /// Pages of one frame: a buffer like those of the source.
-const FRAME_PAGES: usize = 63;
+pub(super) const FRAME_PAGES: usize = 63;
 
 /// Most page bytes that wait for one host. What comes beyond is not passed on; the host pulls it
 /// later. At 1 Gbit/s it is a quarter of a second.

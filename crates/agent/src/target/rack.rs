@@ -1,24 +1,22 @@
 //! The contents that a target host shares with the other target hosts of a group.
 //!
 //! One store for each group and trust domain, used by all sessions of that group and by the
-//! connections from other target hosts. It finds contents for the VMs' threads, keeps what came,
-//! passes on what others need, and answers their pulls. Whom to wait for and what is owed is the
-//! business of [`Exchange`]; that a content is what its entry says is checked here, each time it
-//! is used or served, by the id that this host's own source gave.
+//! connections from other target hosts. What to use, to wait for and to pass on is decided by
+//! [`Store`]; here are its lock, the guests' memory, the VMs' threads and the connections.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
-use content::{Place, Places, Shelf};
-use migrate::exchange::{Action, Exchange, Waiter};
-use migrate::unpack::{Arrived, Found, LiteralRun};
-use page::{BlockIndex, ContentId, ContentKey, EntryId, HostNo, PAGE_SIZE, PageBytes, PageNo};
+use content::Place;
+use migrate::exchange::{Action, Came, Lookup, Store, Waiter};
+use migrate::unpack::{Found, LiteralRun};
+use page::{BlockIndex, ContentId, ContentKey, EntryId, HostNo, PAGE_SIZE, PageNo};
 use wire::{RackHello, Remote};
 
 use crate::link::Buffer;
 
-use super::peer::{Outgoing, PeerContext};
+use super::peer::{FRAME_PAGES, Outgoing, PeerContext};
 use super::session::{GuestMemory, lock, read_checked};
 use super::sink::{SinkFrame, SinkHandle};
 
@@ -42,12 +40,7 @@ pub(crate) struct RackStore {
 }
 
 struct Inner {
-    exchange: Exchange,
-    /// What sessions to this host brought.
-    own: Shelf<Arc<Buffer>>,
-    /// What other target hosts brought: checked when it is used.
-    pushed: Shelf<Arc<Buffer>>,
-    places: Places,
+    store: Store<Arc<Buffer>>,
     sinks: HashMap<Waiter, SinkHandle>,
     memories: HashMap<u16, Arc<GuestMemory>>,
     next_member: u32,
@@ -129,10 +122,7 @@ impl RackStore {
                 name: hello.store.clone(),
                 key: key.clone(),
                 inner: Mutex::new(Inner {
-                    exchange: Exchange::new(me),
-                    own: Shelf::with_limit(store_bytes),
-                    pushed: Shelf::with_limit(store_bytes),
-                    places: Places::default(),
+                    store: Store::new(me, key.clone(), store_bytes),
                     sinks: HashMap::new(),
                     memories: HashMap::new(),
                     next_member: 0,
@@ -178,7 +168,7 @@ impl RackStore {
     pub(crate) fn remove(&self, number: u16) {
         let mut inner = lock(&self.inner);
         inner.sinks.remove(&Waiter(number.into()));
-        inner.exchange.waiter_gone(Waiter(number.into()));
+        inner.store.waiter_gone(Waiter(number.into()));
     }
 
     /// Where the VM's memory is.
@@ -194,11 +184,8 @@ impl RackStore {
     ) {
         let mut inner = lock(&self.inner);
         for (entry, id, block, page) in placed {
-            let Some(id) = id.or_else(|| inner.places.id(entry)) else {
-                continue;
-            };
             let vm = number;
-            inner.places.put(entry, id, Place { vm, block, page });
+            inner.store.place(entry, id, Place { vm, block, page });
         }
     }
 
@@ -206,70 +193,41 @@ impl RackStore {
     pub(crate) fn find(
         &self,
         number: u16,
-        (first, count): (EntryId, u32),
+        entries: (EntryId, u32),
         remote: Option<&Remote<'_>>,
         scratch: &mut Vec<u8>,
         found: &mut Vec<Found<Arc<Buffer>>>,
     ) {
+        let (waiter, now) = (Waiter(number.into()), self.clock.elapsed());
+        let (mut lookups, mut actions) = (Vec::new(), Vec::new());
+        let out = (&mut lookups, &mut actions);
+        lock(&self.inner)
+            .store
+            .find(waiter, entries, remote, now, out);
         let base = found.len();
-        let mut unchecked = Vec::new();
         let mut elsewhere = Vec::new();
-        {
-            let mut inner = lock(&self.inner);
-            for index in 0..count {
-                let entry = first.plus(index);
-                let stated = remote.and_then(|r| r.ids.get(index as usize));
-                if let Some(id) = stated {
-                    inner.places.learn(entry, ContentId(*id));
-                }
-                let (at, one) = (found.len(), inner.look(entry, stated.is_some()));
-                match one {
-                    Seen::Own(body, offset) => found.push(Found::Held(body, offset)),
-                    Seen::Unchecked(id, body, offset) => {
-                        found.push(Found::Missing);
-                        unchecked.push((at, id, body, offset));
-                    }
-                    Seen::Placed(id, place) => {
-                        found.push(Found::Missing);
-                        elsewhere.push((at, id, place));
-                    }
-                    Seen::Nothing => found.push(Found::Missing),
-                }
+        for (lookup, index) in lookups.into_iter().zip(0_u32..) {
+            if let Lookup::Placed(id, place) = lookup {
+                elsewhere.push((index, (id, place)));
+            }
+            found.push(found_of(lookup));
+        }
+        if !elsewhere.is_empty() {
+            let start = scratch.len();
+            scratch.resize(start + elsewhere.len() * PAGE_SIZE, 0);
+            let wanted: Vec<_> = elsewhere.iter().map(|(_, place)| *place).collect();
+            let good = self.read_checked(&wanted, &mut scratch[start..]);
+            for (((index, _), good), at) in elsewhere.into_iter().zip(good).zip(0..) {
+                found[base + index as usize] = if good {
+                    Found::Scratch(start + at * PAGE_SIZE)
+                } else {
+                    let store = &mut lock(&self.inner).store;
+                    let entry = (entries.0, index);
+                    found_of(store.not_there(waiter, entry, remote, now, &mut actions))
+                };
             }
         }
-        for (at, id, body, offset) in unchecked {
-            if page_of(&body, offset).is_some_and(|page| self.key.id_of(page) == id) {
-                found[at] = Found::Held(body, offset);
-            }
-        }
-        self.find_placed(&elsewhere, scratch, found);
-        if found[base..].iter().any(|f| matches!(f, Found::Missing)) {
-            self.wait_for(number, first, remote, &mut found[base..]);
-        }
-    }
-
-    /// Reads contents from guests' memory.
-    fn find_placed(
-        &self,
-        elsewhere: &[(usize, ContentId, Place)],
-        scratch: &mut Vec<u8>,
-        found: &mut [Found<Arc<Buffer>>],
-    ) {
-        if elsewhere.is_empty() {
-            return;
-        }
-        let start = scratch.len();
-        scratch.resize(start + elsewhere.len() * PAGE_SIZE, 0);
-        let wanted: Vec<_> = elsewhere
-            .iter()
-            .map(|(_, id, place)| (*id, *place))
-            .collect();
-        let good = self.read_checked(&wanted, &mut scratch[start..]);
-        for (((at, ..), good), index) in elsewhere.iter().zip(good).zip(0..) {
-            if good {
-                found[*at] = Found::Scratch(start + index * PAGE_SIZE);
-            }
-        }
+        self.act(actions);
     }
 
     fn read_checked(&self, wanted: &[(ContentId, Place)], out: &mut [u8]) -> Vec<bool> {
@@ -277,124 +235,46 @@ impl RackStore {
         read_checked(&self.key, memory, wanted, out)
     }
 
-    /// What was not found comes, or does not.
-    fn wait_for(
-        &self,
-        number: u16,
-        first: EntryId,
-        remote: Option<&Remote<'_>>,
-        found: &mut [Found<Arc<Buffer>>],
-    ) {
-        let waiter = Waiter(number.into());
-        let mut actions = Vec::new();
-        let mut inner = lock(&self.inner);
-        for (one, index) in found.iter_mut().zip(0..) {
-            if !matches!(one, Found::Missing) {
-                continue;
-            }
-            let entry = first.plus(index);
-            // It may have come while nothing was locked; then nobody tells us again.
-            if let Some(held) = inner.checked(&self.key, entry) {
-                *one = held;
-                continue;
-            }
-            let stated = remote.and_then(|r| Some((r, ContentId(*r.ids.get(index as usize)?))));
-            let comes = match stated {
-                Some((remote, id)) => {
-                    let from = (remote.carrier, remote.pushed);
-                    let now = self.clock.elapsed();
-                    inner
-                        .exchange
-                        .want((entry, id), from, waiter, now, &mut actions)
-                }
-                None => inner.exchange.joins(entry, None, waiter),
-            };
-            if comes {
-                *one = Found::Coming;
-            }
-        }
-        drop(inner);
-        self.act(actions);
-    }
-
     /// A session brought literals; some are to be passed on.
     pub(crate) fn brought(&self, runs: &[LiteralRun], body: &Arc<Buffer>) {
-        let of_rack = || runs.iter().filter(|run| !run.first.is_local());
-        if of_rack().next().is_none() {
+        if runs.iter().all(|run| run.first.is_local()) {
             return;
         }
-        let shelved = of_rack().map(|run| (run.first, run.count, run.at));
-        let mut inner = lock(&self.inner);
-        inner.own.push(shelved, body, body.len());
-        drop(inner);
-        for run in of_rack() {
-            let contents =
-                (0..run.count).map(|i| (run.first.plus(i), run.at + i as usize * PAGE_SIZE));
-            self.came(contents.clone(), body);
-            for host in run.forward.iter() {
-                if let Some(outgoing) = self.outgoing.get(&host) {
-                    outgoing.contents(contents.clone(), body);
-                }
-            }
+        let came = lock(&self.inner).store.brought(runs, body);
+        self.hand_out(came, body);
+    }
+
+    /// A session names contents that others bring.
+    pub(crate) fn named(&self, remotes: &[Remote<'_>]) {
+        let now = self.clock.elapsed();
+        for remote in remotes {
+            let actions = lock(&self.inner).store.named(remote, now);
+            self.act(actions);
         }
     }
 
     /// Another target host brought contents.
     pub(crate) fn pushed(&self, entries: &[EntryId], at: usize, body: &Arc<Buffer>) {
-        let offsets = (0..).map(|index| at + index * PAGE_SIZE);
-        let contents = entries.iter().copied().zip(offsets);
-        let runs = contents.clone().map(|(entry, at)| (entry, 1, at));
-        lock(&self.inner).pushed.push(runs, body, body.len());
-        self.came(contents, body);
+        let came = lock(&self.inner).store.pushed(entries, at, body);
+        self.hand_out(came, body);
     }
 
     /// Gives contents to those who wait for them, here and elsewhere.
-    fn came(&self, contents: impl Iterator<Item = (EntryId, usize)>, body: &Arc<Buffer>) {
-        let mut actions = Vec::new();
-        let mut arrived: HashMap<Waiter, Vec<Arrived<Arc<Buffer>>>> = HashMap::new();
-        let mut owed = Vec::new();
-        let mut inner = lock(&self.inner);
-        if inner.exchange.is_idle() {
-            return;
-        }
-        for (entry, at) in contents {
-            if let Some(id) = inner.exchange.wanted(entry) {
-                if page_of(body, at).is_some_and(|page| self.key.id_of(page) == id) {
-                    for waiter in inner.exchange.came(entry) {
-                        let body = Arc::clone(body);
-                        arrived
-                            .entry(waiter)
-                            .or_default()
-                            .push(Arrived { entry, body, at });
-                    }
-                } else {
-                    tracing::warn!(
-                        ?entry,
-                        "a target host has sent other bytes than the entry's"
-                    );
-                    inner.exchange.came_wrong(entry, &mut actions);
+    fn hand_out(&self, came: Came<Arc<Buffer>>, body: &Arc<Buffer>) {
+        if !came.arrived.is_empty() {
+            let inner = lock(&self.inner);
+            for (waiter, contents) in came.arrived {
+                if let Some(sink) = inner.sinks.get(&waiter) {
+                    sink.push(SinkFrame::Arrived(contents));
                 }
             }
-            owed.extend(
-                inner
-                    .exchange
-                    .owed(entry)
-                    .into_iter()
-                    .map(|to| (to, entry, at)),
-            );
         }
-        for (waiter, contents) in arrived {
-            if let Some(sink) = inner.sinks.get(&waiter) {
-                sink.push(SinkFrame::Arrived(contents));
+        for of_host in came.send.chunk_by(|a, b| a.0 == b.0) {
+            if let Some(outgoing) = self.outgoing.get(&of_host[0].0) {
+                outgoing.contents(of_host.iter().map(|(_, entry, at)| (*entry, *at)), body);
             }
         }
-        drop(inner);
-        for (to, entry, at) in owed {
-            if let Some(outgoing) = self.outgoing.get(&to) {
-                outgoing.contents(std::iter::once((entry, at)), body);
-            }
-        }
-        self.act(actions);
+        self.act(came.actions);
     }
 
     /// Another target host asks for entries.
@@ -402,20 +282,12 @@ impl RackStore {
         let Some(outgoing) = self.outgoing.get(&from) else {
             return;
         };
-        let mut elsewhere = Vec::new();
-        let mut absent = Vec::new();
-        {
-            let inner = lock(&self.inner);
-            for entry in entries.iter().copied() {
-                match inner.look(entry, false) {
-                    Seen::Own(body, at) => outgoing.contents(std::iter::once((entry, at)), &body),
-                    Seen::Placed(id, place) => elsewhere.push((entry, id, place)),
-                    // What others pushed here is theirs to serve; what is unknown may come.
-                    Seen::Unchecked(..) | Seen::Nothing => absent.push(entry),
-                }
-            }
+        let now = self.clock.elapsed();
+        let pulled = lock(&self.inner).store.pulled(from, entries, now);
+        for (entry, body, at) in pulled.here {
+            outgoing.contents(std::iter::once((entry, at)), &body);
         }
-        for chunk in elsewhere.chunks(wire::MAX_ENTRIES / 4) {
+        for chunk in pulled.placed.chunks(FRAME_PAGES) {
             let mut body = outgoing.buffer(chunk.len() * PAGE_SIZE);
             let wanted: Vec<_> = chunk.iter().map(|(_, id, place)| (*id, *place)).collect();
             let good = self.read_checked(&wanted, &mut body);
@@ -428,61 +300,30 @@ impl RackStore {
                 }
             }
         }
-        let mut actions = Vec::new();
-        let mut inner = lock(&self.inner);
-        for entry in absent {
-            // It may have come while nothing was locked.
-            match inner
-                .own
-                .find(entry)
-                .map(|p| (Arc::clone(p.body), p.offset))
-            {
-                Some((body, at)) => outgoing.contents(std::iter::once((entry, at)), &body),
-                None => {
-                    let now = self.clock.elapsed();
-                    inner.exchange.park(from, entry, now, &mut actions);
-                }
-            }
-        }
-        drop(inner);
-        self.act(actions);
+        self.act(pulled.actions);
     }
 
     /// Another target host does not have what it was asked for.
     pub(crate) fn missing(&self, at: HostNo, entries: &[EntryId]) {
-        let mut actions = Vec::new();
-        let mut inner = lock(&self.inner);
-        for entry in entries {
-            inner.exchange.missing(at, *entry, &mut actions);
-        }
-        drop(inner);
+        let actions = lock(&self.inner).store.missing(at, entries);
         self.act(actions);
     }
 
     /// A connection with another target host is gone.
     pub(crate) fn host_gone(&self, host: HostNo) {
-        let mut actions = Vec::new();
-        let now = self.clock.elapsed();
-        lock(&self.inner)
-            .exchange
-            .host_gone(host, now, &mut actions);
+        let actions = lock(&self.inner)
+            .store
+            .host_gone(host, self.clock.elapsed());
         self.act(actions);
     }
 
     /// A stopped guest waits for these and nothing else.
     pub(crate) fn hurry(&self, entries: impl Iterator<Item = EntryId>) {
-        let now = self.clock.elapsed();
-        lock(&self.inner).exchange.hurry(entries, now);
+        lock(&self.inner).store.hurry(entries, self.clock.elapsed());
     }
 
     fn tick(&self) {
-        let mut actions = Vec::new();
-        let now = self.clock.elapsed();
-        let mut inner = lock(&self.inner);
-        if !inner.exchange.is_idle() {
-            inner.exchange.tick(now, &mut actions);
-        }
-        drop(inner);
+        let actions = lock(&self.inner).store.tick(self.clock.elapsed());
         self.act(actions);
     }
 
@@ -526,47 +367,11 @@ impl RackStore {
     }
 }
 
-/// Where an entry is, as far as can be said without hashing.
-enum Seen {
-    Own(Arc<Buffer>, usize),
-    /// Brought by another target host; what it must hash to.
-    Unchecked(ContentId, Arc<Buffer>, usize),
-    /// In a guest's memory, where it may have changed.
-    Placed(ContentId, Place),
-    Nothing,
-}
-
-impl Inner {
-    /// `only_by_id`: what this host's sessions brought is checked too, because another source
-    /// has named it.
-    fn look(&self, entry: EntryId, only_by_id: bool) -> Seen {
-        let id = self.places.id(entry);
-        if let Some(page) = self.own.find(entry) {
-            let body = Arc::clone(page.body);
-            return match id.filter(|_| only_by_id) {
-                Some(id) => Seen::Unchecked(id, body, page.offset),
-                None => Seen::Own(body, page.offset),
-            };
-        }
-        if let (Some(page), Some(id)) = (self.pushed.find(entry), id) {
-            return Seen::Unchecked(id, Arc::clone(page.body), page.offset);
-        }
-        self.places
-            .find(entry)
-            .map_or(Seen::Nothing, |(id, place)| Seen::Placed(id, place))
+fn found_of(lookup: Lookup<Arc<Buffer>>) -> Found<Arc<Buffer>> {
+    match lookup {
+        Lookup::Here(body, at) => Found::Held(body, at),
+        Lookup::Coming => Found::Coming,
+        // A place that has yet to be read counts as missing until then.
+        Lookup::Missing | Lookup::Placed(..) => Found::Missing,
     }
-
-    /// The entry, if it is on a shelf and is what its id says.
-    fn checked(&self, key: &ContentKey, entry: EntryId) -> Option<Found<Arc<Buffer>>> {
-        let (body, at) = match self.look(entry, true) {
-            Seen::Own(body, at) => return Some(Found::Held(body, at)),
-            Seen::Unchecked(id, body, at) if key.id_of(page_of(&body, at)?) == id => (body, at),
-            _ => return None,
-        };
-        Some(Found::Held(body, at))
-    }
-}
-
-fn page_of(body: &[u8], at: usize) -> Option<&PageBytes> {
-    body.get(at..at + PAGE_SIZE)?.try_into().ok()
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use migrate::unpack::{UnpackError, literal_runs};
+use migrate::unpack::{UnpackError, literal_runs, remotes};
 use wire::{FrameKind, WireCompression, WireError};
 
 use crate::link::{Buffer, Decompressor, Link, LinkError, Pool};
@@ -60,6 +60,7 @@ fn deliver(
         lock(&session.recent).push(local, &body, body.len());
         if let Some(rack) = &session.rack {
             rack.brought(&runs, &body);
+            rack.named(&remotes(&body)?);
         }
     }
     if let Some(sink) = session.sink(vm) {

@@ -102,6 +102,7 @@ pub(crate) struct SourceQemu {
     /// The page that the round is at.
     next: usize,
     rounds_left: usize,
+    rounds: usize,
     /// Where device state starts, once it is written.
     pub(crate) tail_at: Option<u64>,
 }
@@ -115,6 +116,7 @@ impl SourceQemu {
             encode_command(Command::Ping(1), &mut stream);
         }
         stream.extend(opening::ram_start(&layout.blocks, layout.footers));
+        let rounds = 1 + rng.below(4);
         let pages = (0..layout.len()).map(|_| Page {
             versions: vec![random_content(rng)],
             is_dirty: true,
@@ -126,9 +128,15 @@ impl SourceQemu {
             layout,
             stream,
             next: 0,
-            rounds_left: 1 + rng.below(4),
+            rounds_left: rounds,
+            rounds,
             tail_at: None,
         }
+    }
+
+    /// Whether the stream's end is in QEMU's first round over the memory.
+    pub(crate) fn is_first_round(&self) -> bool {
+        self.rounds_left == self.rounds
     }
 
     /// The guest writes to a page, unless it is stopped.

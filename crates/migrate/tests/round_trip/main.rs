@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a test may fail")]
 
 mod golden;
+#[expect(dead_code, reason = "shared with the tests of several hosts")]
 mod guest;
 mod hostile;
 mod opening;
