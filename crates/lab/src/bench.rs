@@ -60,7 +60,7 @@ impl<'a> Bench<'a> {
         programs: &'a Programs,
     ) -> anyhow::Result<Self> {
         session.clear()?;
-        let counts = scenario.hosts;
+        let counts = &scenario.hosts;
         say(&format!(
             "building racks of {} and {} hosts",
             counts.source, counts.target

@@ -21,6 +21,8 @@ use crate::scenario::{Machine, Scenario};
 const TRANSLATION_CACHE_MB: u32 = 64;
 /// A disk's size. It is a sparse file.
 const DISK_BYTES: u64 = 64 << 20;
+/// Mode of the guests that have nothing to do.
+const IDLE: &str = "idle";
 /// How long a QEMU may take from its start to listening on its QMP socket.
 const QMP_PATIENCE: Duration = Duration::from_secs(20);
 
@@ -168,17 +170,20 @@ impl Vm {
 
     fn kernel_command_line(&self, scenario: &Scenario) -> String {
         let vm = &scenario.vm;
+        let busy = self.number.is_multiple_of(vm.busy_every);
         format!(
             "console=ttyS0 quiet panic=-1 lab.id={} lab.ip={} lab.observer={OBSERVER}:{} \
-             lab.heartbeat_ms={} lab.mode={} lab.stamp_mb={} lab.dirty_mb={} lab.dirty_rate_mb={}",
+             lab.heartbeat_ms={} lab.mode={} lab.stamp_mb={} lab.dirty_mb={} lab.dirty_rate_mb={} \
+             lab.work_log2={}",
             self.name,
             self.ip(),
             observer::PORT,
             vm.heartbeat_ms,
-            vm.mode,
+            if busy { vm.mode.as_str() } else { IDLE },
             vm.stamp_mb,
             vm.dirty_mb,
-            vm.dirty_rate_mb
+            vm.dirty_rate_mb,
+            vm.work_log2
         )
     }
 

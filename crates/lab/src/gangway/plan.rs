@@ -35,13 +35,16 @@ pub(super) fn text(bench: &Bench<'_>, vms: &[&Vm], settings: Settings) -> anyhow
         })
         .collect();
     let moves: Vec<Value> = vms.iter().map(|vm| one(bench, vm)).collect();
-    let plan = json!({
-        "preset": match settings.preset { Preset::Oc => "oc", Preset::Gang => "gang" },
-        "compression": if settings.zstd { "zstd" } else { "none" },
+    let mut plan = json!({
+        "preset": settings.preset.name(),
         "confirm_handover": settings.confirm_handover,
         "hosts": hosts,
         "move": moves,
     });
+    // What the preset says already is not said again: users do not either.
+    if settings.zstd {
+        plan["compression"] = "zstd".into();
+    }
     toml::to_string(&plan).context("writing the plan")
 }
 
