@@ -44,6 +44,8 @@ pub(crate) struct Settings {
     pub(crate) stamp_mb: usize,
     /// `lab.work_log2`: a round of work has 2 to the power of this many steps.
     pub(crate) work_log2: u32,
+    /// `lab.template`: the guest is told who it is when it has booted.
+    pub(crate) template: bool,
 }
 
 impl Settings {
@@ -79,6 +81,7 @@ impl Settings {
             stamp_mb: words.or("stamp_mb", 0)?,
             // More than that would not end.
             work_log2: words.or("work_log2", 0)?.min(40),
+            template: words.or("template", 0u8)? == 1,
         })
     }
 }

@@ -15,6 +15,7 @@ use crate::net::{HostAddress, OBSERVER};
 use crate::observer;
 use crate::qmp::Qmp;
 use crate::scenario::{Machine, Scenario};
+use crate::template;
 
 /// Translated code that an emulating QEMU keeps. Its default of 1 GiB would drown the footprint of
 /// the small guests that the lab runs.
@@ -126,10 +127,18 @@ impl Vm {
             Machine::Pc => "pc-i440fx",
             Machine::Q35 => "pc-q35",
         };
+        let backend = if vm.template {
+            ",memory-backend=pc.ram"
+        } else {
+            ""
+        };
         let socket = |path: PathBuf| format!("unix:{},server=on,wait=off", path.display());
         let mut arguments: Vec<String> = [
             ("-name", format!("guest={},debug-threads=on", self.name)),
-            ("-machine", format!("{chipset}-{}", scenario.qemu.machine)),
+            (
+                "-machine",
+                format!("{chipset}-{}{backend}", scenario.qemu.machine),
+            ),
             ("-accel", format!("tcg,tb-size={TRANSLATION_CACHE_MB}")),
             ("-cpu", "qemu64".into()),
             ("-m", vm.memory_mb.to_string()),
@@ -164,6 +173,9 @@ impl Vm {
             let device = "virtio-blk-pci,drive=disk0".to_owned();
             arguments.extend(["-drive".into(), drive, "-device".into(), device]);
         }
+        if vm.template {
+            arguments.extend(template::memory_arguments(self, host, scenario));
+        }
         arguments.extend(["-nodefaults", "-no-user-config", "-no-reboot"].map(str::to_owned));
         arguments
     }
@@ -174,7 +186,7 @@ impl Vm {
         format!(
             "console=ttyS0 quiet panic=-1 lab.id={} lab.ip={} lab.observer={OBSERVER}:{} \
              lab.heartbeat_ms={} lab.mode={} lab.stamp_mb={} lab.dirty_mb={} lab.dirty_rate_mb={} \
-             lab.work_log2={}",
+             lab.work_log2={} lab.template={}",
             self.name,
             self.ip(),
             observer::PORT,
@@ -183,7 +195,8 @@ impl Vm {
             vm.stamp_mb,
             vm.dirty_mb,
             vm.dirty_rate_mb,
-            vm.work_log2
+            vm.work_log2,
+            u8::from(vm.template)
         )
     }
 
@@ -193,14 +206,18 @@ impl Vm {
         [high, low]
     }
 
-    fn ip(&self) -> Ipv4Addr {
+    /// Its address in the observation network.
+    #[must_use]
+    pub fn ip(&self) -> Ipv4Addr {
         let [high, low] = self.bytes();
         // The third byte starts at 1 because 10.78.0.1 is the observer; the last must be neither
         // 0 nor 255 only where it is the network's first or last address, which it is not here.
         Ipv4Addr::new(10, 78, 1 + high, low)
     }
 
-    fn mac(&self) -> String {
+    /// Address of its network card.
+    #[must_use]
+    pub fn mac(&self) -> String {
         let [high, low] = self.bytes();
         format!("52:54:00:67:{high:02x}:{low:02x}")
     }

@@ -28,3 +28,4 @@ pub mod session;
 pub mod shell;
 pub mod stock;
 pub mod technique;
+pub mod template;

@@ -46,7 +46,9 @@ impl GuestMemory {
             None => parse_gpa2hva(&qmp.human("gpa2hva 0")?)?,
         };
         let path = format!("/proc/{pid}/mem");
-        let file = File::open(&path).with_context(|| format!("opening {path}"))?;
+        let mut options = File::options();
+        let file = options.read(true).write(true).open(&path);
+        let file = file.with_context(|| format!("opening {path}"))?;
         Ok(Self {
             pid,
             file,
@@ -77,6 +79,18 @@ impl GuestMemory {
             at += length as u64;
         }
         Ok(())
+    }
+
+    /// Writes a guest's memory, while the guest stands still.
+    pub fn write(&self, at: u64, bytes: &[u8]) -> anyhow::Result<()> {
+        let end = at.checked_add(bytes.len() as u64);
+        ensure!(
+            end.is_some_and(|end| end <= self.length),
+            "{at:#x} is outside the guest's memory"
+        );
+        self.file
+            .write_all_at(bytes, self.base + at)
+            .with_context(|| format!("writing guest memory at {at:#x}"))
     }
 
     fn read(&self, at: u64, into: &mut [u8]) -> anyhow::Result<()> {

@@ -31,6 +31,10 @@ const BUILT_IN: &[(&str, &str)] = &[
     ("irlm-fig4-5", include_str!("../scenarios/irlm-fig4-5.toml")),
     ("irlm-table2", include_str!("../scenarios/irlm-table2.toml")),
     ("slm-fig2-4", include_str!("../scenarios/slm-fig2-4.toml")),
+    (
+        "slm-template",
+        include_str!("../scenarios/slm-template.toml"),
+    ),
     ("slm-fig5", include_str!("../scenarios/slm-fig5.toml")),
     (
         "slm-downtime",
@@ -114,6 +118,9 @@ pub struct Vm {
     /// Whether it has a virtio-blk disk on storage that both racks share.
     #[serde(default)]
     pub disk: bool,
+    /// Whether all VMs begin as copies of one that was booted, its memory mapped copy-on-write.
+    #[serde(default)]
+    pub template: bool,
     /// `idle`, `stamp`, `dirty`, `cpu`, `random`, `subset-sum` or `random-writes`.
     pub mode: String,
     /// Only every so many-th VM has the mode, the others are idle.
@@ -301,6 +308,10 @@ impl Scenario {
                 "a fault's time is {seconds} s: it must be 0 to 600"
             );
         }
+        ensure!(
+            !self.vm.template || (self.vm.mode == "idle" && self.vm.stamp_mb == 0 && !self.vm.disk),
+            "vm.template: copies of one guest have no workload or disk of their own"
+        );
         let filled = u64::from(self.vm.stamp_mb) + u64::from(self.vm.dirty_mb);
         // What the guest's kernel, programs and file system were seen to need.
         let own = 100 + self.vm.memory_mb / 8;

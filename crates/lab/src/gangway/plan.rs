@@ -10,6 +10,7 @@ use super::agents::{BULK_PORT, CONTROL_PORT};
 use crate::bench::Bench;
 use crate::guest::Vm;
 use crate::scenario::Preset;
+use crate::template;
 
 /// What the plan says beside the moves.
 #[derive(Clone, Copy, Debug)]
@@ -58,6 +59,12 @@ fn one(bench: &Bench<'_>, vm: &Vm) -> Value {
     );
     if source != target {
         replaced.push(replace(source, target));
+    }
+    if bench.scenario.vm.template {
+        // The target has ordinary memory, and not the template's file.
+        let [_, from] = template::memory_arguments(vm, &vm.source, bench.scenario);
+        let [_, to] = template::memory_arguments(vm, &vm.target, bench.scenario);
+        replaced.push(json!({"from": from, "to": to}));
     }
     json!({
         "vm": vm.name,
