@@ -4,7 +4,7 @@ use maud::{Markup, html};
 
 use super::lines::{self, Series};
 use super::metric::Unit;
-use super::spread::Spread;
+use super::spread::{Relation, Spread};
 use super::text;
 use crate::results::{Point, Results, Run};
 
@@ -237,6 +237,11 @@ fn series(results: &Results, figure: &Figure, axis: Axis) -> Vec<Series> {
         }));
     }
     all.retain(|series| series.points.len() > 1);
+    // A plot of nothing but zeros shows nothing.
+    let points = all.iter().flat_map(|series| &series.points);
+    if points.map(|(_, spread)| spread.max).all(|most| most == 0.0) {
+        all.clear();
+    }
     all
 }
 
@@ -248,20 +253,18 @@ fn sentence(figure: &Figure, noun: &str, all: &[Series]) -> Option<String> {
     let best = main().min_by(by_last)?;
     let worst = main().max_by(by_last)?;
     let way = |series: &Series| {
-        let means: Vec<f64> = series
-            .points
-            .iter()
-            .map(|(_, spread)| spread.mean)
-            .collect();
-        let (from, to) = (means.first()?, means.last()?);
-        let falls = means.windows(2).all(|pair| pair[1] < pair[0]);
+        let (from, to) = (series.points.first()?.1, series.points.last()?.1);
+        let steps = series.points.windows(2);
+        let falls = steps
+            .map(|pair| pair[1].1.relation_to(&pair[0].1))
+            .all(|step| step == Relation::Below);
         let falls = if falls {
             ", falling with every step"
         } else {
             ""
         };
-        let write = |mean: f64| figure.unit.write(mean);
-        Some(format!("from {} to {}{falls}", write(*from), write(*to)))
+        let write = |spread: Spread| figure.unit.write(spread.mean);
+        Some(format!("from {} to {}{falls}", write(from), write(to)))
     };
     let (from, to) = (best.points.first()?.0, best.points.last()?.0);
     let mut text = format!(
@@ -272,7 +275,7 @@ fn sentence(figure: &Figure, noun: &str, all: &[Series]) -> Option<String> {
     );
     if worst.name() != best.name() {
         text += &format!("; that of {} {}", worst.name(), way(worst)?);
-        let ratio = last(&best) / last(&worst);
+        let ratio = best.points.last()?.1.ratio_to(&worst.points.last()?.1)?;
         text += &format!(" ({} of it at the end)", text::percent(ratio));
     }
     Some(text + ".")
@@ -303,6 +306,8 @@ mod tests {
     fn a_sweep_over_hosts_is_plotted_against_hosts() {
         let page = html(&swept(&[(1, 4), (2, 4), (3, 4)]));
         assert!(page.contains("By the number of hosts"));
+        // Nothing went between the target hosts.
+        assert!(!page.contains("Bytes between the target hosts") && !page.contains("NaN"));
         assert!(!page.contains("By the number of VMs"));
         assert!(
             page.contains(
