@@ -31,11 +31,15 @@ pub(crate) fn render(results: &Results) -> Markup {
                 main {
                     (verdict(results))
                     (failures(results))
-                    (headline(results, &techniques))
+                    @if techniques.iter().any(|one| one.name != crate::overhead::TECHNIQUE) {
+                        (headline(results, &techniques))
+                    }
                     (sweep::section(results))
                     (overhead::section(results))
                     (bounds::section(&techniques))
-                    (measures(&techniques))
+                    @if techniques.iter().any(|one| one.name != crate::overhead::TECHNIQUE) {
+                        (measures(&techniques))
+                    }
                     (page_kinds(&techniques))
                     (timelines(&techniques))
                     (every_run(results))
