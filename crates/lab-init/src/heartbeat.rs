@@ -1,8 +1,8 @@
 //! The sign of life, and what it says.
 
 use std::net::UdpSocket;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -18,11 +18,22 @@ pub(crate) struct Health {
     pub(crate) checked: AtomicU64,
     /// Of these, how many did not hold what was written.
     pub(crate) errors: AtomicU64,
+    /// Rounds of work done so far, and how long the latest took, as one value.
+    pub(crate) round: Mutex<Round>,
+}
+
+/// How the work goes.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Round {
+    /// Rounds done.
+    pub(crate) count: u64,
+    /// Length of the latest.
+    pub(crate) took: Duration,
 }
 
 /// Sends a datagram every `settings.heartbeat`, for ever.
 ///
-/// The text is `beat ID BOOT_ID SEQUENCE MONOTONIC_NS READY CHECKED ERRORS`. The sequence and the
+/// The text is `beat ID BOOT_ID SEQUENCE MONOTONIC_NS READY CHECKED ERRORS ROUNDS ROUND_NS`. The sequence and the
 /// boot id let the observer tell one running instance from two, and a resumed guest from a
 /// rebooted one.
 pub(crate) fn start(settings: &Settings, health: Arc<Health>) -> anyhow::Result<()> {
@@ -48,12 +59,15 @@ fn beat_for_ever(socket: &UdpSocket, identity: &str, interval: Duration, health:
     let started = Instant::now();
     let mut due = started;
     for sequence in 0u64.. {
+        let round = *health.round.lock().unwrap_or_else(PoisonError::into_inner);
         let text = format!(
-            "{identity} {sequence} {} {} {} {}",
+            "{identity} {sequence} {} {} {} {} {} {}",
             started.elapsed().as_nanos(),
             u8::from(health.ready.load(Ordering::Relaxed)),
             health.checked.load(Ordering::Relaxed),
             health.errors.load(Ordering::Relaxed),
+            round.count,
+            round.took.as_nanos(),
         );
         // A lost datagram is a gap that the observer sees; nobody here could do better.
         let _ = socket.send(text.as_bytes());

@@ -9,6 +9,7 @@ mod heartbeat;
 mod settings;
 mod stamp;
 mod system;
+mod template;
 mod workload;
 
 use std::sync::Arc;
@@ -29,8 +30,19 @@ fn main() -> ! {
 fn bring_up() -> anyhow::Result<()> {
     system::mount_all().context("mounting the kernel's file systems")?;
     system::load_modules().context("loading modules")?;
-    let settings = Settings::from_command_line().context("reading the kernel command line")?;
-    system::start_userland(&settings).context("starting the userland")?;
+    let mut settings = Settings::from_command_line().context("reading the kernel command line")?;
+    system::install().context("installing programs")?;
+    if settings.template {
+        system::start_userland().context("starting the userland")?;
+        let identity = template::wait_for_identity()?;
+        system::set_mac(&identity.mac).context("taking its network address")?;
+        settings.id = identity.id;
+        settings.ip = identity.ip;
+        system::join_network(&settings).context("joining the network")?;
+    } else {
+        system::join_network(&settings).context("joining the network")?;
+        system::start_userland().context("starting the userland")?;
+    }
     let health = Arc::new(Health::default());
     heartbeat::start(&settings, Arc::clone(&health)).context("starting the heartbeat")?;
     workload::start(&settings, &health).context("starting the workload")?;

@@ -17,6 +17,10 @@ pub(crate) enum Mode {
     Cpu,
     /// Has filled `dirty_mb` with data that is unique and cannot be compressed.
     Random,
+    /// Counts subsets with a given sum, round after round: nothing but computing.
+    SubsetSum,
+    /// Writes at random into an area of `dirty_mb`, round after round.
+    RandomWrites,
 }
 
 /// All of it.
@@ -38,6 +42,10 @@ pub(crate) struct Settings {
     pub(crate) dirty_rate_mb: usize,
     /// `lab.stamp_mb`: area that is stamped and checked all the time, in every mode.
     pub(crate) stamp_mb: usize,
+    /// `lab.work_log2`: a round of work has 2 to the power of this many steps.
+    pub(crate) work_log2: u32,
+    /// `lab.template`: the guest is told who it is when it has booted.
+    pub(crate) template: bool,
 }
 
 impl Settings {
@@ -55,7 +63,12 @@ impl Settings {
             "dirty" => Mode::Dirty,
             "cpu" => Mode::Cpu,
             "random" => Mode::Random,
-            other => bail!("lab.mode={other} is not idle, stamp, dirty, cpu or random"),
+            "subset-sum" => Mode::SubsetSum,
+            "random-writes" => Mode::RandomWrites,
+            other => bail!(
+                "lab.mode={other} is not idle, stamp, dirty, cpu, random, subset-sum or \
+                 random-writes"
+            ),
         };
         Ok(Self {
             id: words.find("id").context("lab.id is missing")?.to_owned(),
@@ -66,6 +79,9 @@ impl Settings {
             dirty_mb: words.or("dirty_mb", 0)?,
             dirty_rate_mb: words.or("dirty_rate_mb", 0)?,
             stamp_mb: words.or("stamp_mb", 0)?,
+            // More than that would not end.
+            work_log2: words.or("work_log2", 0)?.min(40),
+            template: words.or("template", 0u8)? == 1,
         })
     }
 }

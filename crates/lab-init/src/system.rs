@@ -39,16 +39,29 @@ pub(crate) fn load_modules() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Gives the guest its address and the daemons that a small server has running.
-pub(crate) fn start_userland(settings: &Settings) -> anyhow::Result<()> {
-    run("busybox", &["--install", "-s"])?;
+/// Makes the programs of the image callable by their names.
+pub(crate) fn install() -> anyhow::Result<()> {
+    run("busybox", &["--install", "-s"])
+}
+
+/// Gives the guest its name and address.
+pub(crate) fn join_network(settings: &Settings) -> anyhow::Result<()> {
     run("hostname", &[&settings.id])?;
     run("ip", &["link", "set", "lo", "up"])?;
     run(
         "ip",
         &["addr", "add", &format!("{}/16", settings.ip), "dev", "eth0"],
     )?;
-    run("ip", &["link", "set", "eth0", "up"])?;
+    run("ip", &["link", "set", "eth0", "up"])
+}
+
+/// Gives the network card another address than the one that the guest booted with.
+pub(crate) fn set_mac(mac: &str) -> anyhow::Result<()> {
+    run("ip", &["link", "set", "eth0", "address", mac])
+}
+
+/// Starts the daemons that a small server has running.
+pub(crate) fn start_userland() -> anyhow::Result<()> {
     run("syslogd", &[])?;
     run("klogd", &[])?;
     std::fs::create_dir_all("/var/spool/cron/crontabs").context("making crond's directory")?;

@@ -1,13 +1,13 @@
 //! What the guest does while it is moved.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
 use crate::disk;
-use crate::heartbeat::Health;
+use crate::heartbeat::{Health, Round};
 use crate::settings::{Mode, Settings};
 use crate::stamp::{self, Noise, PAGE, Page, Stamp};
 
@@ -45,6 +45,19 @@ pub(crate) fn start(settings: &Settings, health: &Arc<Health>) -> anyhow::Result
         }
         Mode::Cpu => spawn("burn", health, |_| burn())?,
         Mode::Random => hold_noise(settings),
+        Mode::SubsetSum => {
+            let steps = 1 << settings.work_log2;
+            spawn("work", health, move |health| {
+                rounds(health, || subset_sum(steps));
+            })?;
+        }
+        Mode::RandomWrites => {
+            let steps = 1 << settings.work_log2;
+            let mut writer = RandomWriter::new(settings.dirty_mb);
+            spawn("work", health, move |health| {
+                rounds(health, || writer.write(steps));
+            })?;
+        }
     }
     disk::start(&settings.id, health).context("starting the disk's workload")?;
     health.ready.store(true, Ordering::Relaxed);
@@ -148,4 +161,65 @@ fn hold_noise(settings: &Settings) {
         place.copy_from_slice(&noise.next_word().to_le_bytes());
     }
     std::mem::forget(pages);
+}
+
+/// Does the same work again and again, and tells how long each round took.
+fn rounds(health: &Health, mut work: impl FnMut()) {
+    for count in 1.. {
+        let started = Instant::now();
+        work();
+        let took = started.elapsed();
+        *health.round.lock().unwrap_or_else(PoisonError::into_inner) = Round { count, took };
+    }
+}
+
+/// Looks at `steps` subsets of a set of numbers for those with a given sum. Each step goes to a
+/// neighbouring subset, in the order of the Gray code, so that it is an addition and a comparison.
+fn subset_sum(steps: u64) {
+    let mut noise = Noise::new(2);
+    let weights: Vec<u64> = (0..u64::BITS).map(|_| noise.next_word() >> 8).collect();
+    let wanted = weights
+        .iter()
+        .take(8)
+        .fold(0, |sum: u64, weight| sum ^ weight);
+    let (mut chosen, mut sum, mut hits) = (0u64, 0u64, 0u64);
+    for step in 1..=steps {
+        let nth = step.trailing_zeros();
+        chosen ^= 1 << nth;
+        let weight = weights[nth as usize];
+        sum = if chosen >> nth & 1 == 1 {
+            sum.wrapping_add(weight)
+        } else {
+            sum.wrapping_sub(weight)
+        };
+        hits += u64::from(sum == wanted);
+    }
+    std::hint::black_box(hits);
+}
+
+/// An area that is written at random.
+struct RandomWriter {
+    words: Vec<u64>,
+    noise: Noise,
+}
+
+impl RandomWriter {
+    fn new(size_mb: usize) -> Self {
+        Self {
+            // At least a word, so that there is a place to write to.
+            words: vec![1; (size_mb << 20).max(8) / 8],
+            noise: Noise::new(3),
+        }
+    }
+
+    fn write(&mut self, steps: u64) {
+        let places = self.words.len() as u64;
+        for _ in 0..steps {
+            let word = self.noise.next_word();
+            // Less than the number of places, which is a `usize`.
+            let at = usize::try_from(word % places).unwrap_or(0);
+            self.words[at] = word;
+        }
+        std::hint::black_box(&mut self.words);
+    }
 }

@@ -15,6 +15,7 @@ use crate::observer::Observer;
 use crate::scenario::Scenario;
 use crate::session::Session;
 use crate::shell::say;
+use crate::template::Template;
 
 /// How long one guest may take to boot and to fill its memory. Emulated guests that boot on a
 /// machine that also compiles were seen to take 40 s.
@@ -60,7 +61,7 @@ impl<'a> Bench<'a> {
         programs: &'a Programs,
     ) -> anyhow::Result<Self> {
         session.clear()?;
-        let counts = scenario.hosts;
+        let counts = &scenario.hosts;
         say(&format!(
             "building racks of {} and {} hosts",
             counts.source, counts.target
@@ -131,6 +132,7 @@ impl<'a> Bench<'a> {
     }
 
     fn boot_all(&self) -> anyhow::Result<Vec<Running>> {
+        let template = self.template()?;
         let cores = thread::available_parallelism().map_or(1, usize::from);
         say(&format!(
             "booting {} VMs, {cores} at a time",
@@ -141,7 +143,7 @@ impl<'a> Bench<'a> {
             let work = || {
                 let mut booted = Vec::new();
                 while let Some(vm) = self.vms.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    booted.push((vm.number, self.boot(vm)?));
+                    booted.push((vm.number, self.boot(vm, template.as_ref())?));
                 }
                 Ok(booted)
             };
@@ -158,14 +160,39 @@ impl<'a> Bench<'a> {
         Ok(booted.into_iter().map(|(_, running)| running).collect())
     }
 
-    fn boot(&self, vm: &Vm) -> anyhow::Result<Running> {
+    /// The guest that all others begin as, if the scenario has one.
+    fn template(&self) -> anyhow::Result<Option<Template>> {
+        let Some(first) = self.vms.first().filter(|_| self.scenario.vm.template) else {
+            return Ok(None);
+        };
+        let start = |vm: &Vm, extra: &[&str]| {
+            self.net.add_tap(&vm.source.address, &vm.tap())?;
+            self.start_qemu(vm, extra)
+        };
+        Template::make(first, start)
+            .context("making the template")
+            .map(Some)
+    }
+
+    fn start_qemu(&self, vm: &Vm, extra: &[&str]) -> anyhow::Result<Running> {
+        let arguments = vm.arguments(&vm.source, self.scenario, &self.programs.image);
+        guest::start(vm, &vm.source, &self.programs.source, &arguments, extra)
+    }
+
+    fn boot(&self, vm: &Vm, template: Option<&Template>) -> anyhow::Result<Running> {
         let began = UnixMs::now();
         vm.make_disk(self.scenario)?;
         for host in [&vm.source, &vm.target] {
             self.net.add_tap(&host.address, &vm.tap())?;
         }
-        let arguments = vm.arguments(&vm.source, self.scenario, &self.programs.image);
-        let running = guest::start(vm, &vm.source, &self.programs.source, &arguments, &[])?;
+        let running = match template {
+            None => self.start_qemu(vm, &[])?,
+            Some(template) => {
+                let running = self.start_qemu(vm, &["-S", "-incoming", "defer"])?;
+                template.wake(vm).with_context(|| self.last_words(vm))?;
+                running
+            }
+        };
         self.wait_until_ready(vm, &running)
             .with_context(|| self.last_words(vm))?;
         let took = UnixMs::now().s_since(began);

@@ -15,12 +15,15 @@ use crate::net::{HostAddress, OBSERVER};
 use crate::observer;
 use crate::qmp::Qmp;
 use crate::scenario::{Machine, Scenario};
+use crate::template;
 
 /// Translated code that an emulating QEMU keeps. Its default of 1 GiB would drown the footprint of
 /// the small guests that the lab runs.
 const TRANSLATION_CACHE_MB: u32 = 64;
 /// A disk's size. It is a sparse file.
 const DISK_BYTES: u64 = 64 << 20;
+/// Mode of the guests that have nothing to do.
+const IDLE: &str = "idle";
 /// How long a QEMU may take from its start to listening on its QMP socket.
 const QMP_PATIENCE: Duration = Duration::from_secs(20);
 
@@ -124,10 +127,18 @@ impl Vm {
             Machine::Pc => "pc-i440fx",
             Machine::Q35 => "pc-q35",
         };
+        let backend = if vm.template {
+            ",memory-backend=pc.ram"
+        } else {
+            ""
+        };
         let socket = |path: PathBuf| format!("unix:{},server=on,wait=off", path.display());
         let mut arguments: Vec<String> = [
             ("-name", format!("guest={},debug-threads=on", self.name)),
-            ("-machine", format!("{chipset}-{}", scenario.qemu.machine)),
+            (
+                "-machine",
+                format!("{chipset}-{}{backend}", scenario.qemu.machine),
+            ),
             ("-accel", format!("tcg,tb-size={TRANSLATION_CACHE_MB}")),
             ("-cpu", "qemu64".into()),
             ("-m", vm.memory_mb.to_string()),
@@ -162,23 +173,30 @@ impl Vm {
             let device = "virtio-blk-pci,drive=disk0".to_owned();
             arguments.extend(["-drive".into(), drive, "-device".into(), device]);
         }
+        if vm.template {
+            arguments.extend(template::memory_arguments(self, host, scenario));
+        }
         arguments.extend(["-nodefaults", "-no-user-config", "-no-reboot"].map(str::to_owned));
         arguments
     }
 
     fn kernel_command_line(&self, scenario: &Scenario) -> String {
         let vm = &scenario.vm;
+        let busy = self.number.is_multiple_of(vm.busy_every);
         format!(
             "console=ttyS0 quiet panic=-1 lab.id={} lab.ip={} lab.observer={OBSERVER}:{} \
-             lab.heartbeat_ms={} lab.mode={} lab.stamp_mb={} lab.dirty_mb={} lab.dirty_rate_mb={}",
+             lab.heartbeat_ms={} lab.mode={} lab.stamp_mb={} lab.dirty_mb={} lab.dirty_rate_mb={} \
+             lab.work_log2={} lab.template={}",
             self.name,
             self.ip(),
             observer::PORT,
             vm.heartbeat_ms,
-            vm.mode,
+            if busy { vm.mode.as_str() } else { IDLE },
             vm.stamp_mb,
             vm.dirty_mb,
-            vm.dirty_rate_mb
+            vm.dirty_rate_mb,
+            vm.work_log2,
+            u8::from(vm.template)
         )
     }
 
@@ -188,14 +206,18 @@ impl Vm {
         [high, low]
     }
 
-    fn ip(&self) -> Ipv4Addr {
+    /// Its address in the observation network.
+    #[must_use]
+    pub fn ip(&self) -> Ipv4Addr {
         let [high, low] = self.bytes();
         // The third byte starts at 1 because 10.78.0.1 is the observer; the last must be neither
         // 0 nor 255 only where it is the network's first or last address, which it is not here.
         Ipv4Addr::new(10, 78, 1 + high, low)
     }
 
-    fn mac(&self) -> String {
+    /// Address of its network card.
+    #[must_use]
+    pub fn mac(&self) -> String {
         let [high, low] = self.bytes();
         format!("52:54:00:67:{high:02x}:{low:02x}")
     }

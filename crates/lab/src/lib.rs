@@ -1,18 +1,22 @@
 //! The lab: racks of network namespaces with real VMs, and what is measured on them.
 
 pub mod bench;
+pub mod bounds;
 pub mod cgroup;
 pub mod clock;
 pub mod compare;
 pub mod fault;
+pub mod footprint;
 pub mod gangway;
 pub mod guest;
 pub mod install;
+pub mod ksm;
 pub mod measure;
 pub mod memory;
 pub mod net;
 pub mod observer;
 pub mod outcome;
+pub mod overhead;
 pub mod pki;
 pub mod process;
 pub mod qmp;
@@ -23,3 +27,5 @@ pub mod scenario;
 pub mod session;
 pub mod shell;
 pub mod stock;
+pub mod technique;
+pub mod template;

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use lab::results::Results;
 use lab::scenario::Scenario;
 use lab::{compare, report, run};
 
@@ -33,6 +34,11 @@ enum Command {
         /// Change a key of the scenario, as in `--set vm.memory_mb=512`.
         #[arg(long = "set", value_name = "KEY=VALUE")]
         settings: Vec<String>,
+    },
+    /// Write the report of a run again, from its results.json.
+    Report {
+        /// Directory of the run.
+        dir: PathBuf,
     },
     /// Compare the results of two or more runs.
     Compare {
@@ -76,6 +82,12 @@ fn execute(command: Command) -> anyhow::Result<ExitCode> {
             } else {
                 ExitCode::FAILURE
             })
+        }
+        Command::Report { dir } => {
+            let results = Results::load(&dir)?;
+            let page = report::write(&results, &dir).context("writing the report")?;
+            println!("report: {}", page.display());
+            Ok(ExitCode::SUCCESS)
         }
         Command::Compare { dirs } => {
             print!("{}", compare::run(&dirs)?);

@@ -13,9 +13,9 @@ use crate::clock::UnixMs;
 use crate::guest::Vm;
 use crate::net::{Counters, Rack};
 use crate::observer::{Life, Track};
-use crate::outcome::{Moved, Outcome};
+use crate::outcome::{Moved, Outcome, PREPARE_TIME};
 use crate::process;
-use crate::results::{Downtime, Pages, Run, VmResult, VmTimeline};
+use crate::results::{Downtime, Pages, Run, Sample, VmResult, VmTimeline};
 
 /// Interval between readings of the hosts' memory.
 const FOOTPRINT_EVERY: Duration = Duration::from_millis(250);
@@ -105,10 +105,8 @@ pub fn run(bench: &Bench<'_>, before: &Before, outcome: &Outcome) -> anyhow::Res
     let lives: Vec<VmLife> = (0..bench.vms.len())
         .map(|nth| VmLife::judge(bench, outcome, nth, before.checked[nth]))
         .collect();
-    let end = |life: &VmLife| {
-        life.running
-            .map(|at| at.s_since(outcome.started) - life.hold_s())
-    };
+    let started = start_of(bench, outcome);
+    let end = |life: &VmLife| life.running.map(|at| at.s_since(started) - life.hold_s());
     let times: Vec<f64> = lives
         .iter()
         .filter_map(|life| life.result.migration_time_s)
@@ -122,15 +120,17 @@ pub fn run(bench: &Bench<'_>, before: &Before, outcome: &Outcome) -> anyhow::Res
         vms: bench.scenario.vms(),
         core_bytes: Some(counters.core()),
         target_to_target_bytes: Some(counters.target_to_target()),
+        index_bytes: Some(counters.source_to_source()),
         total_migration_time_s: latest(lives.iter().map(end)),
         mean_migration_time_s: mean_of_all(&times, lives.len()),
-        eviction_time_s: eviction_s(bench, outcome, &lives),
+        eviction_time_s: eviction_s(bench, started, &lives),
         downtime_ms: Downtime::of(
             lives
                 .iter()
                 .filter_map(|life| life.result.downtime_ms)
                 .collect(),
         ),
+        prepare_time_s: figure_of(outcome, PREPARE_TIME),
         pages: total_pages(&outcome.moved),
         compared_pages: (!compared.is_empty()).then(|| compared.iter().map(|c| c.pages).sum()),
         mismatched_pages: (!compared.is_empty())
@@ -146,7 +146,7 @@ pub fn run(bench: &Bench<'_>, before: &Before, outcome: &Outcome) -> anyhow::Res
             .iter()
             .map(|moved| VmTimeline {
                 vm: moved.vm.clone(),
-                samples: moved.samples.clone(),
+                samples: samples_since(started, outcome, moved),
             })
             .collect(),
         per_vm: lives.into_iter().map(|life| life.result).collect(),
@@ -242,11 +242,36 @@ fn mean_of_all(times: &[f64], expected: usize) -> Option<f64> {
     (times.len() == expected).then(|| times.iter().sum::<f64>() / expected as f64)
 }
 
-fn eviction_s(bench: &Bench<'_>, outcome: &Outcome, lives: &[VmLife]) -> Option<f64> {
+/// When migration time begins. With a fault, what it interrupted counts too.
+fn start_of(bench: &Bench<'_>, outcome: &Outcome) -> UnixMs {
+    match bench.scenario.fault {
+        Some(_) => outcome.started,
+        None => outcome.first_start(),
+    }
+}
+
+/// The samples of a VM, with times from `started` on.
+fn samples_since(started: UnixMs, outcome: &Outcome, moved: &Moved) -> Vec<Sample> {
+    let late_s = started.s_since(outcome.started);
+    let samples = moved.samples.iter().cloned();
+    samples
+        .map(|sample| Sample {
+            t_s: sample.t_s - late_s,
+            ..sample
+        })
+        .collect()
+}
+
+fn figure_of(outcome: &Outcome, name: &str) -> Option<f64> {
+    let figure = outcome.figures.iter().find(|(of, _)| of == name);
+    figure?.1.as_f64()
+}
+
+fn eviction_s(bench: &Bench<'_>, started: UnixMs, lives: &[VmLife]) -> Option<f64> {
     latest(bench.running.iter().zip(lives).map(|(running, life)| {
         running
             .gone_at()
-            .map(|at| at.s_since(outcome.started) - life.hold_s())
+            .map(|at| at.s_since(started) - life.hold_s())
     }))
 }
 
@@ -283,6 +308,7 @@ fn application(
             "core_bytes_target_to_source",
             json!(counters.core_to_source),
         ),
+        figure("source_to_source_bytes", json!(counters.source_to_source())),
         figure("qemu_pss_bytes_source", json!(before.source_pss_bytes)),
         figure("qemu_pss_bytes_target", json!(target_pss_bytes(bench))),
     ]

@@ -6,6 +6,7 @@ use std::thread;
 
 use anyhow::{Context, ensure};
 
+use crate::process;
 use crate::qmp::Qmp;
 
 const PAGE: usize = 4096;
@@ -17,6 +18,7 @@ const BLOCK: &str = "pc.ram";
 /// A guest's memory inside its QEMU.
 #[derive(Debug)]
 pub struct GuestMemory {
+    pid: u32,
     file: File,
     base: u64,
     length: u64,
@@ -44,12 +46,51 @@ impl GuestMemory {
             None => parse_gpa2hva(&qmp.human("gpa2hva 0")?)?,
         };
         let path = format!("/proc/{pid}/mem");
-        let file = File::open(&path).with_context(|| format!("opening {path}"))?;
+        let mut options = File::options();
+        let file = options.read(true).write(true).open(&path);
+        let file = file.with_context(|| format!("opening {path}"))?;
         Ok(Self {
+            pid,
             file,
             base,
             length: block.length,
         })
+    }
+
+    /// What of it the host holds, with pages that others hold too counted by the share in them.
+    #[must_use]
+    pub fn pss_bytes(&self) -> Option<u64> {
+        process::pss_bytes_within(self.pid, self.base..self.base + self.length)
+    }
+
+    /// Hands every page to `take`, in the order of addresses.
+    pub fn for_each_page(
+        &self,
+        mut take: impl FnMut(&[u8]) -> anyhow::Result<()>,
+    ) -> anyhow::Result<()> {
+        let mut buffer = vec![0; CHUNK];
+        let mut at = 0;
+        while at < self.length {
+            let length = usize::try_from(self.length - at)
+                .unwrap_or(CHUNK)
+                .min(CHUNK);
+            self.read(at, &mut buffer[..length])?;
+            buffer[..length].chunks(PAGE).try_for_each(&mut take)?;
+            at += length as u64;
+        }
+        Ok(())
+    }
+
+    /// Writes a guest's memory, while the guest stands still.
+    pub fn write(&self, at: u64, bytes: &[u8]) -> anyhow::Result<()> {
+        let end = at.checked_add(bytes.len() as u64);
+        ensure!(
+            end.is_some_and(|end| end <= self.length),
+            "{at:#x} is outside the guest's memory"
+        );
+        self.file
+            .write_all_at(bytes, self.base + at)
+            .with_context(|| format!("writing guest memory at {at:#x}"))
     }
 
     fn read(&self, at: u64, into: &mut [u8]) -> anyhow::Result<()> {
@@ -177,6 +218,7 @@ mod tests {
             let path = path.path().join(name);
             std::fs::write(&path, bytes).unwrap();
             GuestMemory {
+                pid: std::process::id(),
                 file: File::open(path).unwrap(),
                 base: 0,
                 length: bytes.len() as u64,

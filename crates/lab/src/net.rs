@@ -104,6 +104,8 @@ pub struct Counters {
     pub core_to_source: u64,
     /// Sent by all target hosts on their edge links.
     pub target_edges_sent: u64,
+    /// Received by all source hosts on their edge links.
+    pub source_edges_received: u64,
 }
 
 impl Counters {
@@ -116,6 +118,9 @@ impl Counters {
             target_edges_sent: self
                 .target_edges_sent
                 .saturating_sub(earlier.target_edges_sent),
+            source_edges_received: self
+                .source_edges_received
+                .saturating_sub(earlier.source_edges_received),
         }
     }
 
@@ -126,9 +131,20 @@ impl Counters {
     }
 
     /// What targets sent that did not leave their rack.
+    ///
+    /// The bulk goes the other way: what is taken off are acknowledgements, which no link drops and
+    /// which are not split on their way, so that both counters count the same.
     #[must_use]
     pub fn target_to_target(self) -> u64 {
         self.target_edges_sent.saturating_sub(self.core_to_source)
+    }
+
+    /// What sources received that did not come from the other rack. Received, not sent: the bulk
+    /// leaves a source rack, and what its core link drops would be taken for traffic inside.
+    #[must_use]
+    pub fn source_to_source(self) -> u64 {
+        self.source_edges_received
+            .saturating_sub(self.core_to_source)
     }
 }
 
@@ -191,14 +207,15 @@ impl Net {
 
     /// Reads the interfaces' counters.
     pub fn counters(&self) -> anyhow::Result<Counters> {
-        let mut target_edges_sent = 0;
-        for host in self.hosts.iter().filter(|host| host.rack == Rack::Target) {
-            target_edges_sent += sent_bytes(&host.namespace, "edge")?;
-        }
+        let of_rack = |rack, way| -> anyhow::Result<u64> {
+            let hosts = self.hosts.iter().filter(|host| host.rack == rack);
+            hosts.map(|host| bytes(&host.namespace, "edge", way)).sum()
+        };
         Ok(Counters {
-            core_to_target: sent_bytes(&self.core_namespaces[0], "core")?,
-            core_to_source: sent_bytes(&self.core_namespaces[1], "core")?,
-            target_edges_sent,
+            core_to_target: bytes(&self.core_namespaces[0], "core", Way::Sent)?,
+            core_to_source: bytes(&self.core_namespaces[1], "core", Way::Sent)?,
+            target_edges_sent: of_rack(Rack::Target, Way::Sent)?,
+            source_edges_received: of_rack(Rack::Source, Way::Received)?,
         })
     }
 
@@ -317,14 +334,56 @@ fn shape(namespace: &str, device: &str, mbit: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn sent_bytes(namespace: &str, device: &str) -> anyhow::Result<u64> {
+/// Which of an interface's counters.
+#[derive(Clone, Copy)]
+enum Way {
+    Sent,
+    Received,
+}
+
+fn bytes(namespace: &str, device: &str, way: Way) -> anyhow::Result<u64> {
     let text = output(
         Command::new("ip").args(["-n", namespace, "-s", "-j", "link", "show", "dev", device]),
     )?;
     let value: serde_json::Value =
         serde_json::from_str(&text).with_context(|| format!("statistics of {device}"))?;
+    let counter = match way {
+        Way::Sent => "/0/stats64/tx/bytes",
+        Way::Received => "/0/stats64/rx/bytes",
+    };
     value
-        .pointer("/0/stats64/tx/bytes")
+        .pointer(counter)
         .and_then(serde_json::Value::as_u64)
         .with_context(|| format!("`ip` shows no statistics of {device}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_stays_in_a_rack_is_its_edges_without_the_core() {
+        let before = Counters {
+            core_to_target: 1_000,
+            core_to_source: 100,
+            target_edges_sent: 150,
+            source_edges_received: 130,
+        };
+        let after = Counters {
+            core_to_target: 91_000,
+            core_to_source: 2_100,
+            target_edges_sent: 42_150,
+            source_edges_received: 5_130,
+        };
+        let crossed = after.since(before);
+        assert_eq!(crossed.core(), 92_000);
+        assert_eq!(crossed.target_to_target(), 40_000);
+        assert_eq!(crossed.source_to_source(), 3_000);
+        // A few frames in flight between two readings are no traffic.
+        let skewed = Counters {
+            source_edges_received: 1_900,
+            ..crossed
+        };
+        assert_eq!(skewed.source_to_source(), 0);
+    }
 }

@@ -42,6 +42,10 @@ pub struct Beat {
     pub checked: u64,
     /// Of these, how many were damaged.
     pub errors: u64,
+    /// Rounds of its work that it has done so far.
+    pub rounds: u64,
+    /// How long the latest of them took.
+    pub round_ms: f64,
 }
 
 /// All heartbeats of one VM, in the order of their arrival.
@@ -166,6 +170,14 @@ impl Observer {
         lock(&self.tracks).get(vm).cloned().unwrap_or_default()
     }
 
+    /// How long the rounds of work took that `vm` began and ended after `since`, in their order.
+    #[must_use]
+    pub fn rounds_ms(&self, vm: &str, since: UnixMs) -> Vec<f64> {
+        let tracks = lock(&self.tracks);
+        let beats = tracks.get(vm).map_or(&[][..], |track| &track.0);
+        rounds_ms(beats, since)
+    }
+
     /// Waits for a heartbeat of `vm` that satisfies `wanted`; returns it.
     pub fn wait_for(
         &self,
@@ -200,6 +212,21 @@ impl Drop for Observer {
             let _ = thread.join();
         }
     }
+}
+
+fn rounds_ms(beats: &[Beat], since: UnixMs) -> Vec<f64> {
+    let first = beats.partition_point(|beat| beat.at < since);
+    let mut known = first.checked_sub(1).map_or(0, |last| beats[last].rounds);
+    let mut rounds = Vec::new();
+    for beat in &beats[first..] {
+        // It ended before it was heard of, so that it began no later than this.
+        let began_after = beat.at.0 - beat.round_ms >= since.0;
+        if beat.rounds > known && began_after {
+            rounds.push(beat.round_ms);
+        }
+        known = beat.rounds;
+    }
+    rounds
 }
 
 type Tracks = Mutex<HashMap<String, Track>>;
@@ -260,7 +287,7 @@ fn receive(links: &[Link], tracks: &Tracks, stop: &AtomicBool) {
     }
 }
 
-/// Reads `beat ID BOOT_ID SEQUENCE MONOTONIC_NS READY CHECKED ERRORS`.
+/// Reads `beat ID BOOT_ID SEQUENCE MONOTONIC_NS READY CHECKED ERRORS`, and `ROUNDS ROUND_NS`.
 fn parse(datagram: &[u8], host: &str) -> Option<(String, Beat)> {
     let text = std::str::from_utf8(datagram).ok()?;
     let mut words = text.split_whitespace();
@@ -279,6 +306,8 @@ fn parse(datagram: &[u8], host: &str) -> Option<(String, Beat)> {
         ready: number()? == 1,
         checked: number()?,
         errors: number()?,
+        rounds: number().unwrap_or(0),
+        round_ms: number().unwrap_or(0) as f64 / 1e6,
     };
     Some((vm, beat))
 }
@@ -297,7 +326,32 @@ mod tests {
             ready: true,
             checked: 0,
             errors: 0,
+            rounds: 0,
+            round_ms: 0.0,
         }
+    }
+
+    #[test]
+    fn only_rounds_that_lie_after_the_moment_count() {
+        let beats: Vec<Beat> = [
+            (0.0, 4, 90.0),
+            (100.0, 5, 80.0),
+            (150.0, 5, 80.0),
+            (200.0, 6, 99.0),
+            (260.0, 7, 60.0),
+            (270.0, 7, 60.0),
+        ]
+        .into_iter()
+        .map(|(at, rounds, round_ms)| Beat {
+            rounds,
+            round_ms,
+            ..beat(at, "s1", 0)
+        })
+        .collect();
+        assert_eq!(rounds_ms(&beats, UnixMs(50.0)), [99.0, 60.0]);
+        assert_eq!(rounds_ms(&beats, UnixMs(120.0)), [60.0]);
+        assert_eq!(rounds_ms(&beats, UnixMs(0.0)), [80.0, 99.0, 60.0]);
+        assert!(rounds_ms(&[], UnixMs(0.0)).is_empty());
     }
 
     #[test]
@@ -347,5 +401,7 @@ mod tests {
         }
         let (vm, beat) = parse(b"beat vm1 boot 5 99 1 7 0", "s1").unwrap();
         assert_eq!((vm.as_str(), beat.sequence, beat.checked), ("vm1", 5, 7));
+        let (_, beat) = parse(b"beat vm1 boot 5 99 1 7 0 3 2500000", "s1").unwrap();
+        assert_eq!((beat.rounds, beat.round_ms), (3, 2.5));
     }
 }

@@ -70,6 +70,9 @@ impl Moved {
     }
 }
 
+/// Name of the figure with the length of the preparation phase, in seconds.
+pub const PREPARE_TIME: &str = "prepare_time_s";
+
 /// Further measures, for `application` in the results.
 pub type Figures = Vec<(String, Value)>;
 
@@ -84,6 +87,17 @@ pub struct Outcome {
     pub figures: Figures,
     /// Processor time of single kinds of process.
     pub cpu_seconds: Vec<(String, f64)>,
+}
+
+impl Outcome {
+    /// When the first VM's move began: what comes before it (the preparation phase, for one) is no
+    /// migration. With nothing moved, when it was asked for.
+    #[must_use]
+    pub fn first_start(&self) -> UnixMs {
+        let starts = self.moved.iter().map(|moved| moved.started);
+        let first = starts.min_by(|a, b| a.0.total_cmp(&b.0));
+        first.map_or(self.started, |first| first.later(self.started))
+    }
 }
 
 /// `events.jsonl`: what happened in all runs, one object a line, each with the technique and
@@ -133,5 +147,27 @@ impl EventLog {
             object.extend(fields);
         }
         self.record(object);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn migration_time_begins_with_the_first_move_and_not_with_the_preparation() {
+        let started_at = |started: f64| Moved {
+            started: UnixMs(started),
+            ..Moved::begin("vm1")
+        };
+        let outcome = |moved| Outcome {
+            started: UnixMs(1_000.0),
+            moved,
+            figures: Vec::new(),
+            cpu_seconds: Vec::new(),
+        };
+        let prepared = outcome(vec![started_at(9_500.0), started_at(9_000.0)]);
+        assert_eq!(prepared.first_start(), UnixMs(9_000.0));
+        assert_eq!(outcome(Vec::new()).first_start(), UnixMs(1_000.0));
     }
 }

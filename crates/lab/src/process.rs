@@ -1,6 +1,7 @@
 //! What the kernel says of a process.
 
 use std::fs;
+use std::ops::Range;
 use std::os::unix::net::UnixStream;
 
 use anyhow::Context;
@@ -42,6 +43,33 @@ pub fn pss_bytes(pid: u32) -> Option<u64> {
     kilobytes(&text, "Pss:")
 }
 
+/// As [`pss_bytes`], of those mappings alone that lie in a range of addresses.
+#[must_use]
+pub fn pss_bytes_within(pid: u32, range: Range<u64>) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/smaps")).ok()?;
+    Some(pss_within(&text, &range))
+}
+
+fn pss_within(smaps: &str, range: &Range<u64>) -> u64 {
+    let mut inside = false;
+    let mut bytes = 0;
+    for line in smaps.lines() {
+        if let Some(mapping) = addresses(line) {
+            inside = mapping.start < range.end && range.start < mapping.end;
+        } else if inside {
+            bytes += kilobytes(line, "Pss:").unwrap_or(0);
+        }
+    }
+    bytes
+}
+
+/// The addresses that a mapping's first line begins with.
+fn addresses(line: &str) -> Option<Range<u64>> {
+    let (start, end) = line.split_whitespace().next()?.split_once('-')?;
+    let number = |text| u64::from_str_radix(text, 16).ok();
+    Some(number(start)?..number(end)?)
+}
+
 fn kilobytes(text: &str, name: &str) -> Option<u64> {
     let rest = text.lines().find_map(|line| line.strip_prefix(name))?;
     let number = rest.trim().strip_suffix(" kB")?.trim();
@@ -58,6 +86,23 @@ fn fields(pid: u32) -> Option<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_mappings_in_the_range_are_counted() {
+        let smaps = "\
+7f0000000000-7f0000200000 rw-p 00000000 00:00 0
+Pss:                 100 kB
+Pss_Dirty:            90 kB
+7f0000200000-7f0000300000 rw-p 00000000 00:01 77      /memfd:pool (deleted)
+Pss:                   7 kB
+7f0000300000-7f0000400000 rw-p 00000000 00:00 0
+Pss:                  50 kB
+";
+        let within = |range| pss_within(smaps, &range) / 1024;
+        assert_eq!(within(0x7f00_0000_0000..0x7f00_0030_0000), 107);
+        assert_eq!(within(0x7f00_0030_0000..0x7f00_0040_0000), 50);
+        assert_eq!(within(0..0x7f00_0000_0000), 0);
+    }
 
     #[test]
     fn this_process_is_alive_and_its_figures_are_plausible() {

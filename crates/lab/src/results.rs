@@ -11,6 +11,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::bounds::Bounds;
+pub use crate::footprint::Footprint;
+
 /// Name of the file inside a run's output directory.
 pub const FILE_NAME: &str = "results.json";
 
@@ -63,17 +66,24 @@ pub struct Run {
     pub repeat: u32,
     /// VMs that were to be moved.
     pub vms: u32,
+    /// Hosts in the source rack of this run.
+    #[serde(default)]
+    pub source_hosts: Option<u32>,
+    /// VMs on each source host at the start of this run.
+    #[serde(default)]
+    pub vms_per_host: Option<u32>,
     /// Bytes on the link between the racks, both ways, headers included.
     pub core_bytes: Option<u64>,
     /// Bytes between hosts of the target rack.
     pub target_to_target_bytes: Option<u64>,
-    /// Bytes to and from a rack index.
+    /// Bytes between hosts of the source rack, where an index is there: its traffic, and what the
+    /// agents say to the one that coordinates.
     pub index_bytes: Option<u64>,
-    /// From the first start to the last VM running at its target, holds taken off.
+    /// From the start of the first VM's move to the last VM running at its target, holds taken off.
     pub total_migration_time_s: Option<f64>,
     /// Mean over the VMs of the time from the VM's start to its running at the target.
     pub mean_migration_time_s: Option<f64>,
-    /// From the first start until the source hosts are free of the VMs.
+    /// From the start of the first VM's move until the source hosts are free of the VMs.
     pub eviction_time_s: Option<f64>,
     /// Length of the preparation phase, where there is one.
     pub prepare_time_s: Option<f64>,
@@ -83,6 +93,15 @@ pub struct Run {
     pub source_footprint_bytes: Option<u64>,
     /// As `source_footprint_bytes`, at the target.
     pub target_footprint_bytes: Option<u64>,
+    /// Memory of the source hosts at rest, just before the migration.
+    #[serde(default)]
+    pub source_footprint: Option<Footprint>,
+    /// Memory of the target hosts at rest, after it.
+    #[serde(default)]
+    pub target_footprint: Option<Footprint>,
+    /// What the guests' memory comes to at best.
+    #[serde(default)]
+    pub bounds: Option<Bounds>,
     /// How the pages crossed.
     pub pages: Option<Pages>,
     /// Guest pages compared between source and target at hand-over.
@@ -176,7 +195,7 @@ pub struct VmTimeline {
 /// One reading of a VM's progress.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Sample {
-    /// Seconds since the first start of the run.
+    /// Seconds since the start of the first VM's move.
     pub t_s: f64,
     /// Bytes sent for this VM so far.
     pub wire_bytes: u64,
@@ -245,11 +264,40 @@ impl Results {
         Ok(path)
     }
 
-    /// The runs by technique, in the order in which the techniques first ran.
+    /// The runs by technique, in the order in which the techniques first ran; of a sweep, those of
+    /// its largest topology, since others are not their repetitions.
     #[must_use]
     pub fn techniques(&self) -> Vec<Technique<'_>> {
+        let largest = self.points().into_iter().max_by_key(Point::vms);
+        largest.map_or_else(Vec::new, |point| self.techniques_at(point))
+    }
+
+    /// The topologies of the runs, in the order in which they first ran.
+    #[must_use]
+    pub fn points(&self) -> Vec<Point> {
+        let mut points: Vec<Point> = Vec::new();
+        for point in self.runs.iter().map(|run| self.point(run)) {
+            if !points.contains(&point) {
+                points.push(point);
+            }
+        }
+        points
+    }
+
+    /// Topology that a run took place in.
+    #[must_use]
+    pub fn point(&self, run: &Run) -> Point {
+        Point {
+            hosts: run.source_hosts.unwrap_or(self.topology.source_hosts),
+            vms_per_host: run.vms_per_host.unwrap_or(self.topology.vms_per_host),
+        }
+    }
+
+    /// The runs of one topology by technique.
+    #[must_use]
+    pub fn techniques_at(&self, point: Point) -> Vec<Technique<'_>> {
         let mut found: Vec<Technique<'_>> = Vec::new();
-        for run in &self.runs {
+        for run in self.runs.iter().filter(|run| self.point(run) == point) {
             let name = run.name();
             match found.iter_mut().find(|technique| technique.name == name) {
                 Some(technique) => technique.runs.push(run),
@@ -260,6 +308,23 @@ impl Results {
             }
         }
         found
+    }
+}
+
+/// What a sweep varies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Point {
+    /// Hosts in the source rack.
+    pub hosts: u32,
+    /// VMs on each of them.
+    pub vms_per_host: u32,
+}
+
+impl Point {
+    /// VMs of the whole rack.
+    #[must_use]
+    pub fn vms(&self) -> u32 {
+        self.hosts.saturating_mul(self.vms_per_host)
     }
 }
 
@@ -277,7 +342,8 @@ impl Run {
     #[must_use]
     pub fn name(&self) -> String {
         let mut name = self.technique.clone();
-        if self.compression != "none" && !self.compression.is_empty() {
+        // `full` is never without.
+        if !["none", ""].contains(&self.compression.as_str()) && self.technique != "full" {
             name.push('+');
             name.push_str(&self.compression);
         }
@@ -393,6 +459,29 @@ mod tests {
             .map(|t| (t.name.as_str(), t.runs.len()))
             .collect();
         assert_eq!(names, [("stock", 2), ("gang+zstd", 1)]);
+    }
+
+    #[test]
+    fn a_sweep_is_told_apart_by_topology_and_headed_by_the_largest() {
+        let run = |hosts: u32, repeat: u32| Run {
+            technique: "full".into(),
+            compression: "zstd".into(),
+            source_hosts: Some(hosts),
+            vms_per_host: Some(4),
+            repeat,
+            ..Run::default()
+        };
+        let results = Results {
+            runs: vec![run(1, 0), run(6, 0), run(1, 1), run(6, 1), run(3, 0)],
+            ..Results::default()
+        };
+        let hosts: Vec<u32> = results.points().iter().map(|point| point.hosts).collect();
+        assert_eq!(hosts, [1, 6, 3]);
+        let [full] = &results.techniques()[..] else {
+            panic!("one technique")
+        };
+        assert_eq!((full.name.as_str(), full.runs.len()), ("full", 2));
+        assert!(full.runs.iter().all(|run| run.source_hosts == Some(6)));
     }
 
     #[test]

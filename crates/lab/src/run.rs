@@ -4,13 +4,19 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Context;
+use serde_json::{Value, json};
 
 use crate::bench::{Bench, Programs};
+use crate::bounds;
 use crate::clock::UnixMs;
+use crate::footprint::Footprint;
 use crate::gangway::{self, Agents};
 use crate::install;
+use crate::ksm::{self, Merged};
 use crate::measure::{self, Before};
+use crate::net::Rack;
 use crate::outcome::{EventLog, Outcome};
+use crate::overhead;
 use crate::results::{Results, Run, Topology};
 use crate::scenario::{Preset, Scenario, Stock, Technique};
 use crate::session::Session;
@@ -31,12 +37,17 @@ pub fn scenario(name: &str, scenario: &Scenario, out: &Path) -> anyhow::Result<R
     let mut results = Results {
         scenario: name.to_owned(),
         versions: versions(scenario, &programs)?,
-        topology: topology(scenario),
+        topology: topology(&scenario.largest()),
         runs: Vec::new(),
         command: std::env::args().collect(),
         started_unix_s: Some(seconds(UnixMs::now())),
     };
-    for repeat in 0..scenario.repeats {
+    for (repeat, scenario) in scenario.rounds() {
+        let scenario = &scenario;
+        for run in overheads(&session, scenario, &programs, (repeat, out))? {
+            results.runs.push(run);
+            results.save(out)?;
+        }
         for &technique in &scenario.techniques {
             say(&format!(
                 "{name}: {technique}, run {} of {}",
@@ -58,6 +69,8 @@ pub fn scenario(name: &str, scenario: &Scenario, out: &Path) -> anyhow::Result<R
                 mode: "pre-copy".into(),
                 compression: technique.compression().into(),
                 repeat,
+                source_hosts: Some(scenario.hosts.source),
+                vms_per_host: Some(scenario.hosts.vms_per_host),
                 ..run
             });
             // What is measured is kept, whatever happens to the runs that follow.
@@ -65,6 +78,42 @@ pub fn scenario(name: &str, scenario: &Scenario, out: &Path) -> anyhow::Result<R
         }
     }
     Ok(results)
+}
+
+/// The runs that measure what preparation costs, if the scenario asks for them.
+fn overheads(
+    session: &Session,
+    scenario: &Scenario,
+    programs: &Programs,
+    (repeat, out): (u32, &Path),
+) -> anyhow::Result<Vec<Run>> {
+    let Some(preparation) = &scenario.preparation else {
+        return Ok(Vec::new());
+    };
+    let mut runs = Vec::new();
+    for workload in &preparation.workloads {
+        let vms = scenario.vms();
+        say(&format!("preparation beside {vms} guests with {workload}"));
+        let log = EventLog::open(out, overhead::TECHNIQUE.to_owned(), repeat)?;
+        let of = (preparation, workload.as_str());
+        let run = overhead::run(session, scenario, programs, of, &log).unwrap_or_else(|error| {
+            say(&format!("{workload} failed: {error:#}"));
+            Run {
+                vms,
+                failure: Some(format!("{workload}: {error:#}")),
+                ..Run::default()
+            }
+        });
+        runs.push(Run {
+            technique: overhead::TECHNIQUE.to_owned(),
+            compression: "none".into(),
+            repeat,
+            source_hosts: Some(scenario.hosts.source),
+            vms_per_host: Some(scenario.hosts.vms_per_host),
+            ..run
+        });
+    }
+    Ok(runs)
 }
 
 /// Whether every run came to its end with every VM intact.
@@ -86,7 +135,13 @@ fn one(
     log: &EventLog,
 ) -> anyhow::Result<Run> {
     let bench = Bench::start(session, scenario, programs)?;
+    let pids: Vec<u32> = bench.running.iter().map(|running| running.pid).collect();
+    let merged = scenario
+        .ksm
+        .then(|| ksm::merge(session, &pids))
+        .transpose()?;
     let mut mover = Mover::start(technique, &bench)?;
+    let source_footprint = Footprint::read(&bench, Rack::Source, &mover.agents(Rack::Source));
     let before = Before::read(&bench)?;
     say(&format!("moving {} VMs with {technique}", bench.vms.len()));
     let (outcome, [source_footprint_bytes, target_footprint_bytes]) =
@@ -94,7 +149,24 @@ fn one(
     let outcome = outcome?;
     say("listening to the guests after their move");
     measure::listen(&bench, &outcome);
-    let run = measure::run(&bench, &before, &outcome)?;
+    let mut run = measure::run(&bench, &before, &outcome)?;
+    if !technique.has_index() {
+        run.index_bytes = None;
+    }
+    run.source_footprint = Some(source_footprint);
+    run.target_footprint = Some(Footprint::read(
+        &bench,
+        Rack::Target,
+        &mover.agents(Rack::Target),
+    ));
+    run.application.extend(merged.iter().flat_map(ksm_figures));
+    if scenario.bounds {
+        say("computing what the guests' memory comes to at best");
+        // What the move was measured to be holds without them.
+        run.bounds = bounds::compute(&bench)
+            .inspect_err(|error| say(&format!("they are not known: {error:#}")))
+            .ok();
+    }
     say(&summary(&run));
     let stayed: Vec<String> = run
         .per_vm
@@ -108,6 +180,14 @@ fn one(
         failure,
         ..run
     })
+}
+
+fn ksm_figures(merged: &Merged) -> [(String, Value); 3] {
+    [
+        ("ksm_merge_s".to_owned(), json!(merged.seconds)),
+        ("ksm_merged_pages".to_owned(), json!(merged.pages)),
+        ("ksm_shared_pages".to_owned(), json!(merged.shared)),
+    ]
 }
 
 /// What carries out a technique, ready to begin.
@@ -130,6 +210,14 @@ impl Mover {
                 zstd,
             },
         })
+    }
+
+    /// Processes of the agents of a rack.
+    fn agents(&self, rack: Rack) -> Vec<u32> {
+        match self {
+            Self::Stock(_) => Vec::new(),
+            Self::Gangway { agents, .. } => agents.pids(rack),
+        }
     }
 
     fn migrate(&mut self, bench: &Bench<'_>, log: &EventLog) -> anyhow::Result<Outcome> {
@@ -178,6 +266,7 @@ fn versions(scenario: &Scenario, programs: &Programs) -> anyhow::Result<BTreeMap
         .techniques
         .iter()
         .any(|technique| matches!(technique, Technique::Gangway { .. }))
+        || scenario.preparation.is_some()
     {
         let program = install::gangway(scenario.gangway.as_deref())?;
         let version = output(std::process::Command::new(program).arg("--version"))?;

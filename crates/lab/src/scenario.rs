@@ -1,8 +1,6 @@
 //! Scenarios: what is built, what runs on it and which techniques move it. Files in `scenarios/`.
 
-use std::fmt;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 
 use anyhow::{Context, bail, ensure};
 use serde::Deserialize;
@@ -10,6 +8,8 @@ use toml::{Table, Value};
 
 use crate::fault::Fault;
 use crate::net::Links;
+use crate::overhead::Preparation;
+pub use crate::technique::{Preset, Stock, Technique};
 
 /// The scenarios that come with the lab.
 const BUILT_IN: &[(&str, &str)] = &[
@@ -24,6 +24,22 @@ const BUILT_IN: &[(&str, &str)] = &[
     ),
     ("fault", include_str!("../scenarios/fault.toml")),
     ("unshaped", include_str!("../scenarios/unshaped.toml")),
+    (
+        "racks-loaded",
+        include_str!("../scenarios/racks-loaded.toml"),
+    ),
+    ("irlm-fig4-5", include_str!("../scenarios/irlm-fig4-5.toml")),
+    ("irlm-table2", include_str!("../scenarios/irlm-table2.toml")),
+    ("slm-fig2-4", include_str!("../scenarios/slm-fig2-4.toml")),
+    (
+        "slm-template",
+        include_str!("../scenarios/slm-template.toml"),
+    ),
+    ("slm-fig5", include_str!("../scenarios/slm-fig5.toml")),
+    (
+        "slm-downtime",
+        include_str!("../scenarios/slm-downtime.toml"),
+    ),
 ];
 
 /// One experiment.
@@ -55,13 +71,22 @@ pub struct Scenario {
     /// What goes wrong, and when.
     #[serde(default)]
     pub fault: Option<Fault>,
+    /// Whether the source hosts' guests are merged by KSM before they are moved.
+    #[serde(default)]
+    pub ksm: bool,
+    /// Whether the least that `full` could send is computed from the guests' memory.
+    #[serde(default)]
+    pub bounds: bool,
+    /// What the preparation phase costs the guests is measured, instead of moving them.
+    #[serde(default)]
+    pub preparation: Option<Preparation>,
     /// `gangway` to test; the one beside `gangway-lab` if absent.
     #[serde(default)]
     pub gangway: Option<PathBuf>,
 }
 
 /// Counts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Hosts {
     /// Hosts in the source rack.
@@ -70,6 +95,12 @@ pub struct Hosts {
     pub target: u32,
     /// VMs on each source host.
     pub vms_per_host: u32,
+    /// Runs with so many hosts in each rack, one set of runs for each count.
+    #[serde(default)]
+    pub sweep: Vec<u32>,
+    /// As `sweep`, for the VMs on each source host.
+    #[serde(default)]
+    pub vms_sweep: Vec<u32>,
 }
 
 /// What each VM is. The workload's keys are those of the guest's kernel command line.
@@ -87,12 +118,21 @@ pub struct Vm {
     /// Whether it has a virtio-blk disk on storage that both racks share.
     #[serde(default)]
     pub disk: bool,
-    /// `idle`, `stamp`, `dirty`, `cpu` or `random`.
+    /// Whether all VMs begin as copies of one that was booted, its memory mapped copy-on-write.
+    #[serde(default)]
+    pub template: bool,
+    /// `idle`, `stamp`, `dirty`, `cpu`, `random`, `subset-sum` or `random-writes`.
     pub mode: String,
+    /// Only every so many-th VM has the mode, the others are idle.
+    #[serde(default = "every_one")]
+    pub busy_every: u32,
+    /// `subset-sum` and `random-writes` do 2 to the power of this many steps a round.
+    #[serde(default)]
+    pub work_log2: u32,
     /// MiB that are stamped and checked.
     #[serde(default)]
     pub stamp_mb: u32,
-    /// MiB that `dirty` and `random` fill.
+    /// MiB that `dirty`, `random` and `random-writes` fill.
     #[serde(default)]
     pub dirty_mb: u32,
     /// MiB/s that `dirty` writes.
@@ -137,115 +177,6 @@ impl Default for Versions {
     }
 }
 
-/// A way to move VMs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
-pub enum Technique {
-    /// QEMU to QEMU, without Gangway.
-    Stock(Stock),
-    /// Through Gangway's agents.
-    Gangway {
-        /// Preset of the plan.
-        preset: Preset,
-        /// Whether literals are compressed.
-        zstd: bool,
-    },
-}
-
-/// What QEMU is told to use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stock {
-    /// Its defaults.
-    Plain,
-    /// Differences to pages sent before.
-    Xbzrle,
-    /// Several channels, compressed.
-    MultifdZstd,
-}
-
-/// Presets that the lab runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Preset {
-    /// Online compression.
-    Oc,
-    /// Gang migration.
-    Gang,
-}
-
-impl Technique {
-    /// Name without settings, as in `results.json`.
-    #[must_use]
-    pub fn base(self) -> &'static str {
-        match self {
-            Self::Stock(Stock::Plain) => "stock",
-            Self::Stock(Stock::Xbzrle) => "stock-xbzrle",
-            Self::Stock(Stock::MultifdZstd) => "stock-multifd-zstd",
-            Self::Gangway {
-                preset: Preset::Oc, ..
-            } => "oc",
-            Self::Gangway {
-                preset: Preset::Gang,
-                ..
-            } => "gang",
-        }
-    }
-
-    /// Gangway's compression.
-    #[must_use]
-    pub fn compression(self) -> &'static str {
-        match self {
-            Self::Gangway { zstd: true, .. } => "zstd",
-            _ => "none",
-        }
-    }
-}
-
-impl fmt::Display for Technique {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.base())?;
-        match self.compression() {
-            "none" => Ok(()),
-            compression => write!(f, "+{compression}"),
-        }
-    }
-}
-
-impl FromStr for Technique {
-    type Err = anyhow::Error;
-
-    fn from_str(text: &str) -> anyhow::Result<Self> {
-        let (base, zstd) = match text.strip_suffix("+zstd") {
-            Some(base) => (base, true),
-            None => (text, false),
-        };
-        match (base, zstd) {
-            ("stock", false) => Ok(Self::Stock(Stock::Plain)),
-            ("stock-xbzrle", false) => Ok(Self::Stock(Stock::Xbzrle)),
-            ("stock-multifd-zstd", false) => Ok(Self::Stock(Stock::MultifdZstd)),
-            ("oc", zstd) => Ok(Self::Gangway {
-                preset: Preset::Oc,
-                zstd,
-            }),
-            ("gang", zstd) => Ok(Self::Gangway {
-                preset: Preset::Gang,
-                zstd,
-            }),
-            _ => bail!(
-                "`{text}` is no technique; there are stock, stock-xbzrle, stock-multifd-zstd, oc, \
-                 gang, oc+zstd, gang+zstd"
-            ),
-        }
-    }
-}
-
-impl TryFrom<String> for Technique {
-    type Error = anyhow::Error;
-
-    fn try_from(text: String) -> anyhow::Result<Self> {
-        text.parse()
-    }
-}
-
 fn once() -> u32 {
     1
 }
@@ -264,6 +195,10 @@ fn one_cpu() -> u32 {
 
 fn heartbeat() -> u32 {
     10
+}
+
+fn every_one() -> u32 {
+    1
 }
 
 impl Scenario {
@@ -294,15 +229,69 @@ impl Scenario {
         self.hosts.source * self.hosts.vms_per_host
     }
 
+    /// The scenario once for each repeat and each of the sweep's points, in the order of running.
+    pub fn rounds(&self) -> impl Iterator<Item = (u32, Self)> {
+        (0..self.repeats).flat_map(|repeat| self.points().into_iter().map(move |one| (repeat, one)))
+    }
+
+    /// The scenario with each of its topologies, smallest first as the scenario lists them.
+    #[must_use]
+    pub fn points(&self) -> Vec<Self> {
+        let hosts = &self.hosts;
+        let racks: Vec<(u32, u32)> = if hosts.sweep.is_empty() {
+            vec![(hosts.source, hosts.target)]
+        } else {
+            hosts.sweep.iter().map(|&count| (count, count)).collect()
+        };
+        let vms = if hosts.vms_sweep.is_empty() {
+            vec![hosts.vms_per_host]
+        } else {
+            hosts.vms_sweep.clone()
+        };
+        let with = |((source, target), vms_per_host)| Self {
+            hosts: Hosts {
+                source,
+                target,
+                vms_per_host,
+                sweep: Vec::new(),
+                vms_sweep: Vec::new(),
+            },
+            ..self.clone()
+        };
+        racks
+            .into_iter()
+            .flat_map(|rack| vms.iter().map(move |&vms| (rack, vms)))
+            .map(with)
+            .collect()
+    }
+
+    /// The point with the most VMs: what the results are headed with.
+    #[must_use]
+    pub fn largest(&self) -> Self {
+        let largest = self.points().into_iter().max_by_key(Self::vms);
+        largest.unwrap_or_else(|| self.clone())
+    }
+
     fn check(&self) -> anyhow::Result<()> {
-        ensure!(!self.techniques.is_empty(), "a scenario needs a technique");
+        ensure!(
+            !self.techniques.is_empty() || self.preparation.is_some(),
+            "a scenario needs a technique"
+        );
+        if let Some(preparation) = &self.preparation {
+            preparation.check()?;
+        }
         for (name, value, most) in [
             ("repeats", self.repeats, 100),
             ("hosts.source", self.hosts.source, 64),
             ("hosts.target", self.hosts.target, 64),
             ("hosts.vms_per_host", self.hosts.vms_per_host, 64),
             ("vm.cpus", self.vm.cpus, 16),
-        ] {
+            ("vm.busy_every", self.vm.busy_every, 64),
+        ]
+        .into_iter()
+        .chain(swept("hosts.sweep", &self.hosts.sweep))
+        .chain(swept("hosts.vms_sweep", &self.hosts.vms_sweep))
+        {
             ensure!(
                 (1..=most).contains(&value),
                 "{name} = {value}: must be 1 to {most}"
@@ -319,6 +308,10 @@ impl Scenario {
                 "a fault's time is {seconds} s: it must be 0 to 600"
             );
         }
+        ensure!(
+            !self.vm.template || (self.vm.mode == "idle" && self.vm.stamp_mb == 0 && !self.vm.disk),
+            "vm.template: copies of one guest have no workload or disk of their own"
+        );
         let filled = u64::from(self.vm.stamp_mb) + u64::from(self.vm.dirty_mb);
         // What the guest's kernel, programs and file system were seen to need.
         let own = 100 + self.vm.memory_mb / 8;
@@ -329,6 +322,11 @@ impl Scenario {
         );
         Ok(())
     }
+}
+
+/// The counts of a sweep, to be checked as those of its single points.
+fn swept(name: &'static str, counts: &[u32]) -> impl Iterator<Item = (&'static str, u32, u32)> {
+    counts.iter().map(move |&count| (name, count, 64))
 }
 
 fn text_of(name: &str) -> anyhow::Result<String> {
@@ -362,11 +360,17 @@ fn apply(table: &mut Table, setting: &str) -> anyhow::Result<()> {
             .with_context(|| format!("`{key}` is not a table"))?;
     }
     let value = match place.get(last) {
-        Some(Value::Array(_)) if !text.starts_with('[') => Value::Array(
-            text.split(',')
-                .map(|item| Value::String(item.to_owned()))
-                .collect(),
-        ),
+        Some(Value::Array(items)) if !text.starts_with('[') => {
+            let numbers = items.iter().all(Value::is_integer) && !items.is_empty();
+            let item = |item: &str| {
+                if numbers {
+                    parse_value(item)
+                } else {
+                    Value::String(item.to_owned())
+                }
+            };
+            Value::Array(text.split(',').map(item).collect())
+        }
         Some(Value::String(_)) => Value::String(text.to_owned()),
         // Versions look like numbers, but are names.
         _ if path.starts_with("qemu.") => Value::String(text.to_owned()),
@@ -415,6 +419,8 @@ mod tests {
         let fault = Scenario::load("fault", &["fault.for_s=-1".to_owned()]).unwrap_err();
         assert!(fault.to_string().contains("0 to 600"), "{fault}");
         for wrong in [
+            "hosts.sweep=[0]",
+            "techniques=full+zstd",
             "repeats=0",
             "vm.size=1",
             "techniques=magic",
@@ -435,5 +441,22 @@ mod tests {
                 "{wrong}: {error}"
             );
         }
+    }
+
+    #[test]
+    fn a_sweep_runs_every_topology_in_every_repeat() {
+        let settings = ["hosts.sweep=1,3", "repeats=2"].map(str::to_owned);
+        let scenario = Scenario::load("irlm-fig4-5", &settings).unwrap();
+        let rounds: Vec<_> = scenario
+            .rounds()
+            .map(|(repeat, one)| (repeat, one.hosts.source, one.hosts.target, one.vms()))
+            .collect();
+        assert_eq!(
+            rounds,
+            [(0, 1, 1, 4), (0, 3, 3, 12), (1, 1, 1, 4), (1, 3, 3, 12)]
+        );
+        assert_eq!(scenario.largest().hosts.source, 3);
+        let plain = Scenario::load("pair", &[]).unwrap();
+        assert_eq!(plain.points(), std::slice::from_ref(&plain));
     }
 }

@@ -17,6 +17,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::cgroup;
+use crate::ksm;
 use crate::shell::{output, say};
 
 /// Where `ip netns` keeps the names of namespaces.
@@ -75,6 +76,16 @@ impl Drop for Session {
     fn drop(&mut self) {
         remove(&self.prefix);
     }
+}
+
+/// The directories of all sessions of this machine.
+#[must_use]
+pub fn directories() -> Vec<PathBuf> {
+    let names = entries(Path::new(DIR)).into_iter();
+    names
+        .filter(|name| session_of(name).is_some_and(|(prefix, _)| prefix == *name))
+        .map(|name| dir_of(&name))
+        .collect()
 }
 
 fn dir_of(prefix: &str) -> PathBuf {
@@ -146,6 +157,7 @@ fn remove(prefix: &str) {
     }
     cgroup::remove(prefix);
     let dir = dir_of(prefix);
+    ksm::restore(&dir);
     unmount_below(&dir);
     if let Err(error) = fs::remove_dir_all(&dir)
         && dir.exists()

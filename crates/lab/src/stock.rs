@@ -16,7 +16,7 @@ use crate::guest::{self, Vm};
 use crate::memory::{GuestMemory, compare};
 use crate::outcome::{EventLog, Hold, Moved, Outcome};
 use crate::qmp::Qmp;
-use crate::results::Sample;
+use crate::results::{Pages, Sample};
 use crate::scenario::Stock;
 
 /// Port of the first VM; each has one of its own.
@@ -107,7 +107,7 @@ impl Move<'_> {
         self.log
             .note(&self.vm.name, "phase", json!({"phase": "bulk"}));
         let loaded = self.follow(&mut source, &mut target, moved)?;
-        wait_for_source(&mut source)?;
+        moved.pages = wait_for_source(&mut source)?;
         self.hand_over(&mut source, &mut target, loaded, moved)?;
         source
             .execute("quit", json!({}))
@@ -222,16 +222,44 @@ impl Move<'_> {
 }
 
 /// The source is done when it has the target's word over the return path; only then is its memory
-/// final and its process free to go.
-fn wait_for_source(source: &mut Qmp) -> anyhow::Result<()> {
+/// final and its process free to go. Returns what QEMU says of the pages that it has sent.
+fn wait_for_source(source: &mut Qmp) -> anyhow::Result<Option<Pages>> {
     let deadline = Instant::now() + RETURN_PATIENCE;
     loop {
         let info = source.execute("query-migrate", json!({}))?;
         match info["status"].as_str() {
-            Some("completed") => return Ok(()),
+            Some("completed") => return Ok(pages(&info["ram"])),
             Some("failed") => bail!("the source reports: {}", info["error-desc"]),
             _ if Instant::now() >= deadline => bail!("the source does not hear of its success"),
             _ => thread::sleep(Duration::from_millis(5)),
         }
+    }
+}
+
+/// QEMU knows pages of zeros, which it calls `duplicate`, and others; none that it looks up.
+fn pages(ram: &Value) -> Option<Pages> {
+    let (zero, normal) = (ram["duplicate"].as_u64()?, ram["normal"].as_u64()?);
+    Some(Pages {
+        total: zero + normal,
+        zero: Some(zero),
+        literal: Some(normal),
+        ..Pages::default()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_are_counted_as_qemu_counts_them() {
+        let ram = json!({"duplicate": 40, "normal": 25, "transferred": 102_400});
+        let pages = pages(&ram).unwrap();
+        assert_eq!(
+            (pages.total, pages.zero, pages.literal),
+            (65, Some(40), Some(25))
+        );
+        assert_eq!(pages.reference, None);
+        assert_eq!(super::pages(&json!({})), None);
     }
 }

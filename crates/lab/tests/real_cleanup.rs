@@ -7,21 +7,52 @@ use std::time::{Duration, Instant};
 use lab::session::Session;
 use rustix::process::{Pid, Signal, kill_process};
 
-/// Starts a run and waits until its guests are being booted.
-fn lab_with_booting_guests(out: &Path) -> Child {
-    let child = Command::new(env!("CARGO_BIN_EXE_gangway-lab"))
-        .args(["run", "pair", "--set", "techniques=stock", "--out"])
-        .arg(out)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("the lab starts");
-    let console = format!("/tmp/gw{}/s1/vm1", child.id());
-    let deadline = Instant::now() + Duration::from_secs(40);
-    while !Path::new(&console).exists() {
-        assert!(Instant::now() < deadline, "no guest was started");
+/// Starts a run with stock QEMU.
+fn start_lab(scenario: &str, settings: &[&str], out: &Path) -> Child {
+    let mut lab = Command::new(env!("CARGO_BIN_EXE_gangway-lab"));
+    lab.args(["run", scenario, "--set", "techniques=stock"]);
+    for setting in settings {
+        lab.args(["--set", setting]);
+    }
+    lab.arg("--out").arg(out);
+    let lab = lab.stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+    lab.expect("the lab starts")
+}
+
+fn wait_for(what: &str, patience: Duration, come: impl Fn() -> bool) {
+    let deadline = Instant::now() + patience;
+    while !come() {
+        assert!(Instant::now() < deadline, "{what}");
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// Starts a run and waits until its guests are being booted.
+fn lab_with_booting_guests(out: &Path) -> Child {
+    let child = start_lab("pair", &[], out);
+    let console = format!("/tmp/gw{}/s1/vm1", child.id());
+    wait_for("no guest was started", Duration::from_secs(40), || {
+        Path::new(&console).exists()
+    });
+    child
+}
+
+/// Settings of KSM that the lab changes.
+fn ksm_settings() -> Vec<String> {
+    let read = |name| std::fs::read_to_string(format!("/sys/kernel/mm/ksm/{name}"));
+    ["run", "pages_to_scan", "sleep_millisecs"]
+        .map(|name| read(name).expect("this kernel has KSM"))
+        .to_vec()
+}
+
+/// Starts a run with a small guest and waits until KSM has been set to merge it.
+fn lab_with_merging_guest(out: &Path) -> Child {
+    let before = ksm_settings();
+    let settings = ["hosts.vms_per_host=1", "vm.memory_mb=128", "settle_s=1"];
+    let child = start_lab("slm-downtime", &settings, out);
+    wait_for("KSM was not changed", Duration::from_secs(120), || {
+        ksm_settings() != before
+    });
     child
 }
 
@@ -81,4 +112,21 @@ fn real_next_lab_removes_what_a_killed_one_left() {
     assert!(!leftovers(lab.id()).is_empty());
     drop(Session::start().unwrap());
     assert_eq!(leftovers(lab.id()), Vec::<String>::new());
+}
+
+#[test]
+fn real_interrupted_and_killed_labs_leave_ksm_as_they_found_it() {
+    let out = tempfile::tempdir().unwrap();
+    let found = ksm_settings();
+    let mut interrupted = lab_with_merging_guest(out.path());
+    signal(&interrupted, Signal::INT);
+    assert_eq!(interrupted.wait().unwrap().code(), Some(130));
+    assert_eq!(ksm_settings(), found);
+
+    let mut killed = lab_with_merging_guest(out.path());
+    signal(&killed, Signal::KILL);
+    killed.wait().unwrap();
+    assert_ne!(ksm_settings(), found);
+    drop(Session::start().unwrap());
+    assert_eq!(ksm_settings(), found);
 }

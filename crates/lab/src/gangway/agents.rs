@@ -103,6 +103,14 @@ impl Agents {
             .id())
     }
 
+    /// Processes of the agents of a rack.
+    #[must_use]
+    pub fn pids(&self, rack: Rack) -> Vec<u32> {
+        let of_rack = |agent: &&Agent| agent.host.address.rack == rack;
+        let agents = self.agents.iter().filter(of_rack);
+        agents.map(|agent| agent.child.id()).collect()
+    }
+
     /// Host whose agent is given the plan.
     pub fn coordinator(&self) -> anyhow::Result<&Host> {
         Ok(&self.agents.first().context("there are no agents")?.host)

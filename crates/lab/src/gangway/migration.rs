@@ -20,7 +20,7 @@ use crate::clock::UnixMs;
 use crate::fault::{Armed, Fault, Victim};
 use crate::guest::Vm;
 use crate::memory::{Compared, GuestMemory, compare};
-use crate::outcome::{EventLog, Figures, Hold, Moved, Outcome};
+use crate::outcome::{EventLog, Figures, Hold, Moved, Outcome, PREPARE_TIME};
 use crate::scenario::Preset;
 use crate::shell::say;
 
@@ -55,10 +55,13 @@ pub fn migrate(
                 started,
             }
             .run(&all, settings, None)?;
-            (
-                attempt.moved,
-                vec![("exit_code".to_owned(), json!(attempt.exit_code))],
-            )
+            let mut figures = vec![("exit_code".to_owned(), json!(attempt.exit_code))];
+            figures.extend(
+                attempt
+                    .prepare_s
+                    .map(|s| (PREPARE_TIME.to_owned(), json!(s))),
+            );
+            (attempt.moved, figures)
         }
         Some(fault) => with_fault(agents, bench, log, (fault, settings))?,
     };
@@ -187,6 +190,7 @@ struct Attempt<'a> {
 struct Attempted {
     moved: Vec<Moved>,
     exit_code: Option<i32>,
+    prepare_s: Option<f64>,
 }
 
 impl Attempt<'_> {
@@ -214,7 +218,9 @@ impl Attempt<'_> {
             }
         })?;
         let said = self.said_by_cli()?;
+        let prepare_s = record.prepare_s();
         Ok(Attempted {
+            prepare_s,
             moved: record.into_moved(exit_code, &said),
             exit_code,
         })

@@ -3,6 +3,7 @@
 mod agents;
 mod migration;
 mod plan;
+pub mod prepare;
 mod record;
 
 pub use agents::{Agents, control_socket};

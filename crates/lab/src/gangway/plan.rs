@@ -10,6 +10,7 @@ use super::agents::{BULK_PORT, CONTROL_PORT};
 use crate::bench::Bench;
 use crate::guest::Vm;
 use crate::scenario::Preset;
+use crate::template;
 
 /// What the plan says beside the moves.
 #[derive(Clone, Copy, Debug)]
@@ -35,13 +36,16 @@ pub(super) fn text(bench: &Bench<'_>, vms: &[&Vm], settings: Settings) -> anyhow
         })
         .collect();
     let moves: Vec<Value> = vms.iter().map(|vm| one(bench, vm)).collect();
-    let plan = json!({
-        "preset": match settings.preset { Preset::Oc => "oc", Preset::Gang => "gang" },
-        "compression": if settings.zstd { "zstd" } else { "none" },
+    let mut plan = json!({
+        "preset": settings.preset.name(),
         "confirm_handover": settings.confirm_handover,
         "hosts": hosts,
         "move": moves,
     });
+    // What the preset says already is not said again: users do not either.
+    if settings.zstd {
+        plan["compression"] = "zstd".into();
+    }
     toml::to_string(&plan).context("writing the plan")
 }
 
@@ -55,6 +59,12 @@ fn one(bench: &Bench<'_>, vm: &Vm) -> Value {
     );
     if source != target {
         replaced.push(replace(source, target));
+    }
+    if bench.scenario.vm.template {
+        // The target has ordinary memory, and not the template's file.
+        let [_, from] = template::memory_arguments(vm, &vm.source, bench.scenario);
+        let [_, to] = template::memory_arguments(vm, &vm.target, bench.scenario);
+        replaced.push(json!({"from": from, "to": to}));
     }
     json!({
         "vm": vm.name,

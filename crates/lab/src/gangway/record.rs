@@ -36,6 +36,8 @@ struct State {
     moved: Vec<Moved>,
     phases: HashMap<String, String>,
     over: bool,
+    /// Length of the preparation phase, of which the group's stream tells if there was one.
+    prepare_s: Option<f64>,
 }
 
 impl State {
@@ -52,6 +54,7 @@ impl<'a> Record<'a> {
             moved,
             phases: HashMap::new(),
             over: false,
+            prepare_s: None,
         };
         Self {
             started,
@@ -63,6 +66,9 @@ impl<'a> Record<'a> {
     /// Notes an event; returns the VM if it is held from now on.
     pub(super) fn take(&self, event: Value) -> Option<Held> {
         self.log.record(event.clone());
+        if event["event"] == "prepared" {
+            self.state().prepare_s = event["seconds"].as_f64();
+        }
         let vm = event["vm"].as_str()?;
         let at = UnixMs(event["at_unix_ms"].as_f64()?);
         match event["event"].as_str()? {
@@ -151,6 +157,11 @@ impl<'a> Record<'a> {
         }
     }
 
+    /// How long the preparation phase took, if there was one.
+    pub(super) fn prepare_s(&self) -> Option<f64> {
+        self.state().prepare_s
+    }
+
     /// A VM of which no event said that it moved has not, whatever the reason.
     pub(super) fn into_moved(self, exit_code: Option<i32>, said: &str) -> Vec<Moved> {
         let state = self
@@ -185,7 +196,7 @@ fn pages(counts: &Value) -> Option<Pages> {
         fill: count("fill"),
         literal: count("literal"),
         reference: count("reference"),
-        remote_reference: None,
-        mapped: None,
+        remote_reference: count("remote_reference"),
+        mapped: count("mapped"),
     })
 }

@@ -112,7 +112,7 @@ pub(crate) fn draw(mixes: &[Mix]) -> Option<Markup> {
                 }
                 (stack(mix, per_page, middle))
                 text class="value" x=(px(LABELS + mix.total * per_page + 9.0))
-                    y=(px(middle + 4.0)) { (pages(mix.total)) }
+                    y=(px(middle + 4.0)) { (text::pages(mix.total)) }
             }
         }
     })
@@ -134,7 +134,7 @@ fn stack(mix: &Mix, per_page: f64, middle: f64) -> Markup {
             @let share = text::percent(part / mix.total);
             rect class={ "kind " (kind.field) } x=(px(start)) y=(px(middle - BAR / 2.0))
                 width=(px(width)) height=(px(BAR)) rx="2" {
-                title { (kind.name) ": " (pages(part)) ", " (share) }
+                title { (kind.name) ": " (text::pages(part)) ", " (share) }
             }
             @if width >= ROOM_FOR_TEXT {
                 text class={ "on " (kind.field) } x=(px(start + width / 2.0))
@@ -154,14 +154,4 @@ fn legend(mixes: &[Mix]) -> Markup {
             }
         }
     }
-}
-
-fn pages(pages: f64) -> String {
-    let (value, unit) = match pages {
-        many if many >= 1e6 => (many / 1e6, " million"),
-        some if some >= 1e3 => (some / 1e3, " thousand"),
-        few => (few, ""),
-    };
-    let decimals = usize::from(value < 99.5 && !unit.is_empty());
-    format!("{value:.decimals$}{unit}")
 }

@@ -30,6 +30,8 @@ pub(crate) enum Unit {
     MemoryBytes,
     Seconds,
     Milliseconds,
+    /// Of 4 KiB.
+    Pages,
 }
 
 impl Unit {
@@ -48,6 +50,7 @@ impl Unit {
             Self::MemoryBytes => text::memory_bytes(value),
             Self::Seconds => text::seconds(value),
             Self::Milliseconds => text::milliseconds(value),
+            Self::Pages => text::pages(value),
         }
     }
 }

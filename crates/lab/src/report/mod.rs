@@ -5,14 +5,18 @@
 //! many runs (see [`crate::compare`] for two or more).
 
 mod bars;
+mod bounds;
 mod kinds;
+mod lines;
 pub(crate) mod metric;
+mod overhead;
 mod page;
 #[cfg(test)]
 pub(crate) mod sample;
 mod sentence;
 pub(crate) mod spread;
 mod svg;
+mod sweep;
 pub(crate) mod table;
 pub(crate) mod text;
 mod timeline;

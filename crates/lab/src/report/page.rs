@@ -5,7 +5,7 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 use super::kinds::{self, Mix};
 use super::metric::{self, Metric};
 use super::table::{self, COLUMNS, Integrity, Verdict};
-use super::{bars, sentence, text, timeline};
+use super::{bars, bounds, overhead, sentence, sweep, text, timeline};
 use crate::results::{Results, Run, Technique};
 
 const STYLE: &str = include_str!("style.css");
@@ -31,8 +31,15 @@ pub(crate) fn render(results: &Results) -> Markup {
                 main {
                     (verdict(results))
                     (failures(results))
-                    (headline(&techniques))
-                    (measures(&techniques))
+                    @if techniques.iter().any(|one| one.name != crate::overhead::TECHNIQUE) {
+                        (headline(results, &techniques))
+                    }
+                    (sweep::section(results))
+                    (overhead::section(results))
+                    (bounds::section(&techniques))
+                    @if techniques.iter().any(|one| one.name != crate::overhead::TECHNIQUE) {
+                        (measures(&techniques))
+                    }
                     (page_kinds(&techniques))
                     (timelines(&techniques))
                     (every_run(results))
@@ -115,10 +122,16 @@ fn failures(results: &Results) -> Markup {
     }
 }
 
-fn headline(techniques: &[Technique<'_>]) -> Markup {
+fn headline(results: &Results, techniques: &[Technique<'_>]) -> Markup {
     html! {
         section {
             h2 { "Techniques" }
+            @if results.points().len() > 1 {
+                p.lead {
+                    "Table and measures are of the largest of the topologies; the sweep over all \
+                     of them has its own section."
+                }
+            }
             div.scroll {
                 table {
                     thead {
@@ -239,10 +252,11 @@ fn every_run(results: &Results) -> Markup {
                             tr {
                                 th { "technique" }
                                 th { "repeat" }
+                                th { "hosts × VMs" }
                                 @for metric in metric::ALL { th { (metric.field) } }
                             }
                         }
-                        tbody { @for run in &results.runs { (run_row(run)) } }
+                        tbody { @for run in &results.runs { (run_row(results, run)) } }
                     }
                 }
             }
@@ -251,11 +265,13 @@ fn every_run(results: &Results) -> Markup {
     }
 }
 
-fn run_row(run: &Run) -> Markup {
+fn run_row(results: &Results, run: &Run) -> Markup {
+    let point = results.point(run);
     html! {
         tr {
             th scope="row" { (run.name()) }
             td { (run.repeat) }
+            td { (point.hosts) " × " (point.vms_per_host) }
             @for metric in metric::ALL {
                 td { ((metric.read)(run).map_or("–".to_owned(), |value| metric.unit.write(value))) }
             }

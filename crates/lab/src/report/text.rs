@@ -57,6 +57,17 @@ pub(crate) fn count(value: u64) -> String {
     out
 }
 
+/// "158 thousand", "1.2 million".
+pub(crate) fn pages(pages: f64) -> String {
+    let (value, unit) = match pages {
+        many if many >= 1e6 => (many / 1e6, " million"),
+        some if some >= 1e3 => (some / 1e3, " thousand"),
+        few => (few, ""),
+    };
+    let decimals = usize::from(value < 99.5 && !unit.is_empty());
+    format!("{value:.decimals$}{unit}")
+}
+
 /// "1 VM", "2 VMs".
 pub(crate) fn plural(n: u64, noun: &str) -> String {
     let s = if n == 1 { "" } else { "s" };
@@ -121,6 +132,13 @@ mod tests {
         assert_eq!(percent(0.0001), "below 0.1 %");
         assert_eq!(percent(0.014), "1.4 %");
         assert_eq!(percent(0.85), "85 %");
+    }
+
+    #[test]
+    fn many_pages_are_written_in_words() {
+        assert_eq!(pages(12.0), "12");
+        assert_eq!(pages(15_400.0), "15.4 thousand");
+        assert_eq!(pages(1_250_000.0), "1.2 million");
     }
 
     #[test]
