@@ -49,8 +49,10 @@ const FIRST_CONTENT: u32 = FIRST_FILL + 256;
 pub(super) enum Step {
     /// Nothing: it is known.
     Done,
-    /// Compare its sample.
+    /// Its frame is the same: compare its sample in some of the scans.
     Sample,
+    /// Its frame is the same, but not who else maps it: compare its sample now.
+    Verify,
     /// Read it.
     Read,
     /// Its frame is mapped more than once: read it unless another page of that frame was.
@@ -82,7 +84,8 @@ impl PageState {
                 match (was_shared, shared) {
                     (true, true) => Step::Done,
                     // It may have been written before it became shared, or after it ceased to be.
-                    (false, _) | (true, false) => Step::Sample,
+                    (false, true) | (true, false) => Step::Verify,
+                    (false, false) => Step::Sample,
                 }
             }
             Some(frame) if shared => Step::ReadFrame(frame),

@@ -208,6 +208,42 @@ fn a_cancelled_scan_ends_and_knows_nothing_of_its_vm() {
     assert_eq!(scan.tally(|_| true).total, 0);
 }
 
+#[test]
+fn a_change_that_a_scan_passes_over_is_found_when_its_page_has_its_turn() {
+    let mut vm = Fake::default();
+    for page in 0..64 {
+        vm.set(page, 100 + page, content(1));
+    }
+    let mut scan = Scan::new(key());
+    let first = scan_all(&mut scan, &[("vm", &vm)], 64);
+    assert_eq!((first.read, first.sampled), (64, 0));
+    let line = |page: u64| sample_offset(HostAddr(BASE + page * PAGE));
+    vm.write(5, line(5), 99);
+    vm.write(60, line(60), 99);
+    let mut found = 0;
+    for _ in 0..SAMPLE_EVERY {
+        let effort = scan_all(&mut scan, &[("vm", &vm)], 64);
+        assert!(effort.sampled <= 8 + 2 * 28, "{effort:?}");
+        found += effort.read;
+    }
+    assert_eq!(found, 2);
+}
+
+#[test]
+fn a_cluster_of_changes_is_found_at_once() {
+    let mut vm = Fake::default();
+    for page in 0..64 {
+        vm.set(page, 100 + page, content(1));
+    }
+    let mut scan = Scan::new(key());
+    scan_all(&mut scan, &[("vm", &vm)], 64);
+    for page in 32..48 {
+        vm.write(page, sample_offset(HostAddr(BASE + page * PAGE)), 99);
+    }
+    let effort = scan_all(&mut scan, &[("vm", &vm)], 64);
+    assert_eq!((effort.read, effort.sampled), (16, 8 + 28));
+}
+
 /// What may happen to a page between two scans.
 #[derive(Clone, Debug)]
 enum Change {
@@ -266,7 +302,7 @@ proptest! {
         for page in 0..30 {
             vm.apply(&Change::Moved(page, u8::try_from(page % 7).unwrap()), &mut fresh);
         }
-        let mut scan = Scan::new(key());
+        let mut scan = Scan::new(key()).sampling_every(1);
         for round in rounds {
             for change in &round {
                 vm.apply(change, &mut fresh);
