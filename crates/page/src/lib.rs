@@ -4,10 +4,12 @@
 
 mod content_id;
 mod fill;
+mod host_no;
 mod number;
 
 pub use content_id::{ContentId, ContentKey};
 pub use fill::fill_byte;
+pub use host_no::{HostNo, HostSet};
 pub use number::{BlockIndex, ByteLen, EntryId, HostAddr, PAGE_SIZE, PageNo, PageRun};
 
 /// The bytes of one guest page.

@@ -40,15 +40,55 @@ impl PageNo {
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct BlockIndex(pub u16);
 
-/// Number of a content in the table shared by the two ends of a session.
+/// Number of a content: in the rack index, or in the table shared by the two ends of a session.
 ///
-/// Given out in stream order, so that neighbouring pages get neighbouring ids and references
-/// to them code as runs (the role of the `(bucketid, index)` pair in IRLM section 2.4).
-/// 32 bits name 16 TiB of distinct contents.
+/// Given out in scan or stream order, so that neighbouring pages get neighbouring ids and
+/// references to them code as runs (the role of the `(bucketid, index)` pair in IRLM section
+/// 2.4).
+///
+/// | bits | meaning |
+/// |---|---|
+/// | 31 | set: a *local entry*, which only one session knows; clear: an entry of the rack index |
+/// | 27..=30 | of the rack index: the shard, 16 at most |
+/// | 0..=26 | of the rack index: number within the shard, 134 million (512 GiB of contents) |
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
 pub struct EntryId(pub u32);
 
 impl EntryId {
+    /// Set in the ids of local entries.
+    pub const LOCAL_BIT: u32 = 1 << 31;
+
+    /// Shards of a rack index have numbers below this one.
+    pub const MAX_SHARDS: u8 = 16;
+
+    /// Entries of one shard have numbers below this one.
+    pub const MAX_IN_SHARD: u32 = 1 << 27;
+
+    /// The entry of the rack index with this number in this shard; `None` if either is too high.
+    #[must_use]
+    pub fn of_shard(shard: u8, number: u32) -> Option<Self> {
+        (shard < Self::MAX_SHARDS && number < Self::MAX_IN_SHARD)
+            .then(|| Self(u32::from(shard) * Self::MAX_IN_SHARD + number))
+    }
+
+    /// Whether only one session knows this entry.
+    #[must_use]
+    pub fn is_local(self) -> bool {
+        self.0 & Self::LOCAL_BIT != 0
+    }
+
+    /// The shard of an entry of the rack index; meaningless for a local entry.
+    #[must_use]
+    pub fn shard(self) -> u8 {
+        ((self.0 >> Self::MAX_IN_SHARD.trailing_zeros()) & 0xf) as u8
+    }
+
+    /// The number within its shard of an entry of the rack index.
+    #[must_use]
+    pub fn number(self) -> u32 {
+        self.0 % Self::MAX_IN_SHARD
+    }
+
     /// The entry `n` after this one; saturates at the last id.
     #[must_use]
     pub fn plus(self, n: u32) -> Self {
@@ -125,6 +165,19 @@ mod tests {
         assert_eq!(PageNo::from_offset(u64::MAX - 4095), None);
         assert_eq!(PageNo::from_offset(8192), Some(PageNo(2)));
         assert_eq!(PageNo(2).offset(), 8192);
+    }
+
+    #[test]
+    fn an_entry_of_the_index_keeps_its_shard_and_number_and_is_not_local() {
+        let last = EntryId::of_shard(15, EntryId::MAX_IN_SHARD - 1).expect("in range");
+        assert_eq!(
+            (last.shard(), last.number()),
+            (EntryId::MAX_SHARDS - 1, (1 << 27) - 1)
+        );
+        assert_eq!(last.0, EntryId::LOCAL_BIT - 1);
+        assert!(!last.is_local() && last.plus(1).is_local());
+        assert_eq!(EntryId::of_shard(16, 0), None);
+        assert_eq!(EntryId::of_shard(0, EntryId::MAX_IN_SHARD), None);
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Everything that Gangway's processes say to each other on the bulk channels.
+//! Everything that Gangway's processes say to each other on the bulk and index channels.
+//! The index channel has a page of its own: [`index`].
 //!
 //! Participants: the source agent and the target agent of a session. A *session* carries all
 //! moves of one group and trust domain between one source host and one target host, so that a
@@ -24,6 +25,7 @@
 
 mod control;
 mod frame;
+pub mod index;
 mod ops;
 mod varint;
 
