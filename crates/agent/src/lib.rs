@@ -12,6 +12,7 @@ mod host;
 mod journal;
 mod link;
 pub mod plan;
+pub mod prepare;
 mod source;
 mod target;
 pub mod tls;

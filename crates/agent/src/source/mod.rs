@@ -17,4 +17,4 @@ mod session;
 mod stream;
 
 pub(crate) use run::{Entry, Input, MoveContext, MoveRun};
-pub(crate) use session::{SessionContext, Sessions};
+pub(crate) use session::{SessionContext, Sessions, compress, compressor};

@@ -357,7 +357,7 @@ fn pieces(frame: &OutFrame) -> impl Iterator<Item = &[u8]> {
     std::iter::once(frame.packed.front.as_slice()).chain(pages)
 }
 
-fn compressor(window_log: u8) -> Result<CCtx<'static>, LinkError> {
+pub(crate) fn compressor(window_log: u8) -> Result<CCtx<'static>, LinkError> {
     let mut context = CCtx::create();
     for parameter in [
         // The fastest level: beyond it a core is slower than a 10 Gbit/s link's share.
@@ -375,7 +375,7 @@ fn zstd_error(code: usize) -> LinkError {
     std::io::Error::other(format!("zstd: {}", zstd_safe::get_error_name(code))).into()
 }
 
-fn compress(
+pub(crate) fn compress(
     context: &mut CCtx<'static>,
     input: &[u8],
     out: &mut Vec<u8>,

@@ -33,6 +33,7 @@ mod process;
 mod tests;
 
 use std::io;
+use std::sync::Arc;
 
 use hashbrown::{HashMap, HashSet};
 use page::{ContentKey, HostAddr, PAGE_SIZE, PageBytes, PageNo};
@@ -138,7 +139,9 @@ struct Vm {
 /// The VMs of one trust domain on this host.
 pub struct Scan {
     key: ContentKey,
-    contents: Contents,
+    contents: Arc<Contents>,
+    /// Changes when contents get other numbers.
+    generation: u64,
     vms: Vec<Vm>,
     /// What the frames hold that are mapped more than once, as far as this scan has read them;
     /// `None` while it is about to.
@@ -154,7 +157,8 @@ impl Scan {
     pub fn new(key: ContentKey) -> Self {
         Self {
             key,
-            contents: Contents::default(),
+            contents: Arc::default(),
+            generation: 0,
             vms: Vec::new(),
             frames: HashMap::new(),
             round: 0,
@@ -174,7 +178,8 @@ impl Scan {
         self.frames.clear();
         self.round += 1;
         if self.contents.mostly_unused() {
-            self.contents = Contents::default();
+            self.contents = Arc::default();
+            self.generation += 1;
             self.vms.clear();
         }
     }
@@ -182,10 +187,12 @@ impl Scan {
     /// Ends a scan: counts the pages of each content.
     pub fn end(&mut self) {
         self.frames = HashMap::new();
-        self.contents.clear_counts();
+        // A copy, if somebody still holds those of the scan before.
+        let contents = Arc::make_mut(&mut self.contents);
+        contents.clear_counts();
         for state in self.vms.iter().flat_map(|vm| &vm.pages) {
             if let PageKind::Content(no) = state.kind() {
-                self.contents.count(no);
+                contents.count(no);
             }
         }
     }
@@ -334,14 +341,20 @@ impl Scan {
         match page::fill_byte(page) {
             Some(0) => PageKind::Zero,
             Some(byte) => PageKind::Fill(byte),
-            None => self.contents.enter(self.key.id_of(page)),
+            None => Arc::make_mut(&mut self.contents).enter(self.key.id_of(page)),
         }
     }
 
-    /// The contents found; their numbers stay valid until [`Self::begin`].
+    /// The contents found. Their numbers stay the same as long as [`Self::generation`] does.
     #[must_use]
-    pub fn contents(&self) -> &Contents {
+    pub fn contents(&self) -> &Arc<Contents> {
         &self.contents
+    }
+
+    /// Changes when contents get other numbers; only [`Self::begin`] does that.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.generation
     }
 
     /// Names of the VMs scanned, in scan order.
