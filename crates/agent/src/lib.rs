@@ -13,6 +13,7 @@ mod index_host;
 mod journal;
 mod link;
 pub mod plan;
+pub mod prepare;
 mod source;
 mod target;
 pub mod tls;

@@ -290,6 +290,10 @@ impl Plan {
                 self.index.clone()
             },
             target: target.map_or(0, |peer| peer.host),
+            shared_target: self
+                .moves
+                .iter()
+                .any(|m| m.to == plan_move.to && m.from != plan_move.from),
             peers: peers.to_vec(),
         }
     }

@@ -3,11 +3,15 @@
 //! One move is one VM with its source and target host. Every type here is JSON on the control
 //! API (and, for the plan, TOML in a file). Unknown keys are errors. Units stand in the names.
 
+mod prepare;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
+
+pub use prepare::*;
 
 /// Where duplicates are looked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -234,6 +238,8 @@ pub struct RackSpec {
     pub index: Vec<String>,
     /// Number of this move's target host in its group.
     pub target: u16,
+    /// Whether VMs come to this target from other source hosts of the group, too.
+    pub shared_target: bool,
     /// The group's target hosts.
     pub peers: Vec<RackPeer>,
 }
@@ -444,12 +450,14 @@ pub struct GroupMove {
 }
 
 /// A line of a group's event stream: an event of one of its moves (with `seq` counted in the
-/// group), or, last, the end of the group.
+/// group), the end of its preparation, or, last, the end of the group.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(untagged)]
 pub enum GroupEvent {
     /// The group has ended.
     Finished(GroupFinished),
+    /// The memory of its VMs has been hashed; the moves start.
+    Prepared(GroupPrepared),
     /// Something happened to one of its moves.
     Move(MoveEvent),
 }
@@ -460,6 +468,7 @@ impl GroupEvent {
     pub fn seq(&self) -> u64 {
         match self {
             Self::Finished(finished) => finished.seq,
+            Self::Prepared(prepared) => prepared.seq,
             Self::Move(event) => event.seq,
         }
     }

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use agent::types::{Compression, Mode, Plan, Preset, Scope, Sharing};
+use agent::plan::PlanError;
+use agent::types::{Compression, Mode, Plan, PrepareBounds, Preset, Scope, Sharing};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand};
 use serde::de::DeserializeOwned;
@@ -47,6 +48,15 @@ pub(crate) enum Command {
     /// The agent carries the migration out; it goes on if this command is ended, and
     /// `gangway status --watch` shows it again.
     Migrate(Migrate),
+    /// Hash the memory of a plan's VMs, so that its migration knows what is duplicate.
+    ///
+    /// The results are kept for an hour. A migration of the same VMs between the same hosts takes
+    /// them over; with scope `rack` it prepares by itself, and then looks only at what changed.
+    Prepare(Prepare),
+    /// Say what is duplicate in the memory of a plan's VMs, and what a migration would cost.
+    ///
+    /// Nothing is moved, and nothing is kept.
+    Survey(Survey),
     /// Show what this host's agent is doing, or one group.
     Status {
         /// Group; all if absent.
@@ -92,9 +102,84 @@ pub(crate) struct Migrate {
     /// Print events and outcomes as one JSON object a line.
     #[arg(long)]
     pub(crate) json: bool,
+    /// Do not hash memory before the migration.
+    #[arg(long)]
+    pub(crate) no_prepare: bool,
     /// Return once all agents have agreed; prints the group's id.
     #[arg(long)]
     pub(crate) detach: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Prepare {
+    /// The plan (TOML).
+    plan: PathBuf,
+    #[command(flatten)]
+    pub(crate) bounds: Bounds,
+    /// Print the result as one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+impl Prepare {
+    /// Reads the plan.
+    pub(crate) fn plan(&self) -> Result<Plan, PlanError> {
+        Plan::load(&self.plan)
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Survey {
+    /// The plan (TOML).
+    plan: PathBuf,
+    /// Source hosts of the plan; all if absent.
+    #[arg(value_name = "HOST")]
+    pub(crate) hosts: Vec<String>,
+    /// Forecast times at this budget of the whole group, in bytes per second; K, M and G are
+    /// decimal. The plan's if absent.
+    #[arg(long, value_name = "BYTES/S")]
+    max_bandwidth: Option<Bytes>,
+    #[command(flatten)]
+    pub(crate) bounds: Bounds,
+    /// Print the result as one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Also write a page with plots.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) html: Option<PathBuf>,
+}
+
+impl Survey {
+    /// Reads the plan.
+    pub(crate) fn plan(&self) -> Result<Plan, PlanError> {
+        let mut plan = Plan::load(&self.plan)?;
+        let budget = self.max_bandwidth.map(|bytes| bytes.0);
+        plan.max_bandwidth_bytes_per_s = budget.or(plan.max_bandwidth_bytes_per_s);
+        plan.check()?;
+        Ok(plan)
+    }
+}
+
+/// What hashing may take on each host. It runs at idle priority besides.
+#[derive(Debug, Args)]
+pub(crate) struct Bounds {
+    /// Percent of one processor that hashing may take on each host.
+    #[arg(long, value_name = "PERCENT", default_value_t = PrepareBounds::default().cpu_percent,
+          value_parser = clap::value_parser!(u8).range(1..=100))]
+    cpu_percent: u8,
+    /// Guest memory that is read in a second on each host; K, M and G are decimal.
+    #[arg(long, value_name = "BYTES/S", default_value = "1G")]
+    read_rate: Bytes,
+}
+
+impl Bounds {
+    /// As the API has them.
+    pub(crate) fn get(&self) -> PrepareBounds {
+        PrepareBounds {
+            cpu_percent: self.cpu_percent,
+            read_bytes_per_s: self.read_rate.0.max(1),
+        }
+    }
 }
 
 /// What the command line changes in the plan.
@@ -212,7 +297,7 @@ mod tests {
             .filter(|argument| argument.get_long().is_some())
         {
             for value in argument.get_possible_values() {
-                if matches!(argument.get_long(), Some("json" | "detach")) {
+                if matches!(argument.get_long(), Some("json" | "detach" | "no-prepare")) {
                     continue;
                 }
                 let long = argument.get_long().unwrap();
@@ -220,7 +305,7 @@ mod tests {
                 tried += 1;
             }
         }
-        assert_eq!(tried, 8);
+        assert_eq!(tried, 11);
     }
 
     #[test]

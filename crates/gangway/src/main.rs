@@ -7,9 +7,12 @@ mod exit;
 mod feed;
 mod migrate;
 mod pages;
+mod prepare;
 mod render;
 mod screen;
 mod status;
+mod survey_page;
+mod survey_text;
 mod watch;
 
 use std::io::{self, IsTerminal, Write};
@@ -64,6 +67,8 @@ async fn talk(cli: &Cli) -> anyhow::Result<Exit> {
     let client = Client::unix(&cli.socket, AGENT_TIMEOUT);
     match &cli.command {
         Command::Migrate(migrate) => migrate::run(cli, &client, migrate).await,
+        Command::Prepare(wish) => prepare::prepare(&client, wish).await,
+        Command::Survey(wish) => prepare::survey(&client, wish).await,
         Command::Status { group, watch, json } => {
             status::status(&client, group.as_deref(), *watch, *json).await
         }

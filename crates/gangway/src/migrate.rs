@@ -58,6 +58,9 @@ fn read_plan(migrate: &Migrate) -> anyhow::Result<Plan> {
     let path = &migrate.plan;
     let mut plan = Plan::load(path)?;
     migrate.overrides.apply(&mut plan);
+    if migrate.no_prepare {
+        plan.prepare = Some(false);
+    }
     plan.check()?;
     Ok(plan)
 }

@@ -1,8 +1,11 @@
 //! States as text: pure functions.
 
-use agent::types::{GroupMove, Phase, Progress};
+use agent::types::{GroupMove, GroupPrepared, Phase, Progress};
 
 use crate::board::{Board, Outlook, Row};
+
+/// Size of a page of the guests.
+const PAGE_BYTES: u64 = 4096;
 
 /// The word for a phase, as the API has it.
 pub(crate) fn phase(phase: Phase) -> &'static str {
@@ -68,6 +71,17 @@ pub(crate) fn saved(progress: &Progress) -> String {
     let ratio = progress.wire_bytes as f64 / progress.stream_bytes as f64;
     // The protocol's own bytes can make it more than nothing.
     format!("{:.0} %", ((1.0 - ratio) * 100.0).max(0.0))
+}
+
+/// What preparation has found.
+pub(crate) fn prepared(prepared: &GroupPrepared) -> String {
+    let pages = &prepared.pages;
+    format!(
+        "prepared in {:.1} s: {} of {} with contents are distinct",
+        prepared.seconds,
+        bytes(pages.distinct * PAGE_BYTES),
+        bytes(pages.content * PAGE_BYTES),
+    )
 }
 
 /// The line of one move.

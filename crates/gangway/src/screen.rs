@@ -64,6 +64,7 @@ impl Screen {
                 Happening::Note { message } => self.say(&format!("{}: {message}", one.vm), board),
                 Happening::Progress { .. } => Ok(()),
             },
+            (_, GroupEvent::Prepared(prepared)) => self.say(&render::prepared(prepared), board),
             (_, GroupEvent::Finished(_)) => Ok(()),
         }
     }

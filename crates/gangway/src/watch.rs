@@ -88,7 +88,7 @@ impl Watcher {
         self.screen.event(&event, &self.board)?;
         Ok(match event {
             GroupEvent::Finished(finished) => Some(finished),
-            GroupEvent::Move(_) => None,
+            GroupEvent::Move(_) | GroupEvent::Prepared(_) => None,
         })
     }
 

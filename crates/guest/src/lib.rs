@@ -16,6 +16,7 @@ mod migration;
 mod qmp;
 mod qmp_wire;
 mod ram;
+pub mod scan;
 mod settings;
 mod source;
 mod state;

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod common;
+mod scan;
 
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixListener;

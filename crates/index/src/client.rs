@@ -43,6 +43,7 @@ pub(crate) enum Asked {
     Entries(usize),
     Verdicts(usize),
     Summary,
+    Hosts(usize),
 }
 
 /// An answer that is still missing, at least in part.
@@ -130,6 +131,15 @@ impl Client {
         self.expect(Asked::Entries(ids.len()))
     }
 
+    /// Which target hosts need these contents? Answer: `Hosts`.
+    pub fn needed(&mut self, ids: &[ContentId], out: &mut Vec<u8>) -> Ticket {
+        for ids in ids.chunks(MAX_IDS) {
+            let ids = Cow::Borrowed(ids);
+            Request::Needed { ids }.encode(out);
+        }
+        self.expect(Asked::Hosts(ids.len()))
+    }
+
     /// What is in the table? Answer: `Summary`.
     pub fn summary(&mut self, out: &mut Vec<u8>) -> Ticket {
         Request::Summary.encode(out);
@@ -199,6 +209,7 @@ pub(crate) fn empty_answer(asked: Asked) -> Option<Answer> {
     match asked {
         Asked::Entries(0) => Some(Answer::Entries(Vec::new())),
         Asked::Verdicts(0) => Some(Answer::Verdicts(Vec::new())),
+        Asked::Hosts(0) => Some(Answer::Hosts(Vec::new())),
         _ => None,
     }
 }
@@ -214,6 +225,10 @@ fn join_parts(part: Option<Answer>, next: Answer) -> Result<Answer, ClientError>
             all.extend(next);
             Ok(Answer::Verdicts(all))
         }
+        (Some(Answer::Hosts(mut all)), Answer::Hosts(next)) => {
+            all.extend(next);
+            Ok(Answer::Hosts(all))
+        }
         _ => Err(ClientError::Unasked),
     }
 }
@@ -224,6 +239,7 @@ fn is_whole(asked: Asked, answer: &Answer) -> Result<bool, ClientError> {
         (Asked::Welcome, Answer::Welcome { .. }) | (Asked::Summary, Answer::Summary(_)) => (1, 1),
         (Asked::Entries(asked), Answer::Entries(entries)) => (asked, entries.len()),
         (Asked::Verdicts(asked), Answer::Verdicts(verdicts)) => (asked, verdicts.len()),
+        (Asked::Hosts(asked), Answer::Hosts(hosts)) => (asked, hosts.len()),
         _ => return Err(ClientError::Unasked),
     };
     if has > asked || has == 0 {

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use page::{ContentId, EntryId, HostNo};
+use page::{ContentId, EntryId, HostNo, HostSet};
 use wire::index::{Answer, EntryRun, Item, Summary, TableKey, Verdict};
 
 use crate::client::{Asked, Client, ClientError, Ticket, empty_answer};
@@ -113,6 +113,14 @@ impl Shards {
         let (order, parts) = self.split(ids, |id| *id);
         self.ask(Asked::Entries(ids.len()), order, |client, shard, out| {
             client.seed(target, &parts[usize::from(shard)], out);
+        })
+    }
+
+    /// As [`Client::needed`].
+    pub fn needed(&mut self, ids: &[ContentId]) -> Ticket {
+        let (order, parts) = self.split(ids, |id| *id);
+        self.ask(Asked::Hosts(ids.len()), order, |client, shard, out| {
+            client.needed(&parts[usize::from(shard)], out);
         })
     }
 
@@ -303,6 +311,13 @@ impl Gather {
                     _ => Vec::new(),
                 });
                 Answer::Entries(weave(self.order, parts, None))
+            }
+            Asked::Hosts(_) => {
+                let parts = parts.map(|part| match part {
+                    Some(Answer::Hosts(hosts)) => hosts,
+                    _ => Vec::new(),
+                });
+                Answer::Hosts(weave(self.order, parts, HostSet::EMPTY))
             }
             Asked::Verdicts(_) => {
                 let parts = parts.map(|part| match part {

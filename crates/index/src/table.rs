@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use page::{ContentId, EntryId, HostNo};
+use page::{ContentId, EntryId, HostNo, HostSet};
 use wire::index::{EntryRun, Item, Summary, Verdict};
 
 use crate::entries::{Entries, Record, State};
@@ -123,6 +123,13 @@ impl Table {
             }
             out.push(number.and_then(|number| self.entry_id(number)));
         }
+    }
+
+    /// The target hosts that are registered to need a content.
+    #[must_use]
+    pub fn needed_by(&self, id: ContentId) -> HostSet {
+        let record = self.entries.find(id).and_then(|no| self.entries.get(no));
+        record.map_or(HostSet::EMPTY, |record| self.sets.hosts(record.needed))
     }
 
     /// Forgets what was registered for `target`; see the type's page. Claims stay.

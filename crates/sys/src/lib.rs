@@ -7,10 +7,12 @@ mod memfd;
 mod memory;
 mod pagemap;
 mod process;
+mod schedule;
 mod userfault;
 
 pub use memfd::{Mapping, Memfd};
 pub use memory::ProcessMemory;
 pub use pagemap::{Pagemap, PagemapEntry};
 pub use process::{Process, own_session, peer_pid};
+pub use schedule::{set_idle_priority, thread_cpu_time};
 pub use userfault::userfaultfd_usable;

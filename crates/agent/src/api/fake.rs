@@ -8,7 +8,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::mover::{Admission, Bandwidth, EventSink, MoveCheck, Mover, Refusal, RefusalCode};
-use crate::types::{Happening, MoveSpec, Phase, Progress};
+use super::preparer::Preparer;
+use crate::types::{
+    ContentSample, Happening, HostSurvey, MoveSpec, PageKinds, PairSurvey, Phase, PrepareSpec,
+    PrepareState, PrepareStatus, Progress, ResolveSpec, VmSurvey,
+};
 
 /// Memory of each VM.
 pub const VM_BYTES: u64 = 256 << 20;
@@ -26,6 +30,23 @@ pub enum Script {
     NeedsPerson,
     /// Its QEMU cannot be migrated.
     CannotMigrate,
+}
+
+/// What becomes of preparation on the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preparing {
+    /// It is done at once.
+    #[default]
+    Works,
+    /// It goes on until it is ended.
+    NeverEnds,
+    /// It fails.
+    Fails,
+}
+
+struct FakePreparation {
+    spec: PrepareSpec,
+    resolved: Option<ResolveSpec>,
 }
 
 /// The host.
@@ -46,6 +67,9 @@ struct World {
     moves: BTreeMap<String, Under>,
     limits: Vec<(String, Bandwidth)>,
     admitted: Vec<Admission>,
+    preparations: BTreeMap<String, FakePreparation>,
+    preparing: Preparing,
+    prepared: Vec<PrepareSpec>,
 }
 
 /// A move under way.
@@ -96,6 +120,23 @@ impl FakeHost {
         self.state.changed.notify_all();
     }
 
+    /// Sets what becomes of preparation.
+    pub fn set_preparing(&self, preparing: Preparing) {
+        self.state.lock().preparing = preparing;
+    }
+
+    /// What was asked to be prepared, in order.
+    #[must_use]
+    pub fn prepared(&self) -> Vec<PrepareSpec> {
+        self.state.lock().prepared.clone()
+    }
+
+    /// Groups whose preparation is held.
+    #[must_use]
+    pub fn preparations(&self) -> Vec<String> {
+        self.state.lock().preparations.keys().cloned().collect()
+    }
+
     /// The limits that were set on moves under way, in order.
     #[must_use]
     pub fn limits(&self) -> Vec<(String, Bandwidth)> {
@@ -112,6 +153,101 @@ impl FakeHost {
     #[must_use]
     pub fn vms(&self) -> Vec<String> {
         self.state.lock().vms.keys().cloned().collect()
+    }
+}
+
+impl Preparer for FakeHost {
+    fn prepare(&self, spec: PrepareSpec) -> Result<(), Refusal> {
+        let mut world = self.state.lock();
+        world.prepared.push(spec.clone());
+        let preparation = FakePreparation {
+            spec: spec.clone(),
+            resolved: None,
+        };
+        world.preparations.insert(spec.group, preparation);
+        Ok(())
+    }
+
+    fn resolve_preparation(&self, group: &str, spec: ResolveSpec) -> Result<(), Refusal> {
+        let mut world = self.state.lock();
+        let one = world.preparations.get_mut(group);
+        one.ok_or_else(|| no_preparation(group))?.resolved = Some(spec);
+        Ok(())
+    }
+
+    fn preparation(&self, group: &str) -> Result<PrepareStatus, Refusal> {
+        let world = self.state.lock();
+        let one = world.preparations.get(group);
+        let one = one.ok_or_else(|| no_preparation(group))?;
+        let state = match (world.preparing, &one.resolved) {
+            (Preparing::NeverEnds, _) => PrepareState::Scanning,
+            (Preparing::Fails, _) => PrepareState::Failed,
+            (Preparing::Works, None) => PrepareState::Registered,
+            (Preparing::Works, Some(_)) => PrepareState::Ready,
+        };
+        let pages_total = VM_BYTES / 4096 * one.spec.vms.len() as u64;
+        Ok(PrepareStatus {
+            group: group.to_owned(),
+            state,
+            message: match state {
+                PrepareState::Failed => "its memory cannot be read".to_owned(),
+                _ => String::new(),
+            },
+            pages_total,
+            pages_done: pages_total / 4,
+            report: state.is_settled().then(|| fake_survey(one)),
+        })
+    }
+
+    fn end_preparation(&self, group: &str) -> Result<(), Refusal> {
+        let ended = self.state.lock().preparations.remove(group);
+        ended.map(drop).ok_or_else(|| no_preparation(group))
+    }
+}
+
+fn no_preparation(group: &str) -> Refusal {
+    let message = format!("nothing is prepared here for group `{group}`");
+    Refusal::new(RefusalCode::UnknownGroup, message)
+}
+
+/// VMs of which each has the same 100 contents on 150 pages, and zero pages.
+fn fake_survey(one: &FakePreparation) -> HostSurvey {
+    let pages = |vms: u64| PageKinds {
+        total: vms * VM_BYTES / 4096,
+        untouched: vms * (VM_BYTES / 4096 - 150),
+        content: vms * 150,
+        distinct: 100,
+        ..PageKinds::default()
+    };
+    let vms = one.spec.vms.iter().map(|vm| VmSurvey {
+        vm: vm.vm.clone(),
+        target: vm.target,
+        pages: pages(1),
+    });
+    let targets: std::collections::BTreeSet<u16> =
+        one.spec.vms.iter().map(|vm| vm.target).collect();
+    let compressed = one.resolved.as_ref().is_some_and(|spec| spec.compress);
+    let pair = |&target: &u16| {
+        let vms = one.spec.vms.iter().filter(|vm| vm.target == target);
+        PairSurvey {
+            target,
+            pages: pages(vms.count() as u64),
+            zstd_bytes: compressed.then_some(100_000),
+            rack_zstd_bytes: compressed.then_some(90_000),
+            sample: Some(ContentSample {
+                zero_bits: 0,
+                contents: (0..100_u64).map(|id| format!("{id:016x}")).collect(),
+            }),
+        }
+    };
+    HostSurvey {
+        host: "fake".to_owned(),
+        vms: vms.collect(),
+        pages: pages(one.spec.vms.len() as u64),
+        pairs: targets.iter().map(pair).collect(),
+        seconds: 0.5,
+        cpu_seconds: 0.25,
+        pages_read: 150,
     }
 }
 

@@ -6,7 +6,8 @@
 //! | [`mover`] | the seam to the data path |
 //! | `moves` | table of the moves whose source is this host |
 //! | `log` | bounded event logs that readers follow |
-//! | `routes`, `group_routes` | the paths, and their OpenAPI description |
+//! | [`preparer`] | the seam to preparation on this host |
+//! | `routes`, `group_routes`, `prepare_routes` | the paths, and their OpenAPI description |
 //! | `reply` | bodies in and out, refusals as HTTP answers, event streams |
 //! | [`doctor`] | whether this host is ready |
 //! | `metrics` | the Prometheus page |
@@ -23,6 +24,8 @@ pub(crate) mod log;
 mod metrics;
 pub mod mover;
 pub(crate) mod moves;
+mod prepare_routes;
+pub mod preparer;
 mod reply;
 mod routes;
 pub mod server;

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use super::preparer::Preparer;
 use crate::types::{Happening, MoveSpec};
 
 /// Where a [`Mover`] reports what happens to one move.
@@ -20,7 +21,7 @@ pub type EventSink = Box<dyn Fn(Happening) + Send + Sync>;
 ///
 /// Calls return quickly (they may ask QEMU over QMP, they never wait for a migration) and come
 /// from threads that may block. A refusal means that nothing was changed.
-pub trait Mover: Send + Sync {
+pub trait Mover: Preparer {
     /// Source side, before anything starts: the VM exists, no move of it is under way, and its
     /// QEMU can migrate as the spec asks.
     fn check(&self, spec: &MoveSpec) -> Result<MoveCheck, Refusal>;

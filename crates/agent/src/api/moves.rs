@@ -64,6 +64,11 @@ impl Moves {
         }
     }
 
+    /// The data path, for what concerns no move.
+    pub(crate) fn mover(&self) -> &dyn Mover {
+        &*self.mover
+    }
+
     /// Recovers what an earlier process left behind.
     pub(crate) fn recover_interrupted(&self) {
         for spec in self.mover.recoverable() {

@@ -16,7 +16,7 @@ use super::log::EventLog;
 use super::mover::{Admission, Bandwidth, MoveCheck, Refusal, RefusalCode};
 use super::moves::{MoveRecord, Moves};
 use super::reply::{Followed, Payload, blocking, event_stream};
-use super::{doctor, metrics};
+use super::{doctor, metrics, prepare_routes};
 use crate::coordinator::Coordinator;
 use crate::types::{AgentStatus, GroupEvent, MoveEvent, MoveSpec, MoveStatus};
 
@@ -44,6 +44,7 @@ pub(crate) fn router(api: Api) -> Router {
         .route("/bandwidth", patch(set_bandwidth));
     Router::new()
         .merge(group_routes::router())
+        .merge(prepare_routes::router())
         .route("/v1/moves", get(list_moves).post(start_move))
         .nest("/v1/moves/{group}/{vm}", one_move)
         .route("/v1/check", post(check))
@@ -83,6 +84,13 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
         group_routes::cancel_group,
         group_routes::continue_group,
         group_routes::recover_group,
+        prepare_routes::prepare_host,
+        prepare_routes::host_preparation,
+        prepare_routes::resolve_host,
+        prepare_routes::end_host,
+        prepare_routes::start_preparation,
+        prepare_routes::get_preparation,
+        prepare_routes::cancel_preparation,
         start_move,
         list_moves,
         get_move,

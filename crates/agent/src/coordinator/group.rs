@@ -12,8 +12,9 @@ use crate::api::mover::{Bandwidth, Refusal, RefusalCode};
 use crate::api::moves::unix_ms;
 use crate::client::{CallError, Client};
 use crate::types::{
-    ActionReport, GroupEvent, GroupFinished, GroupFinishedTag, GroupMove, GroupStatus, Happening,
-    MoveEvent, MoveSpec, MoveStatus, Phase, Progress,
+    ActionReport, GroupEvent, GroupFinished, GroupFinishedTag, GroupMove, GroupPrepared,
+    GroupPreparedTag, GroupStatus, GroupSurvey, Happening, MoveEvent, MoveSpec, MoveStatus, Phase,
+    Progress,
 };
 
 /// Each move logs about nine phases, more if it is recovered.
@@ -118,7 +119,8 @@ impl Group {
             members,
             state: Mutex::new(state),
             log: EventLog::new(
-                LASTING_EVENTS_OF_MOVE * count + 1,
+                // And the end of the preparation and of the group.
+                LASTING_EVENTS_OF_MOVE * count + 2,
                 PASSING_EVENTS + PASSING_EVENTS_OF_MOVE * count,
             ),
             shares: tokio::sync::Mutex::default(),
@@ -305,6 +307,35 @@ impl Group {
             }
         }
         ended
+    }
+
+    /// Says of the moves that have not been started yet what they wait for.
+    pub(super) fn wait_for(&self, what: &str) {
+        for state in self.lock().iter_mut().filter(|state| !state.started) {
+            let vm = &state.status.vm;
+            state.status.message = format!("VM `{vm}` waits: {what}; it runs at the source");
+        }
+    }
+
+    /// Whether every move was cancelled before its start.
+    pub(super) fn all_cancelled(&self) -> bool {
+        self.lock().iter().all(|state| state.cancelled)
+    }
+
+    /// Tells the group's readers that its preparation has ended.
+    pub(super) fn prepared(&self, survey: GroupSurvey) {
+        self.log.push(Life::Lasting, |seq| {
+            GroupEvent::Prepared(GroupPrepared {
+                seq,
+                at_unix_ms: unix_ms(),
+                event: GroupPreparedTag::Prepared,
+                group: self.id.clone(),
+                seconds: survey.seconds,
+                cpu_seconds: survey.cpu_seconds,
+                pages: survey.rack,
+                failed: survey.failed,
+            })
+        });
     }
 
     fn finish(&self, states: &[MemberState]) {

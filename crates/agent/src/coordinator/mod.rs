@@ -25,8 +25,10 @@
 
 mod budget;
 mod follow;
+mod forecast;
 mod group;
 mod preflight;
+mod prepare;
 mod saved;
 #[cfg(test)]
 mod tests;
@@ -39,9 +41,12 @@ use crate::api::mover::{Refusal, RefusalCode};
 use crate::client::Client;
 use crate::config::Config;
 use crate::plan;
-use crate::types::{ActionReport, GroupAccepted, GroupRequest, GroupStatus, Host, Plan};
+use crate::types::{
+    ActionReport, GroupAccepted, GroupRequest, GroupStatus, Host, Plan, PreparationRequest, Scope,
+};
 
 pub(crate) use group::{Action, Group};
+use prepare::Preparation;
 use saved::{SavedGroup, SavedGroups};
 
 /// Ended groups that are remembered for those who ask late.
@@ -54,6 +59,7 @@ pub(crate) struct Coordinator {
     peers: Peers,
     saved: Arc<SavedGroups>,
     groups: Mutex<BTreeMap<String, Arc<Group>>>,
+    preparations: Mutex<BTreeMap<String, Arc<Preparation>>>,
 }
 
 /// Makes clients of other agents.
@@ -78,6 +84,7 @@ impl Coordinator {
             },
             saved: Arc::new(SavedGroups::new(&config.state_dir)),
             groups: Mutex::default(),
+            preparations: Mutex::default(),
         }
     }
 
@@ -88,7 +95,7 @@ impl Coordinator {
                 group = saved.id,
                 "following the group again after a restart"
             );
-            match self.new_group(&saved) {
+            match domain_keys(&saved.plan).map(|keys| self.new_group(&saved, &keys)) {
                 Ok(group) => {
                     self.lock().insert(saved.id, group.clone());
                     group.follow_all();
@@ -103,9 +110,12 @@ impl Coordinator {
         let bad = |error: plan::PlanError| Refusal::new(RefusalCode::BadRequest, error.to_string());
         let plan = request.plan;
         plan.check().map_err(bad)?;
-        let id = match request.id {
-            Some(id) => id,
-            None => format!("g-{}", hex::encode(random::<4>()?)),
+        let before = request.id.is_none().then(|| self.prepared_for(&plan));
+        let before = before.flatten();
+        let id = match (request.id, &before) {
+            (Some(id), _) => id,
+            (None, Some(before)) => before.id().to_owned(),
+            (None, None) => new_id()?,
         };
         plan::check_group_id(&id).map_err(bad)?;
         self.refuse_used(&id)?;
@@ -115,7 +125,11 @@ impl Coordinator {
             accepted_unix_ms: crate::api::moves::unix_ms(),
             plan,
         };
-        let group = self.new_group(&saved)?;
+        let keys = match &before {
+            Some(before) => before.keys().clone(),
+            None => domain_keys(&saved.plan)?,
+        };
+        let group = self.new_group(&saved, &keys);
         preflight::run(&saved.plan, &self.peers, group.specs()).await?;
         self.saved.write(&saved).map_err(|error| {
             let message = format!("cannot remember the plan ({error}); nothing was started");
@@ -129,7 +143,18 @@ impl Coordinator {
             forget_oldest(&mut groups);
             groups.insert(id.clone(), group.clone());
         }
-        group.start();
+        lock(&self.preparations).remove(&id);
+        let rack = saved.plan.settings().scope == Scope::Rack;
+        let preparation = || Preparation::of_group(&saved, keys, &self.peers);
+        match (rack && saved.plan.prepare != Some(false)).then(preparation) {
+            Some(preparation) => group.start_prepared(Arc::new(preparation)),
+            None => {
+                group.start();
+                if let Some(before) = before {
+                    group.end_with(before);
+                }
+            }
+        }
         Ok(GroupAccepted { group: id })
     }
 
@@ -156,14 +181,55 @@ impl Coordinator {
         self.get(id)?.act(action, vm).await
     }
 
-    fn new_group(&self, saved: &SavedGroup) -> Result<Arc<Group>, Refusal> {
-        let keys = domain_keys(&saved.plan)?;
-        Ok(Arc::new(Group::new(
-            saved,
-            &keys,
-            &self.peers,
-            self.saved.clone(),
-        )))
+    fn new_group(&self, saved: &SavedGroup, keys: &BTreeMap<String, String>) -> Arc<Group> {
+        Arc::new(Group::new(saved, keys, &self.peers, self.saved.clone()))
+    }
+
+    /// Starts to prepare the hosts of a plan, or to survey them.
+    pub(crate) fn prepare(&self, request: PreparationRequest) -> Result<GroupAccepted, Refusal> {
+        let bad = |error: plan::PlanError| Refusal::new(RefusalCode::BadRequest, error.to_string());
+        request.plan.check().map_err(bad)?;
+        let before = (!request.survey)
+            .then(|| self.prepared_for(&request.plan))
+            .flatten();
+        let (id, keys) = match before {
+            Some(before) => (before.id().to_owned(), before.keys().clone()),
+            None => (new_id()?, domain_keys(&request.plan)?),
+        };
+        let preparation = Arc::new(Preparation::new(&id, keys, request, &self.peers)?);
+        {
+            let mut preparations = lock(&self.preparations);
+            preparations.retain(|_, one| !one.is_expired());
+            if preparations.len() >= GROUPS_MAX && !preparations.contains_key(&id) {
+                let message = format!("this agent holds {GROUPS_MAX} preparations, its most");
+                return Err(Refusal::new(RefusalCode::Busy, message));
+            }
+            preparations.insert(id.clone(), preparation.clone());
+        }
+        tokio::spawn(async move { preparation.run().await });
+        Ok(GroupAccepted { group: id })
+    }
+
+    pub(crate) fn preparation(&self, id: &str) -> Result<Arc<Preparation>, Refusal> {
+        lock(&self.preparations).get(id).cloned().ok_or_else(|| {
+            let message = format!("this agent prepares no group `{id}`");
+            Refusal::new(RefusalCode::UnknownGroup, message)
+        })
+    }
+
+    pub(crate) async fn cancel_preparation(&self, id: &str) -> Result<(), Refusal> {
+        let preparation = self.preparation(id)?;
+        lock(&self.preparations).remove(id);
+        preparation.cancel();
+        preparation.end().await;
+        Ok(())
+    }
+
+    /// The preparation of the same moves that is done, if there is one.
+    fn prepared_for(&self, plan: &Plan) -> Option<Arc<Preparation>> {
+        let preparations = lock(&self.preparations);
+        let mut fitting = preparations.values().filter(|one| one.fits(plan));
+        fitting.next().cloned()
     }
 
     fn refuse_used(&self, id: &str) -> Result<(), Refusal> {
@@ -179,8 +245,16 @@ impl Coordinator {
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Group>>> {
-        self.groups.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.groups)
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn new_id() -> Result<String, Refusal> {
+    Ok(format!("g-{}", hex::encode(random::<4>()?)))
 }
 
 fn used(id: &str) -> Refusal {

@@ -9,14 +9,18 @@ use anyhow::Context;
 use guest::{QmpError, SourceGuest, host_report};
 
 use crate::api::mover::{Admission, Bandwidth, EventSink, MoveCheck, Mover, Refusal, RefusalCode};
+use crate::api::preparer::Preparer;
 use crate::config::Config;
 use crate::index_host::IndexHost;
 use crate::journal::Journal;
 use crate::link::{Bucket, Hold, Security};
-use crate::source::{Entry, Input, MoveContext, MoveRun, SessionContext, Sessions};
+use crate::prepare::{Connect, Preparations};
+use crate::source::{
+    Entry, ForPreparation, IndexLinks, Input, MoveContext, MoveRun, SessionContext, Sessions,
+};
 use crate::target::{self, Arrivals, TargetContext};
 use crate::tls::Tls;
-use crate::types::{Happening, MoveSpec, Phase};
+use crate::types::{Happening, MoveSpec, Phase, PrepareSpec, PrepareStatus, ResolveSpec};
 
 /// What a target QEMU takes besides its guest's memory: the process itself, and what a guest
 /// of 2 vCPUs with usual devices was seen to take.
@@ -28,6 +32,7 @@ pub(crate) struct HostMover {
     _lock: std::fs::File,
     context: MoveContext,
     arrivals: Arc<Arrivals>,
+    preparations: Arc<Preparations>,
     moves: Arc<Mutex<HashMap<String, Known>>>,
     /// One limit for each group's moves from here.
     budgets: Mutex<HashMap<String, Arc<Bucket>>>,
@@ -81,13 +86,22 @@ impl HostMover {
             hold,
             budget: Arc::default(),
         };
+        let window_log = u8::try_from(config.compression_window_bytes.ilog2())?;
+        let indexes = Arc::<IndexLinks>::default();
+        let for_preparation = ForPreparation {
+            links: Arc::clone(&indexes),
+            context: session.clone(),
+        };
+        let index = Some(Arc::new(for_preparation) as Arc<dyn Connect>);
+        let preparations = Arc::new(Preparations::new(&config.name, window_log, index));
         let context = MoveContext {
             sessions: Arc::new(Sessions::default()),
-            indexes: Arc::default(),
+            indexes: Arc::clone(&indexes),
+            preparations: Arc::clone(&preparations),
             session,
             journal: journal("outgoing")?,
             run_dir: config.run_dir.clone(),
-            window_log: u8::try_from(config.compression_window_bytes.ilog2())?,
+            window_log,
             window_bytes: config.window_bytes_max,
             stall_limit: Duration::from_secs(config.switchover_stall_limit_s),
         };
@@ -95,6 +109,7 @@ impl HostMover {
             _lock: lock,
             context,
             arrivals,
+            preparations,
             moves: Arc::default(),
             budgets: Mutex::default(),
         })
@@ -175,6 +190,24 @@ fn busy(moves: &HashMap<String, Known>, spec: &MoveSpec) -> Option<Refusal> {
             spec.vm, same.spec.id
         ),
     ))
+}
+
+impl Preparer for HostMover {
+    fn prepare(&self, spec: PrepareSpec) -> Result<(), Refusal> {
+        self.preparations.start(spec)
+    }
+
+    fn resolve_preparation(&self, group: &str, spec: ResolveSpec) -> Result<(), Refusal> {
+        self.preparations.resolve(group, spec)
+    }
+
+    fn preparation(&self, group: &str) -> Result<PrepareStatus, Refusal> {
+        self.preparations.status(group)
+    }
+
+    fn end_preparation(&self, group: &str) -> Result<(), Refusal> {
+        self.preparations.end(group)
+    }
 }
 
 impl Mover for HostMover {
@@ -348,7 +381,7 @@ fn code_of(error: &guest::GuestError) -> RefusalCode {
     }
 }
 
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

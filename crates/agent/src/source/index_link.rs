@@ -14,11 +14,12 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use index::{Shards, Ticket};
-use page::{ContentId, ContentKey, EntryId, HostNo};
-use wire::index::{Answer, EntryRun, Item, Summary, TableKey, Verdict, join_runs};
+use page::{ContentId, ContentKey, EntryId, HostNo, HostSet};
+use wire::index::{Answer, EntryRun, Item, TableKey, Verdict, join_runs};
 use wire::{Channel, ControlReply, Hello, PROTOCOL_VERSION, WireCompression, WireError};
 
 use crate::link::{Link, LinkError};
+use crate::prepare::{Connect, RegisterError, Registrar};
 
 use super::session::{SessionContext, spawn};
 
@@ -35,7 +36,6 @@ const READ: usize = 64 << 10;
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// How long a registration's answer may take: it is many batches, and nobody is stopped.
-#[allow(dead_code)] // until preparation uses it
 const REGISTER_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Why the index cannot be used.
@@ -96,8 +96,7 @@ pub(crate) struct IndexLink {
 enum Request {
     Claim(HostNo, Vec<ContentId>, Sender<Vec<Verdict>>),
     Register(HostNo, Vec<Item>, Sender<Vec<Option<EntryId>>>),
-    Withdraw(HostNo),
-    Summary(Sender<Summary>),
+    Needed(Vec<ContentId>, Sender<Vec<HostSet>>),
     Carried(Vec<EntryId>),
     Lost(HostNo, Vec<EntryId>),
     CarrierGone(HostNo),
@@ -107,7 +106,7 @@ enum Request {
 enum Asker {
     Claim(Sender<Vec<Verdict>>),
     Register(Sender<Vec<Option<EntryId>>>),
-    Summary(Sender<Summary>),
+    Needed(Sender<Vec<HostSet>>),
 }
 
 /// A claim under way.
@@ -187,27 +186,23 @@ impl IndexLink {
         }
     }
 
-    /// Registers contents of VMs that will run on `target`; the entry of each, none if the index
-    /// is full or gone.
-    pub(crate) fn register(&self, target: HostNo, items: Vec<Item>) -> Vec<Option<EntryId>> {
-        let count = items.len();
+    /// Registers contents of VMs that will run on `target`: the entry of each, none if the index
+    /// is full. None at all if it does not answer.
+    pub(crate) fn register(
+        &self,
+        target: HostNo,
+        items: Vec<Item>,
+    ) -> Option<Vec<Option<EntryId>>> {
         let (sender, entries) = bounded(1);
         self.send(Request::Register(target, items, sender));
-        let mut entries = entries.recv_timeout(REGISTER_PATIENCE).unwrap_or_default();
-        entries.resize(count, None);
-        entries
+        entries.recv_timeout(REGISTER_PATIENCE).ok()
     }
 
-    /// Forgets what was registered for `target`.
-    pub(crate) fn withdraw(&self, target: HostNo) {
-        self.send(Request::Withdraw(target));
-    }
-
-    /// What is in the index.
-    pub(crate) fn summary(&self) -> Option<Summary> {
-        let (sender, summary) = bounded(1);
-        self.send(Request::Summary(sender));
-        summary.recv_timeout(REGISTER_PATIENCE).ok()
+    /// The target hosts that need each of these contents. None if the index does not answer.
+    pub(crate) fn needed(&self, ids: Vec<ContentId>) -> Option<Vec<HostSet>> {
+        let (sender, hosts) = bounded(1);
+        self.send(Request::Needed(ids, sender));
+        hosts.recv_timeout(REGISTER_PATIENCE).ok()
     }
 
     /// These entries have reached their carrier.
@@ -285,11 +280,10 @@ impl Talk {
                 shards.register(target, &items);
                 self.askers.push_back(Asker::Register(asker));
             }
-            Request::Summary(asker) => {
-                shards.summary();
-                self.askers.push_back(Asker::Summary(asker));
+            Request::Needed(ids, asker) => {
+                shards.needed(&ids);
+                self.askers.push_back(Asker::Needed(asker));
             }
-            Request::Withdraw(target) => shards.withdraw(target),
             Request::Carried(entries) => shards.carried(&runs_of(&entries)),
             Request::Lost(carrier, entries) => shards.lost(carrier, &runs_of(&entries)),
             Request::CarrierGone(host) => shards.carrier_gone(host),
@@ -306,9 +300,7 @@ impl Talk {
             (Some(Asker::Register(asker)), Answer::Entries(entries)) => {
                 asker.try_send(entries).is_ok()
             }
-            (Some(Asker::Summary(asker)), Answer::Summary(summary)) => {
-                asker.try_send(summary).is_ok()
-            }
+            (Some(Asker::Needed(asker)), Answer::Hosts(hosts)) => asker.try_send(hosts).is_ok(),
             _ => false,
         };
     }
@@ -374,4 +366,62 @@ impl Talk {
 
 fn runs_of(entries: &[EntryId]) -> Vec<EntryRun> {
     join_runs(entries.iter().copied())
+}
+
+/// The index as preparation uses it: through the link that the moves use, too.
+pub(crate) struct ForPreparation {
+    pub(crate) links: Arc<IndexLinks>,
+    pub(crate) context: SessionContext,
+}
+
+impl Connect for ForPreparation {
+    fn connect(
+        &self,
+        group: &str,
+        key: &ContentKey,
+        index: &[String],
+    ) -> Result<Box<dyn Registrar>, RegisterError> {
+        let id = IndexKey {
+            group: group.to_owned(),
+            domain_key: hex::encode(key.secret()),
+            shards: index.to_vec(),
+        };
+        let link = self.links.get(&id, key, &self.context);
+        let link = link.map_err(|error| RegisterError(crate::host::chain(&error)))?;
+        Ok(Box::new(link))
+    }
+}
+
+impl Registrar for Arc<IndexLink> {
+    fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    fn register(
+        &mut self,
+        target: HostNo,
+        batch: &[(ContentId, u32)],
+    ) -> Result<Vec<Option<EntryId>>, RegisterError> {
+        let item = |(id, pages): &(ContentId, u32)| Item {
+            id: *id,
+            pages: *pages,
+        };
+        IndexLink::register(self, target, batch.iter().map(item).collect()).ok_or_else(silent)
+    }
+
+    fn needed_elsewhere(
+        &mut self,
+        target: HostNo,
+        batch: &[ContentId],
+    ) -> Result<Vec<bool>, RegisterError> {
+        let hosts = self.needed(batch.to_vec()).ok_or_else(silent)?;
+        Ok(hosts
+            .into_iter()
+            .map(|set| !set.without(target).is_empty())
+            .collect())
+    }
+}
+
+fn silent() -> RegisterError {
+    RegisterError("it is silent or gone".to_owned())
 }

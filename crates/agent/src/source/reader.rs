@@ -12,6 +12,8 @@ use rustix::net::RecvFlags;
 
 use crate::link::{Buffer, Hold, Pool};
 
+use crate::prepare::{Need, Prepared};
+
 use super::index_link::{Claim, IndexLink};
 use super::outbox::Outbox;
 use super::session::spawn;
@@ -36,6 +38,8 @@ pub(crate) enum ReadError {
 pub(crate) struct Way {
     pub(crate) outbox: Arc<Outbox>,
     pub(crate) rack: Option<RackWay>,
+    /// What preparation found.
+    pub(crate) prepared: Option<Arc<Prepared>>,
 }
 
 /// A session's place in its group.
@@ -102,7 +106,7 @@ pub(crate) fn run(
             let scan = packer.take();
             match (&asked, &way.rack) {
                 (Some(asked), Some(rack)) => {
-                    let claim = ask(stream, &way.outbox, rack, (&scan, packer.milestones()));
+                    let claim = ask(stream, way, rack, (&scan, packer.milestones()));
                     let buffer = done;
                     // A resolver that is gone was told that the stream is over.
                     let _ = asked.send(Asked {
@@ -128,19 +132,23 @@ pub(crate) fn run(
     }
 }
 
-/// Asks the index for contents that the target was not told of. Not once memory was sent, when
+/// Asks the index for contents that the target was not told of. Not for those that nobody else
+/// needs, as preparation has found. Not once memory was sent, when
 /// contents are those of written pages, which other VMs hardly have; and not for a stopped guest,
 /// which would wait.
 fn ask(
     stream: &Stream,
-    outbox: &Outbox,
+    way: &Way,
     rack: &RackWay,
     (scan, milestones): (&Scan, Milestones),
 ) -> Option<Claim> {
     if stream.is_late_round() || milestones.end_begun {
         return None;
     }
-    let unknown = outbox.unknown(scan);
+    let mut unknown = way.outbox.unknown(scan);
+    if let Some(prepared) = &way.prepared {
+        unknown.retain(|id| !matches!(prepared.lookup(*id), Some(Need::One(_))));
+    }
     (!unknown.is_empty()).then(|| rack.index.claim(rack.target, unknown))
 }
 

@@ -15,6 +15,7 @@ use wire::OpenMove;
 
 use crate::api::mover::EventSink;
 use crate::journal::Journal;
+use crate::prepare::{Preparations, Prepared};
 use crate::types::{Happening, MoveSpec, Phase, Scope};
 
 use super::control::Control;
@@ -58,6 +59,7 @@ pub(crate) enum Input {
 pub(crate) struct MoveContext {
     pub(crate) sessions: Arc<Sessions>,
     pub(crate) indexes: Arc<IndexLinks>,
+    pub(crate) preparations: Arc<Preparations>,
     pub(crate) session: SessionContext,
     pub(crate) journal: Journal,
     pub(crate) run_dir: PathBuf,
@@ -493,6 +495,7 @@ impl Run {
         let way = Way {
             outbox: Arc::clone(&session.outbox),
             rack: session.rack.clone(),
+            prepared: self.prepared(),
         };
         let (stream, hold) = (Arc::clone(stream), self.context.session.hold.clone());
         spawn("gw-read", move || {
@@ -502,6 +505,22 @@ impl Run {
         })?;
         self.enter(Phase::Bulk, "memory is being copied".into());
         Ok(())
+    }
+
+    /// What a preparation of the group has found here.
+    fn prepared(&self) -> Option<Arc<Prepared>> {
+        if self
+            .spec
+            .rack
+            .as_ref()
+            .is_some_and(|rack| rack.shared_target)
+        {
+            // Needed by this target only may still mean by two source hosts.
+            return None;
+        }
+        let secret = content_key(&self.spec.domain_key).ok()?;
+        let preparations = &self.context.preparations;
+        preparations.prepared(&self.spec.group, secret.secret())
     }
 
     fn await_confirmation(&mut self) -> Option<SourceEvent> {

@@ -117,6 +117,9 @@ pub enum Answer {
     Verdicts(Vec<Verdict>),
     /// To `Summary`.
     Summary(Summary),
+    /// To `Needed`: the target hosts that need each content. Those beyond
+    /// [`HostSet::CAPACITY`] do not show.
+    Hosts(Vec<HostSet>),
 }
 
 /// The table in the page of [`super`].
@@ -125,6 +128,7 @@ mod kind {
     pub(super) const ENTRIES: u8 = 34;
     pub(super) const VERDICTS: u8 = 35;
     pub(super) const SUMMARY: u8 = 36;
+    pub(super) const HOSTS: u8 = 37;
 }
 
 impl Answer {
@@ -139,6 +143,12 @@ impl Answer {
                 put_entries(entries, out);
             }),
             Self::Verdicts(verdicts) => Self::encode_verdicts(verdicts, out),
+            Self::Hosts(hosts) => put_frame(out, kind::HOSTS, |out| {
+                for run in hosts.chunk_by(|a, b| a == b) {
+                    varint::put(out, run.len() as u64);
+                    varint::put(out, run[0].bits());
+                }
+            }),
             Self::Summary(summary) => put_frame(out, kind::SUMMARY, |out| {
                 let Summary {
                     by_hosts,
@@ -171,6 +181,7 @@ impl Answer {
             kind::ENTRIES => take_entries(body).map(Self::Entries),
             kind::VERDICTS => take_verdicts(body).map(Self::Verdicts),
             kind::SUMMARY => take_summary(body).map(Self::Summary),
+            kind::HOSTS => take_hosts(body).map(Self::Hosts),
             other => Err(WireError::UnexpectedKind(other)),
         }
     }
@@ -184,6 +195,16 @@ fn take_welcome(body: &[u8]) -> Result<Answer, WireError> {
     }
     let epoch = u64::from_le_bytes(*epoch);
     nothing_after(rest).map(|()| Answer::Welcome { epoch, shard })
+}
+
+fn take_hosts(mut rest: &[u8]) -> Result<Vec<HostSet>, WireError> {
+    let mut hosts = Vec::new();
+    while !rest.is_empty() {
+        let count = checked_count(varint::take(&mut rest)?, hosts.len())?;
+        let set = HostSet::from_bits(varint::take(&mut rest)?);
+        hosts.resize(hosts.len() + count as usize, set);
+    }
+    Ok(hosts)
 }
 
 fn take_summary(mut body: &[u8]) -> Result<Summary, WireError> {

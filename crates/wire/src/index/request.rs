@@ -81,6 +81,11 @@ pub enum Request<'a> {
         /// The contents.
         ids: Cow<'a, [ContentId]>,
     },
+    /// Which target hosts are registered to need these contents?
+    Needed {
+        /// The contents.
+        ids: Cow<'a, [ContentId]>,
+    },
     /// What is in the table?
     Summary,
     /// The group is done: its tables go, those of all domains.
@@ -99,6 +104,7 @@ mod kind {
     pub(super) const SEED: u8 = 8;
     pub(super) const SUMMARY: u8 = 9;
     pub(super) const END_GROUP: u8 = 10;
+    pub(super) const NEEDED: u8 = 11;
 }
 
 impl Request<'_> {
@@ -119,6 +125,7 @@ impl Request<'_> {
                 put_host(*target, out);
                 ids.iter().for_each(|id| out.extend_from_slice(&id.0));
             }
+            Self::Needed { ids } => ids.iter().for_each(|id| out.extend_from_slice(&id.0)),
             Self::Carried { entries } => put_runs(entries, out),
             Self::Lost { carrier, entries } => {
                 put_host(*carrier, out);
@@ -141,6 +148,7 @@ impl Request<'_> {
             Self::Seed { .. } => kind::SEED,
             Self::Summary => kind::SUMMARY,
             Self::EndGroup => kind::END_GROUP,
+            Self::Needed { .. } => kind::NEEDED,
         }
     }
 
@@ -179,6 +187,9 @@ impl Request<'_> {
                 ids: take_ids(rest)?.into(),
             },
             kind::SUMMARY => nothing_after(rest).map(|()| Request::Summary)?,
+            kind::NEEDED => Request::Needed {
+                ids: take_ids(rest)?.into(),
+            },
             kind::END_GROUP => nothing_after(rest).map(|()| Request::EndGroup)?,
             other => return Err(WireError::UnexpectedKind(other)),
         })
