@@ -8,6 +8,7 @@ pub mod fault;
 pub mod gangway;
 pub mod guest;
 pub mod install;
+pub mod matrix;
 pub mod measure;
 pub mod memory;
 pub mod net;

@@ -169,11 +169,8 @@ impl VmLife {
         let (vm, moved) = (&bench.vms[nth], &outcome.moved[nth]);
         let track = bench.observer.track(&vm.name);
         let arrived = moved.remark.is_none();
-        let expected = if arrived {
-            vm.target.name()
-        } else {
-            vm.source.name()
-        };
+        let by_move = if arrived { &vm.target } else { &vm.source };
+        let expected = moved.runs_on.as_deref().unwrap_or(by_move.name());
         let trouble = trouble(&track, expected);
         let running = track
             .first_from(vm.target.name())

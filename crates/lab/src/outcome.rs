@@ -52,6 +52,8 @@ pub struct Moved {
     pub pages: Option<Pages>,
     /// Why it did not arrive, or what else a person should know.
     pub remark: Option<String>,
+    /// Host that it must run on now, if that does not follow from the above.
+    pub runs_on: Option<String>,
 }
 
 impl Moved {
@@ -66,6 +68,7 @@ impl Moved {
             samples: Vec::new(),
             pages: None,
             remark: None,
+            runs_on: None,
         }
     }
 }
@@ -84,6 +87,8 @@ pub struct Outcome {
     pub figures: Figures,
     /// Processor time of single kinds of process.
     pub cpu_seconds: Vec<(String, f64)>,
+    /// What came otherwise than the scenario wants it.
+    pub unexpected: Option<String>,
 }
 
 /// `events.jsonl`: what happened in all runs, one object a line, each with the technique and

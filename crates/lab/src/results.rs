@@ -59,6 +59,9 @@ pub struct Run {
     pub mode: String,
     /// `none` or `zstd`: what gangway does with literals.
     pub compression: String,
+    /// The fault that struck it, as a matrix of faults names it: `cut-2s@switch-over`.
+    #[serde(default)]
+    pub fault: Option<String>,
     /// Number of this repetition of the technique, from 0.
     pub repeat: u32,
     /// VMs that were to be moved.
@@ -284,6 +287,10 @@ impl Run {
         if self.mode != "pre-copy" && !self.mode.is_empty() {
             name.push(' ');
             name.push_str(&self.mode);
+        }
+        if let Some(fault) = &self.fault {
+            name.push_str(", ");
+            name.push_str(fault);
         }
         name
     }

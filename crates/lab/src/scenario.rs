@@ -9,6 +9,7 @@ use serde::Deserialize;
 use toml::{Table, Value};
 
 use crate::fault::Fault;
+use crate::matrix::Matrix;
 use crate::net::Links;
 
 /// The scenarios that come with the lab.
@@ -23,6 +24,7 @@ const BUILT_IN: &[(&str, &str)] = &[
         include_str!("../scenarios/versions-old.toml"),
     ),
     ("fault", include_str!("../scenarios/fault.toml")),
+    ("faults", include_str!("../scenarios/faults.toml")),
     ("unshaped", include_str!("../scenarios/unshaped.toml")),
 ];
 
@@ -55,6 +57,9 @@ pub struct Scenario {
     /// What goes wrong, and when.
     #[serde(default)]
     pub fault: Option<Fault>,
+    /// Faults that are tried one after the other, each on freshly booted guests.
+    #[serde(default)]
+    pub matrix: Option<Matrix>,
     /// `gangway` to test; the one beside `gangway-lab` if absent.
     #[serde(default)]
     pub gangway: Option<PathBuf>,
@@ -319,6 +324,13 @@ impl Scenario {
                 "a fault's time is {seconds} s: it must be 0 to 600"
             );
         }
+        if let Some(matrix) = &self.matrix {
+            ensure!(
+                self.fault.is_none(),
+                "a scenario has a fault or a matrix of them"
+            );
+            matrix.cells()?;
+        }
         let filled = u64::from(self.vm.stamp_mb) + u64::from(self.vm.dirty_mb);
         // What the guest's kernel, programs and file system were seen to need.
         let own = 100 + self.vm.memory_mb / 8;
@@ -362,11 +374,8 @@ fn apply(table: &mut Table, setting: &str) -> anyhow::Result<()> {
             .with_context(|| format!("`{key}` is not a table"))?;
     }
     let value = match place.get(last) {
-        Some(Value::Array(_)) if !text.starts_with('[') => Value::Array(
-            text.split(',')
-                .map(|item| Value::String(item.to_owned()))
-                .collect(),
-        ),
+        Some(Value::Array(_)) if !text.starts_with('[') => list(text),
+        _ if path == "matrix.only" => list(text),
         Some(Value::String(_)) => Value::String(text.to_owned()),
         // Versions look like numbers, but are names.
         _ if path.starts_with("qemu.") => Value::String(text.to_owned()),
@@ -374,6 +383,11 @@ fn apply(table: &mut Table, setting: &str) -> anyhow::Result<()> {
     };
     place.insert(last.to_owned(), value);
     Ok(())
+}
+
+fn list(text: &str) -> Value {
+    let items = text.split(',');
+    Value::Array(items.map(|item| Value::String(item.to_owned())).collect())
 }
 
 fn parse_value(text: &str) -> Value {

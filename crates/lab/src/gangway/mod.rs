@@ -4,6 +4,7 @@ mod agents;
 mod migration;
 mod plan;
 mod record;
+mod struck;
 
 pub use agents::{Agents, control_socket};
 pub use migration::migrate;
