@@ -5,6 +5,7 @@
 //! many runs (see [`crate::compare`] for two or more).
 
 mod bars;
+mod faults;
 mod kinds;
 pub(crate) mod metric;
 mod page;

@@ -2,6 +2,7 @@
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
+use super::faults;
 use super::kinds::{self, Mix};
 use super::metric::{self, Metric};
 use super::table::{self, COLUMNS, Integrity, Verdict};
@@ -31,10 +32,14 @@ pub(crate) fn render(results: &Results) -> Markup {
                 main {
                     (verdict(results))
                     (failures(results))
-                    (headline(&techniques))
-                    (measures(&techniques))
-                    (page_kinds(&techniques))
-                    (timelines(&techniques))
+                    @if faults::are_in(results) {
+                        (faults::section(results))
+                    } @else {
+                        (headline(&techniques))
+                        (measures(&techniques))
+                        (page_kinds(&techniques))
+                        (timelines(&techniques))
+                    }
                     (every_run(results))
                     (origin(results))
                 }
@@ -58,6 +63,7 @@ fn verdict(results: &Results) -> Markup {
         metric::DOWNTIME_MEAN,
     ]
     .iter()
+    .filter(|_| !faults::are_in(results))
     .filter_map(|metric| sentence::of_metric(metric, &techniques))
     .collect::<Vec<_>>();
     html! {
