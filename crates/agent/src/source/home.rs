@@ -7,7 +7,7 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
-use guest::{MigrationInfo, MigrationParameters, RunState, SourceGuest};
+use guest::{MigrationInfo, MigrationParameters, RunState, SavedSettings, SourceGuest};
 use sys::ProcessMemory;
 
 use super::run::Input;
@@ -23,6 +23,8 @@ pub(crate) struct Home {
     guest: Option<Arc<SourceGuest>>,
     /// Whether the guest ran when the move began.
     pub(crate) was_running: bool,
+    /// What the move changes in the source QEMU, as it was before.
+    pub(crate) settings: Option<SavedSettings>,
     /// Something was done to the source QEMU, now or before a restart of the agent.
     touched: bool,
 }
@@ -33,6 +35,7 @@ impl Home {
             vm: vm.to_owned(),
             guest: None,
             was_running: true,
+            settings: None,
             touched: false,
         }
     }
@@ -125,6 +128,9 @@ impl Home {
                 return Err(anyhow!("the source QEMU stays in state {state:?}"));
             }
             std::thread::sleep(Duration::from_millis(20));
+        }
+        if let Some(settings) = &self.settings {
+            guest.adopt_settings(settings);
         }
         if let Err(error) = guest.restore_settings() {
             tracing::warn!(vm = self.vm, %error, "the source QEMU's migration settings were not restored");

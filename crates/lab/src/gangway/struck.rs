@@ -42,6 +42,7 @@ pub(super) fn run(
         confirm_handover: false,
         ..settings
     };
+    let settings_before = migration_settings(&bench.vms.iter().collect::<Vec<_>>())?;
     let began = Instant::now();
     let first = attempt.run(&all, unheld, Some(&armed))?;
     let took_s = began.elapsed().as_secs_f64();
@@ -70,6 +71,7 @@ pub(super) fn run(
     agents.restart_dead()?;
     figures.push(figure("recover_exit_code", json!(recover(agents)?)));
     thread::sleep(AFTERMATH);
+    let unexpected = unexpected.or(changed_settings(bench, settings_before, arrived)?);
     let again: Vec<Vm> = bench
         .vms
         .iter()
@@ -95,6 +97,36 @@ pub(super) fn run(
         figures,
         unexpected,
     })
+}
+
+/// What a person, or libvirt, has set in each VM's QEMU for its migrations.
+fn migration_settings(vms: &[&Vm]) -> anyhow::Result<Vec<[Value; 2]>> {
+    let of = |vm: &&Vm| {
+        let mut qmp = vm.qmp(&vm.source)?;
+        Ok([
+            qmp.execute("query-migrate-parameters", json!({}))?,
+            qmp.execute("query-migrate-capabilities", json!({}))?,
+        ])
+    };
+    vms.iter().map(of).collect()
+}
+
+/// A VM that stayed must be left as it was found.
+fn changed_settings(
+    bench: &Bench<'_>,
+    before: Vec<[Value; 2]>,
+    arrived: impl Fn(&Vm) -> bool,
+) -> anyhow::Result<Option<String>> {
+    let (stayed, before): (Vec<&Vm>, Vec<_>) = bench
+        .vms
+        .iter()
+        .zip(before)
+        .filter(|(vm, _)| !arrived(vm))
+        .unzip();
+    let after = migration_settings(&stayed)?;
+    Ok((after != before).then(|| {
+        format!("the migration settings of a source QEMU were {before:?}, and are {after:?}")
+    }))
 }
 
 /// The times of a VM's move to its target, and what was compared on its way back.
