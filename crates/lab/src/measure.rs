@@ -131,6 +131,7 @@ pub fn run(bench: &Bench<'_>, before: &Before, outcome: &Outcome) -> anyhow::Res
                 .filter_map(|life| life.result.downtime_ms)
                 .collect(),
         ),
+        agent_peak_bytes: outcome.agent_peak,
         pages: total_pages(&outcome.moved),
         compared_pages: (!compared.is_empty()).then(|| compared.iter().map(|c| c.pages).sum()),
         mismatched_pages: (!compared.is_empty())

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::clock::UnixMs;
 use crate::memory::Compared;
-use crate::results::{Pages, Sample};
+use crate::results::{AgentPeak, Pages, Sample};
 
 /// The time that a VM stood still, loaded at the target, while the lab compared its memory.
 ///
@@ -87,6 +87,8 @@ pub struct Outcome {
     pub figures: Figures,
     /// Processor time of single kinds of process.
     pub cpu_seconds: Vec<(String, f64)>,
+    /// Memory of the agents, if there are any.
+    pub agent_peak: Option<AgentPeak>,
     /// What came otherwise than the scenario wants it.
     pub unexpected: Option<String>,
 }

@@ -86,6 +86,9 @@ pub struct Run {
     pub source_footprint_bytes: Option<u64>,
     /// As `source_footprint_bytes`, at the target.
     pub target_footprint_bytes: Option<u64>,
+    /// The most memory that an agent ever had resident, its program included.
+    #[serde(default)]
+    pub agent_peak_bytes: Option<AgentPeak>,
     /// How the pages crossed.
     pub pages: Option<Pages>,
     /// Guest pages compared between source and target at hand-over.
@@ -112,6 +115,15 @@ pub struct Run {
     /// Why the run did not come to its end; absent if it did.
     #[serde(default)]
     pub failure: Option<String>,
+}
+
+/// Peak memory of the agents: the largest of each rack.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentPeak {
+    /// Of those that VMs left.
+    pub source: u64,
+    /// Of those that VMs came to.
+    pub target: u64,
 }
 
 /// Downtime over the VMs of a run, in milliseconds.

@@ -173,8 +173,12 @@ fn summary(run: &Run) -> String {
     let mb = |bytes: Option<u64>| bytes.map_or("?".into(), |b| format!("{:.1}", b as f64 / 1e6));
     let s = |time: Option<f64>| time.map_or("?".into(), |time| format!("{time:.2}"));
     let count = |count: Option<u64>| count.map_or("?".into(), |count| count.to_string());
+    let agents = run.agent_peak_bytes.map_or(String::new(), |peak| {
+        let [source, target] = [peak.source, peak.target].map(|bytes| mb(Some(bytes)));
+        format!(", agents at most {source} / {target} MB")
+    });
     format!(
-        "core {} MB, total {} s, mean downtime {} ms, {} pages compared, {} differ, {} VMs lost",
+        "core {} MB, total {} s, mean downtime {} ms, {} pages compared, {} differ, {} VMs lost{agents}",
         mb(run.core_bytes),
         s(run.total_migration_time_s),
         run.downtime_ms

@@ -25,6 +25,10 @@ const BUILT_IN: &[(&str, &str)] = &[
     ),
     ("fault", include_str!("../scenarios/fault.toml")),
     ("faults", include_str!("../scenarios/faults.toml")),
+    (
+        "agent-memory",
+        include_str!("../scenarios/agent-memory.toml"),
+    ),
     ("unshaped", include_str!("../scenarios/unshaped.toml")),
 ];
 

@@ -14,9 +14,12 @@ use super::session::{SessionContext, spawn};
 /// How long the target may take to start a QEMU: a large guest's memory is prepared then.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long an answer to a release or an abort may take: `cont` opens disks, a kill frees
-/// memory.
+/// How long an answer to a release may take: `cont` opens disks.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// How long the end of a move waits for the target to hear that it is off, which it may also be
+/// told later. Often the target is unreachable then: that is why the move is off.
+const ABORT_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// How long a target that could not be told that it will not be released is told again: a loaded
 /// VM whose source cannot be heard gives up by itself after that time.
@@ -54,15 +57,17 @@ impl Control {
 
     /// Lets the VM go.
     pub(crate) fn release(&mut self, id: &str) -> Result<MoveState, LinkError> {
-        self.state(&ControlRequest::Release { id: id.to_owned() })
+        let request = ControlRequest::Release { id: id.to_owned() };
+        self.state(&request, ANSWER_TIMEOUT)
     }
 
     /// Takes the move back.
     pub(crate) fn abort(&mut self, id: &str, reason: &str) -> Result<MoveState, LinkError> {
-        self.state(&ControlRequest::Abort {
+        let request = ControlRequest::Abort {
             id: id.to_owned(),
             reason: reason.to_owned(),
-        })
+        };
+        self.state(&request, ABORT_TIMEOUT)
     }
 
     /// Takes the move back in the background, until the target has heard it. Otherwise a target
@@ -86,8 +91,12 @@ impl Control {
         }
     }
 
-    fn state(&mut self, request: &ControlRequest) -> Result<MoveState, LinkError> {
-        match self.ask(request, ANSWER_TIMEOUT)? {
+    fn state(
+        &mut self,
+        request: &ControlRequest,
+        timeout: Duration,
+    ) -> Result<MoveState, LinkError> {
+        match self.ask(request, timeout)? {
             ControlReply::State(state) => Ok(state),
             other => Err(unexpected(&other)),
         }

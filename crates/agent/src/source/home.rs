@@ -96,9 +96,13 @@ impl Home {
         connected
     }
 
-    /// Cancels what QEMU is doing; `close` then closes our end of its stream. Waits until the
-    /// guest is here as it was before the move.
-    pub(crate) fn bring_back(&self, close: impl FnOnce()) -> anyhow::Result<()> {
+    /// Cancels what QEMU is doing; `close` closes our end of its stream. Waits until the guest is
+    /// here as it was before the move.
+    ///
+    /// Once the guest is `stopped`, QEMU answers nobody while it writes to a stream that we do not
+    /// read any more: then the stream goes first. Otherwise it goes last, so that QEMU reports a
+    /// cancelled migration and not a failed one.
+    pub(crate) fn bring_back(&self, stopped: bool, close: impl FnOnce()) -> anyhow::Result<()> {
         let Some(guest) = &self.guest else {
             return if self.touched {
                 Err(anyhow!("the source QEMU cannot be reached"))
@@ -106,10 +110,18 @@ impl Home {
                 Ok(())
             };
         };
-        if let Err(error) = guest.cancel() {
-            tracing::debug!(vm = self.vm, %error, "nothing to cancel");
+        let cancel = || {
+            if let Err(error) = guest.cancel() {
+                tracing::debug!(vm = self.vm, %error, "nothing to cancel");
+            }
+        };
+        if stopped {
+            close();
+            cancel();
+        } else {
+            cancel();
+            close();
         }
-        close();
         let deadline = Instant::now() + QEMU_PATIENCE;
         loop {
             let state = guest

@@ -428,7 +428,7 @@ impl Run {
                         stream.close(true);
                     }
                 };
-                Some(match self.home.bring_back(close) {
+                Some(match self.home.bring_back(self.stopped, close) {
                     Ok(()) => SourceEvent::SourceRuns,
                     Err(error) => SourceEvent::SourceLost(format!("{error:#}")),
                 })

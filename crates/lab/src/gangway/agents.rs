@@ -18,6 +18,7 @@ use crate::install;
 use crate::net::Rack;
 use crate::pki::Authority;
 use crate::process;
+use crate::results::AgentPeak;
 use crate::shell::say;
 
 /// Port of the control API for other agents.
@@ -132,13 +133,20 @@ impl Agents {
         .collect()
     }
 
-    /// The most memory that any of them ever had resident.
+    /// The most memory that any agent of each rack ever had resident.
     #[must_use]
-    pub fn peak_memory_bytes(&self) -> Option<u64> {
-        self.agents
-            .iter()
-            .filter_map(|a| process::peak_memory_bytes(a.pid()))
-            .max()
+    pub fn peak_memory(&self) -> Option<AgentPeak> {
+        let of = |rack| {
+            let agents = self.agents.iter();
+            agents
+                .filter(|agent| agent.host.address.rack == rack)
+                .filter_map(|agent| process::peak_memory_bytes(agent.pid()))
+                .max()
+        };
+        Some(AgentPeak {
+            source: of(Rack::Source)?,
+            target: of(Rack::Target)?,
+        })
     }
 }
 

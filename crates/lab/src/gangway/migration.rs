@@ -49,7 +49,7 @@ pub fn migrate(
         log,
         started,
     };
-    let (moved, mut figures, unexpected) = match &bench.scenario.fault {
+    let (moved, figures, unexpected) = match &bench.scenario.fault {
         None => {
             let all: Vec<&Vm> = bench.vms.iter().collect();
             let attempted = attempt.run(&all, settings, None)?;
@@ -61,16 +61,13 @@ pub fn migrate(
             (struck.moved, struck.figures, struck.unexpected)
         }
     };
-    figures.push((
-        "agent_memory_bytes_max".to_owned(),
-        json!(agents.peak_memory_bytes()),
-    ));
     let cpu_seconds = agents.processor_s_since(&cpu_before);
     Ok(Outcome {
         started,
         moved,
         figures,
         cpu_seconds,
+        agent_peak: agents.peak_memory(),
         unexpected,
     })
 }

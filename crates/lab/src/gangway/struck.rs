@@ -11,6 +11,7 @@ use super::agents::{Agents, control_socket};
 use super::migration::Attempt;
 use super::plan::Settings;
 use crate::bench::Bench;
+use crate::clock::UnixMs;
 use crate::fault::{Action, Armed, Fault, Victim};
 use crate::guest::Vm;
 use crate::matrix::Seen;
@@ -43,7 +44,7 @@ pub(super) fn run(
         ..settings
     };
     let settings_before = migration_settings(&bench.vms.iter().collect::<Vec<_>>())?;
-    let began = Instant::now();
+    let (began, began_at) = (Instant::now(), UnixMs::now());
     let first = attempt.run(&all, unheld, Some(&armed))?;
     let took_s = began.elapsed().as_secs_f64();
     if fault.on == Victim::Cli && fault.action == Action::Kill {
@@ -58,9 +59,15 @@ pub(super) fn run(
         message: message.as_deref(),
     };
     let unexpected = fault.expect.and_then(|expect| expect.problem(fault, seen));
+    let silences = bench.vms.iter().filter_map(|vm| {
+        let track = bench.observer.track(&vm.name);
+        track.longest_gap_ms(began_at)
+    });
+    let silence = silences.reduce(f64::max);
     let mut figures = vec![
         figure("exit_code_under_fault", json!(first.exit_code)),
         figure("time_under_fault_s", json!(took_s)),
+        figure("silence_under_fault_ms", json!(silence)),
         figure(
             "vms_moved_under_fault",
             json!(bench.vms.iter().filter(|vm| arrived(vm)).count()),

@@ -7,10 +7,11 @@ use super::text;
 use crate::results::{Results, Run};
 
 /// Headings of [`Row::cells`].
-const COLUMNS: [&str; 6] = [
+const COLUMNS: [&str; 7] = [
     "exit code",
     "VM then",
     "took",
+    "VM silent for",
     "moved again",
     "pages compared",
     "differ",
@@ -105,7 +106,10 @@ fn row(fault: String, run: &Run) -> Row {
         Some(_) => "no",
         None => NOTHING,
     };
-    let took = figure("time_under_fault_s").and_then(serde_json::Value::as_f64);
+    let time = |name: &str, write: fn(f64) -> String| {
+        let value = figure(name).and_then(serde_json::Value::as_f64);
+        value.map_or(NOTHING.to_owned(), write)
+    };
     let count = |count: Option<u64>| count.map_or(NOTHING.to_owned(), text::count);
     let message = figure("message_under_fault").and_then(serde_json::Value::as_str);
     Row {
@@ -113,7 +117,8 @@ fn row(fault: String, run: &Run) -> Row {
         cells: [
             number("exit_code_under_fault").map_or(NOTHING.to_owned(), |code| code.to_string()),
             place.to_owned(),
-            took.map_or(NOTHING.to_owned(), text::seconds),
+            time("time_under_fault_s", text::seconds),
+            time("silence_under_fault_ms", text::milliseconds),
             again.to_owned(),
             count(run.compared_pages),
             count(run.mismatched_pages),
