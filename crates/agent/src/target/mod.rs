@@ -8,8 +8,10 @@
 //! ```
 
 mod contents;
+mod entry;
 mod incoming;
 mod listener;
+mod promises;
 mod receiver;
 mod session;
 mod sink;

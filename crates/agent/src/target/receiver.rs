@@ -76,7 +76,7 @@ fn deliver(
 ) -> Result<(), ReceiveError> {
     if !is_repair {
         let runs = literal_runs(&body)?;
-        lock(&session.recent).push(&runs, &body, body.len());
+        lock(&session.recent).push(&runs, &body, body.held());
     }
     if let Some(sink) = session.sink(vm) {
         sink.push(SinkFrame { body, is_repair });
