@@ -18,6 +18,7 @@ const BUILT_IN: &[(&str, &str)] = &[
     ("racks-small", include_str!("../scenarios/racks-small.toml")),
     ("racks", include_str!("../scenarios/racks.toml")),
     ("pair-big", include_str!("../scenarios/pair-big.toml")),
+    ("dirty", include_str!("../scenarios/dirty.toml")),
     ("versions", include_str!("../scenarios/versions.toml")),
     (
         "versions-old",
@@ -89,6 +90,9 @@ pub struct Scenario {
     /// Faults that are tried one after the other, each on freshly booted guests.
     #[serde(default)]
     pub matrix: Option<Matrix>,
+    /// Keys of the agents' configuration, beside those that the lab sets.
+    #[serde(default)]
+    pub agent: Table,
     /// `gangway` to test; the one beside `gangway-lab` if absent.
     #[serde(default)]
     pub gangway: Option<PathBuf>,

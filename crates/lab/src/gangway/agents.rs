@@ -59,7 +59,7 @@ impl Agents {
         let mut agents = Vec::new();
         for host in &bench.hosts {
             authority.equip(&host.dir.join("tls"), host.name(), host.address.ip)?;
-            configure(host, small_disk)
+            configure(host, small_disk, &bench.scenario.agent)
                 .with_context(|| format!("configuring the agent on {}", host.name()))?;
             agents.push(Agent {
                 host: host.clone(),
@@ -208,7 +208,7 @@ fn config_path(host: &Host) -> PathBuf {
     host.dir.join("agent.toml")
 }
 
-fn configure(host: &Host, small_disk: bool) -> anyhow::Result<()> {
+fn configure(host: &Host, small_disk: bool, keys: &Table) -> anyhow::Result<()> {
     for dir in [
         host.dir.join("run"),
         fault::state_dir(host),
@@ -227,7 +227,7 @@ fn configure(host: &Host, small_disk: bool) -> anyhow::Result<()> {
         .context("mounting a small disk")?;
     }
     let path = |path: PathBuf| path.display().to_string();
-    let mut config = Table::new();
+    let mut config = keys.clone();
     let mut set = |key: &str, value: String| config.insert(key.into(), value.into());
     set("name", host.name().to_owned());
     set("state_dir", path(fault::state_dir(host)));
