@@ -104,6 +104,14 @@ impl CallError {
         }
     }
 
+    /// Whether there is no process at the other end.
+    #[must_use]
+    pub fn nobody_listens(&self) -> bool {
+        use std::io::ErrorKind::{ConnectionRefused, NotFound};
+        matches!(self, Self::Connect { source, .. }
+            if matches!(source.kind(), ConnectionRefused | NotFound))
+    }
+
     /// Whether the agent itself said no, so that asking again would give the same answer.
     #[must_use]
     pub fn refused_as(&self) -> Option<RefusalCode> {

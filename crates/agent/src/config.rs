@@ -87,8 +87,10 @@ fn default_switchover_stall_limit_s() -> u64 {
 fn default_store_bytes() -> u64 {
     32 * MIB
 }
+// With it, an agent that moves four VMs of 1 GiB stays well below 150 MB. Twice as much saved 0.7 %
+// of the bytes in the lab's racks-small.
 fn default_compression_window_bytes() -> u64 {
-    64 * MIB
+    32 * MIB
 }
 fn default_window_bytes_max() -> u64 {
     8 * MIB
@@ -266,7 +268,7 @@ mod tests {
             (15, 5)
         );
         assert_eq!(config.store_bytes, 32 << 20);
-        assert_eq!(config.compression_window_bytes, 64 << 20);
+        assert_eq!(config.compression_window_bytes, 32 << 20);
         assert_eq!(config.window_bytes_max, 8 << 20);
         assert_eq!((config.control, config.insecure_plaintext), (None, false));
     }

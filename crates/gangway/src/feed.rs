@@ -7,8 +7,10 @@ use agent::client::{CallError, Client};
 use agent::types::GroupEvent;
 use tokio::sync::mpsc;
 
-/// An agent that is being restarted is back by then.
+/// A busy agent answers by then.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// If no process listens, a service manager has started another by then, or there is none.
+const PATIENCE_WITH_NOBODY: Duration = Duration::from_secs(20);
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LONGEST_PAUSE: Duration = Duration::from_secs(3);
 /// Events between this and a slow terminal; the agent's log takes over beyond that.
@@ -69,7 +71,12 @@ impl Feed {
             let since = *self.lost.get_or_insert_with(Instant::now);
             if let Some(error) = error {
                 let hopeless = error.refused_as() == Some(RefusalCode::UnknownGroup);
-                let over = hopeless || since.elapsed() > PATIENCE;
+                let patience = if error.nobody_listens() {
+                    PATIENCE_WITH_NOBODY
+                } else {
+                    PATIENCE
+                };
+                let over = hopeless || since.elapsed() > patience;
                 let news = if over {
                     News::GaveUp(error)
                 } else {

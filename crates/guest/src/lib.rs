@@ -30,7 +30,7 @@ pub use host::{HostMemory, HostReport, KsmState, MemoryReading, host_report};
 pub use migration::{MigrationInfo, MigrationStatus};
 pub use qmp::{Qmp, QmpError, QmpEvent};
 pub use ram::RamBlock;
-pub use settings::MigrationParameters;
+pub use settings::{MigrationParameters, SavedSettings};
 pub use source::SourceGuest;
 pub use state::RunState;
 pub use target::TargetGuest;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::{GuestError, Qmp, QmpError};
@@ -94,8 +94,8 @@ impl MigrationParameters {
 }
 
 /// The settings of a guest before its move, and what the move needs to know of them.
-#[derive(Clone, Debug)]
-pub(crate) struct SavedSettings {
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SavedSettings {
     capabilities: BTreeMap<String, bool>,
     parameters: Map<String, Value>,
     downtime_limit_ms: u64,

@@ -161,6 +161,27 @@ impl SourceGuest {
         ram_blocks(&self.qmp)
     }
 
+    /// The settings that [`SourceGuest::start_migration`] with parameters `p` will change, to be
+    /// kept where they survive this process.
+    ///
+    /// # Errors
+    /// If the monitor fails.
+    pub fn save_settings(&self, p: &MigrationParameters) -> Result<SavedSettings, GuestError> {
+        let mut saved = self.saved();
+        let settings = match &mut *saved {
+            // What a start has changed is not the guest's own any more.
+            Some(settings) => settings,
+            none => none.insert(SavedSettings::read(&self.qmp, p)?),
+        };
+        Ok(settings.clone())
+    }
+
+    /// Takes up settings that an earlier process kept, so that
+    /// [`SourceGuest::restore_settings`] gives them back.
+    pub fn adopt_settings(&self, settings: &SavedSettings) {
+        self.saved().get_or_insert_with(|| settings.clone());
+    }
+
     /// Makes QEMU connect to `socket` and migrate into it, with return path and events on and its
     /// own bandwidth limit off. Returns when QEMU has accepted; its success or failure shows in
     /// [`SourceGuest::migration`] and in `MIGRATION` events.

@@ -4,6 +4,8 @@
 //! an observer outside, with a UDP datagram every few milliseconds, that it is alive, which
 //! instance it is, and whether the memory and disk it has stamped still hold what it wrote.
 
+#![forbid(unsafe_code)]
+
 mod disk;
 mod heartbeat;
 mod settings;

@@ -105,6 +105,15 @@ impl<'a> Bench<'a> {
         Ok(bench)
     }
 
+    /// QEMU of the hosts of a rack.
+    #[must_use]
+    pub fn qemu(&self, rack: Rack) -> &Qemu {
+        match rack {
+            Rack::Source => &self.programs.source,
+            Rack::Target => &self.programs.target,
+        }
+    }
+
     /// Hosts of one rack.
     pub fn rack(&self, rack: Rack) -> impl Iterator<Item = &Host> {
         self.hosts

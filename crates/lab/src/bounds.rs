@@ -1,5 +1,5 @@
 //! The least that a migration of these guests could send: what is left of their memory when every
-//! content is written once and compressed as well as the wire's codec can.
+//! content is written once and compressed by the wire's codec with all the window that helps it.
 //!
 //! Bound 1 has a stream for each pair of hosts; a content is in the stream of the first pair that
 //! has it. Bound 2 has a single stream for the rack. Both are zstd at level 1 with a window of
@@ -19,7 +19,7 @@ use crate::guest::Vm;
 use crate::memory::GuestMemory;
 
 const LEVEL: i32 = 1;
-/// Logarithm of the window, 128 MiB: what the wire's codec is given.
+/// Logarithm of the window, 128 MiB: a bound does not depend on what window agents can afford.
 const WINDOW_LOG: u32 = 27;
 /// Nothing waits for the result; whatever else the machine does goes first.
 const NICE: i32 = 19;

@@ -19,6 +19,7 @@ use serde_json::json;
 use crate::bench::Bench;
 use crate::gangway::{Agents, control_socket};
 use crate::guest::{Host, Vm};
+use crate::matrix::Expect;
 use crate::outcome::EventLog;
 use crate::shell::say;
 
@@ -44,9 +45,13 @@ pub struct Fault {
     pub action: Action,
     /// To whom.
     pub on: Victim,
-    /// How long a `stop`, `cut` or `fill-disk` lasts; for good if absent.
+    /// How long a `stop`, `cut` or `fill-disk` lasts, or a killed agent is away before it is
+    /// started again; until the migration has ended if absent.
     #[serde(default)]
     pub for_s: Option<f64>,
+    /// What it must come to; whatever it comes to if absent.
+    #[serde(default)]
+    pub expect: Option<Expect>,
 }
 
 /// When a fault strikes.
@@ -94,7 +99,7 @@ pub enum Victim {
     Cli,
 }
 
-fn first_vm() -> String {
+pub(crate) fn first_vm() -> String {
     "vm1".into()
 }
 
@@ -225,7 +230,8 @@ impl<'a> Armed<'a> {
                 thread::sleep(CANCEL_DELIVERY);
                 Ok(())
             }
-            (Action::Kill | Action::Cancel, false) => Ok(()),
+            (Action::Kill, false) => agents.restart_dead(),
+            (Action::Cancel, false) => Ok(()),
         }
     }
 

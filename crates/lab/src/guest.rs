@@ -79,6 +79,16 @@ pub struct Vm {
 }
 
 impl Vm {
+    /// The VM on its way back.
+    #[must_use]
+    pub fn back(&self) -> Self {
+        Self {
+            source: self.target.clone(),
+            target: self.source.clone(),
+            ..self.clone()
+        }
+    }
+
     /// Name of its tap, the same on both hosts.
     #[must_use]
     pub fn tap(&self) -> String {

@@ -11,6 +11,7 @@ pub mod gangway;
 pub mod guest;
 pub mod install;
 pub mod ksm;
+pub mod matrix;
 pub mod measure;
 pub mod memory;
 pub mod net;

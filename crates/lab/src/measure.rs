@@ -131,6 +131,7 @@ pub fn run(bench: &Bench<'_>, before: &Before, outcome: &Outcome) -> anyhow::Res
                 .collect(),
         ),
         prepare_time_s: figure_of(outcome, PREPARE_TIME),
+        agent_peak_bytes: outcome.agent_peak,
         pages: total_pages(&outcome.moved),
         compared_pages: (!compared.is_empty()).then(|| compared.iter().map(|c| c.pages).sum()),
         mismatched_pages: (!compared.is_empty())
@@ -169,11 +170,8 @@ impl VmLife {
         let (vm, moved) = (&bench.vms[nth], &outcome.moved[nth]);
         let track = bench.observer.track(&vm.name);
         let arrived = moved.remark.is_none();
-        let expected = if arrived {
-            vm.target.name()
-        } else {
-            vm.source.name()
-        };
+        let by_move = if arrived { &vm.target } else { &vm.source };
+        let expected = moved.runs_on.as_deref().unwrap_or(by_move.name());
         let trouble = trouble(&track, expected);
         let running = track
             .first_from(vm.target.name())

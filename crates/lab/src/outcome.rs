@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::clock::UnixMs;
 use crate::memory::Compared;
-use crate::results::{Pages, Sample};
+use crate::results::{AgentPeak, Pages, Sample};
 
 /// The time that a VM stood still, loaded at the target, while the lab compared its memory.
 ///
@@ -52,6 +52,8 @@ pub struct Moved {
     pub pages: Option<Pages>,
     /// Why it did not arrive, or what else a person should know.
     pub remark: Option<String>,
+    /// Host that it must run on now, if that does not follow from the above.
+    pub runs_on: Option<String>,
 }
 
 impl Moved {
@@ -66,6 +68,7 @@ impl Moved {
             samples: Vec::new(),
             pages: None,
             remark: None,
+            runs_on: None,
         }
     }
 }
@@ -87,6 +90,10 @@ pub struct Outcome {
     pub figures: Figures,
     /// Processor time of single kinds of process.
     pub cpu_seconds: Vec<(String, f64)>,
+    /// Memory of the agents, if there are any.
+    pub agent_peak: Option<AgentPeak>,
+    /// What came otherwise than the scenario wants it.
+    pub unexpected: Option<String>,
 }
 
 impl Outcome {
@@ -165,6 +172,8 @@ mod tests {
             moved,
             figures: Vec::new(),
             cpu_seconds: Vec::new(),
+            agent_peak: None,
+            unexpected: None,
         };
         let prepared = outcome(vec![started_at(9_500.0), started_at(9_000.0)]);
         assert_eq!(prepared.first_start(), UnixMs(9_000.0));

@@ -62,6 +62,9 @@ pub struct Run {
     pub mode: String,
     /// `none` or `zstd`: what gangway does with literals.
     pub compression: String,
+    /// The fault that struck it, as a matrix of faults names it: `cut-2s@switch-over`.
+    #[serde(default)]
+    pub fault: Option<String>,
     /// Number of this repetition of the technique, from 0.
     pub repeat: u32,
     /// VMs that were to be moved.
@@ -102,6 +105,9 @@ pub struct Run {
     /// What the guests' memory comes to at best.
     #[serde(default)]
     pub bounds: Option<Bounds>,
+    /// The most memory that an agent ever had resident, its program included.
+    #[serde(default)]
+    pub agent_peak_bytes: Option<AgentPeak>,
     /// How the pages crossed.
     pub pages: Option<Pages>,
     /// Guest pages compared between source and target at hand-over.
@@ -128,6 +134,15 @@ pub struct Run {
     /// Why the run did not come to its end; absent if it did.
     #[serde(default)]
     pub failure: Option<String>,
+}
+
+/// Peak memory of the agents: the largest of each rack.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentPeak {
+    /// Of those that VMs left.
+    pub source: u64,
+    /// Of those that VMs came to.
+    pub target: u64,
 }
 
 /// Downtime over the VMs of a run, in milliseconds.
@@ -350,6 +365,10 @@ impl Run {
         if self.mode != "pre-copy" && !self.mode.is_empty() {
             name.push(' ');
             name.push_str(&self.mode);
+        }
+        if let Some(fault) = &self.fault {
+            name.push_str(", ");
+            name.push_str(fault);
         }
         name
     }

@@ -49,32 +49,32 @@ pub fn scenario(name: &str, scenario: &Scenario, out: &Path) -> anyhow::Result<R
             results.save(out)?;
         }
         for &technique in &scenario.techniques {
-            say(&format!(
-                "{name}: {technique}, run {} of {}",
-                repeat + 1,
-                scenario.repeats
-            ));
-            let log = EventLog::open(out, technique.to_string(), repeat)?;
-            let run = one(&session, scenario, &programs, technique, &log).unwrap_or_else(|error| {
-                say(&format!("{technique} failed: {error:#}"));
-                let failure = Some(format!("{error:#}"));
-                Run {
-                    vms: scenario.vms(),
-                    failure,
-                    ..Run::default()
+            for (fault, scenario) in variants(scenario)? {
+                let what = match &fault {
+                    Some(fault) => format!("{technique}, {fault}"),
+                    None => technique.to_string(),
+                };
+                let (nth, of) = (repeat + 1, scenario.repeats);
+                say(&format!("{name}: {what}, run {nth} of {of}"));
+                let log = EventLog::open(out, what.clone(), repeat)?;
+                let run = one(&session, &scenario, &programs, technique, &log);
+                let run = run.unwrap_or_else(|error| failed(&scenario, &error));
+                if let Some(failure) = &run.failure {
+                    say(&format!("{what} failed: {failure}"));
                 }
-            });
-            results.runs.push(Run {
-                technique: technique.base().into(),
-                mode: "pre-copy".into(),
-                compression: technique.compression().into(),
-                repeat,
-                source_hosts: Some(scenario.hosts.source),
-                vms_per_host: Some(scenario.hosts.vms_per_host),
-                ..run
-            });
-            // What is measured is kept, whatever happens to the runs that follow.
-            results.save(out)?;
+                results.runs.push(Run {
+                    technique: technique.base().into(),
+                    mode: "pre-copy".into(),
+                    compression: technique.compression().into(),
+                    fault,
+                    repeat,
+                    source_hosts: Some(scenario.hosts.source),
+                    vms_per_host: Some(scenario.hosts.vms_per_host),
+                    ..run
+                });
+                // What is measured is kept, whatever happens to the runs that follow.
+                results.save(out)?;
+            }
         }
     }
     Ok(results)
@@ -114,6 +114,30 @@ fn overheads(
         });
     }
     Ok(runs)
+}
+
+/// The scenario as it is, or with each fault of its matrix, under the fault's name.
+fn variants(scenario: &Scenario) -> anyhow::Result<Vec<(Option<String>, Scenario)>> {
+    let Some(matrix) = &scenario.matrix else {
+        return Ok(vec![(None, scenario.clone())]);
+    };
+    let with = |(name, fault)| {
+        let scenario = Scenario {
+            fault: Some(fault),
+            matrix: None,
+            ..scenario.clone()
+        };
+        (Some(name), scenario)
+    };
+    Ok(matrix.cells()?.into_iter().map(with).collect())
+}
+
+fn failed(scenario: &Scenario, error: &anyhow::Error) -> Run {
+    Run {
+        vms: scenario.vms(),
+        failure: Some(format!("{error:#}")),
+        ..Run::default()
+    }
 }
 
 /// Whether every run came to its end with every VM intact.
@@ -168,12 +192,12 @@ fn one(
             .ok();
     }
     say(&summary(&run));
-    let stayed: Vec<String> = run
+    let remarks = run
         .per_vm
         .iter()
-        .filter_map(|vm| Some(format!("{}: {}", vm.vm, vm.remark.as_ref()?)))
-        .collect();
-    let failure = (!stayed.is_empty()).then(|| stayed.join("; "));
+        .filter_map(|vm| Some(format!("{}: {}", vm.vm, vm.remark.as_ref()?)));
+    let wrong: Vec<String> = outcome.unexpected.into_iter().chain(remarks).collect();
+    let failure = (!wrong.is_empty()).then(|| wrong.join("; "));
     Ok(Run {
         source_footprint_bytes,
         target_footprint_bytes,
@@ -237,8 +261,12 @@ fn summary(run: &Run) -> String {
     let mb = |bytes: Option<u64>| bytes.map_or("?".into(), |b| format!("{:.1}", b as f64 / 1e6));
     let s = |time: Option<f64>| time.map_or("?".into(), |time| format!("{time:.2}"));
     let count = |count: Option<u64>| count.map_or("?".into(), |count| count.to_string());
+    let agents = run.agent_peak_bytes.map_or(String::new(), |peak| {
+        let [source, target] = [peak.source, peak.target].map(|bytes| mb(Some(bytes)));
+        format!(", agents at most {source} / {target} MB")
+    });
     format!(
-        "core {} MB, total {} s, mean downtime {} ms, {} pages compared, {} differ, {} VMs lost",
+        "core {} MB, total {} s, mean downtime {} ms, {} pages compared, {} differ, {} VMs lost{agents}",
         mb(run.core_bytes),
         s(run.total_migration_time_s),
         run.downtime_ms

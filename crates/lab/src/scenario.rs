@@ -7,6 +7,7 @@ use serde::Deserialize;
 use toml::{Table, Value};
 
 use crate::fault::Fault;
+use crate::matrix::Matrix;
 use crate::net::Links;
 use crate::overhead::Preparation;
 pub use crate::technique::{Preset, Stock, Technique};
@@ -17,12 +18,18 @@ const BUILT_IN: &[(&str, &str)] = &[
     ("racks-small", include_str!("../scenarios/racks-small.toml")),
     ("racks", include_str!("../scenarios/racks.toml")),
     ("pair-big", include_str!("../scenarios/pair-big.toml")),
+    ("dirty", include_str!("../scenarios/dirty.toml")),
     ("versions", include_str!("../scenarios/versions.toml")),
     (
         "versions-old",
         include_str!("../scenarios/versions-old.toml"),
     ),
     ("fault", include_str!("../scenarios/fault.toml")),
+    ("faults", include_str!("../scenarios/faults.toml")),
+    (
+        "agent-memory",
+        include_str!("../scenarios/agent-memory.toml"),
+    ),
     ("unshaped", include_str!("../scenarios/unshaped.toml")),
     (
         "racks-loaded",
@@ -80,6 +87,12 @@ pub struct Scenario {
     /// What the preparation phase costs the guests is measured, instead of moving them.
     #[serde(default)]
     pub preparation: Option<Preparation>,
+    /// Faults that are tried one after the other, each on freshly booted guests.
+    #[serde(default)]
+    pub matrix: Option<Matrix>,
+    /// Keys of the agents' configuration, beside those that the lab sets.
+    #[serde(default)]
+    pub agent: Table,
     /// `gangway` to test; the one beside `gangway-lab` if absent.
     #[serde(default)]
     pub gangway: Option<PathBuf>,
@@ -312,6 +325,13 @@ impl Scenario {
             !self.vm.template || (self.vm.mode == "idle" && self.vm.stamp_mb == 0 && !self.vm.disk),
             "vm.template: copies of one guest have no workload or disk of their own"
         );
+        if let Some(matrix) = &self.matrix {
+            ensure!(
+                self.fault.is_none(),
+                "a scenario has a fault or a matrix of them"
+            );
+            matrix.cells()?;
+        }
         let filled = u64::from(self.vm.stamp_mb) + u64::from(self.vm.dirty_mb);
         // What the guest's kernel, programs and file system were seen to need.
         let own = 100 + self.vm.memory_mb / 8;
@@ -371,6 +391,8 @@ fn apply(table: &mut Table, setting: &str) -> anyhow::Result<()> {
             };
             Value::Array(text.split(',').map(item).collect())
         }
+        Some(Value::Array(_)) if !text.starts_with('[') => list(text),
+        _ if path == "matrix.only" => list(text),
         Some(Value::String(_)) => Value::String(text.to_owned()),
         // Versions look like numbers, but are names.
         _ if path.starts_with("qemu.") => Value::String(text.to_owned()),
@@ -378,6 +400,11 @@ fn apply(table: &mut Table, setting: &str) -> anyhow::Result<()> {
     };
     place.insert(last.to_owned(), value);
     Ok(())
+}
+
+fn list(text: &str) -> Value {
+    let items = text.split(',');
+    Value::Array(items.map(|item| Value::String(item.to_owned())).collect())
 }
 
 fn parse_value(text: &str) -> Value {

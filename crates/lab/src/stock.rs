@@ -65,6 +65,8 @@ pub fn migrate(bench: &Bench<'_>, stock: Stock, log: &EventLog) -> Outcome {
         moved,
         figures: Vec::new(),
         cpu_seconds: Vec::new(),
+        agent_peak: None,
+        unexpected: None,
     }
 }
 

@@ -52,3 +52,24 @@ fn real_vm_runs_on_at_its_source_when_the_target_agent_dies_and_then_moves() {
     assert_eq!(run.application["exit_code"], 0);
     assert_eq!(run.compared_pages, Some((192 << 20) / 4096));
 }
+
+/// What `gangway-lab run faults` does with all of them.
+#[test]
+fn real_vm_survives_the_faults_that_strike_where_it_could_be_lost_or_doubled() {
+    let cells = [
+        "kill-source-agent@committed",
+        "kill-source-agent@released",
+        "kill-target-agent@committed",
+        "kill-target-qemu@loaded",
+        "kill-cli@switch-over",
+        "cut-2s@switch-over",
+        "cancel@loaded",
+    ];
+    let results = results_of("faults", &[&format!("matrix.only={}", cells.join(","))]);
+    assert_eq!(results.runs.len(), cells.len());
+    for run in &results.runs {
+        assert_intact(run);
+        assert_eq!(run.application["exit_code"], 0, "{}", run.name());
+        assert_eq!(run.compared_pages, Some((192 << 20) / 4096));
+    }
+}

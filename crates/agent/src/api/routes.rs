@@ -248,7 +248,8 @@ async fn check(
     blocking(move || api.moves.check(&spec)).await.map(Json)
 }
 
-/// Target side: can this host take all of these VMs together? Nothing is reserved.
+/// Target side: can this host take all of these VMs together? Their memory is kept for the group
+/// until its moves start, a minute at most.
 #[utoipa::path(post, path = "/v1/admit", request_body = Admission, responses(
     (status = 204, description = "Yes"), (status = "default", body = Refusal)))]
 async fn admit(

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
-use guest::{QmpError, SourceGuest, host_report};
+use guest::{HostMemory, QmpError, SourceGuest};
 
 use crate::api::mover::{Admission, Bandwidth, EventSink, MoveCheck, Mover, Refusal, RefusalCode};
 use crate::api::preparer::Preparer;
@@ -286,21 +286,6 @@ impl Mover for HostMover {
     }
 
     fn admit(&self, request: &Admission) -> Result<(), Refusal> {
-        let report = host_report();
-        let needed = request
-            .memory_bytes()
-            .saturating_add(QEMU_OVERHEAD_BYTES.saturating_mul(request.vms.len() as u64));
-        let available = report.memory.for_guests().0;
-        if needed > available {
-            let names: Vec<&str> = request.vms.iter().map(|vm| vm.vm.as_str()).collect();
-            let message = format!(
-                "{} need {} here, of which {} are free; they run at their sources as before. Free memory here or move fewer",
-                names.join(", "),
-                page::ByteLen(needed),
-                page::ByteLen(available),
-            );
-            return Err(Refusal::new(RefusalCode::NoMemory, message));
-        }
         for vm in &request.vms {
             if !is_program(&vm.program) {
                 let message = format!(
@@ -311,7 +296,22 @@ impl Mover for HostMover {
                 return Err(Refusal::of_vm(RefusalCode::NoQemu, &vm.vm, message));
             }
         }
-        Ok(())
+        // Last: only a group that is admitted is promised anything.
+        let needed = |vm: &MoveCheck| vm.memory_bytes.saturating_add(QEMU_OVERHEAD_BYTES);
+        let vms = request.vms.iter().map(|vm| (vm.vm.clone(), needed(vm)));
+        let available = HostMemory::now().for_guests().0;
+        let promised = self.arrivals.promise(&request.group, vms, available);
+        promised.map_err(|left| {
+            let names: Vec<&str> = request.vms.iter().map(|vm| vm.vm.as_str()).collect();
+            let needed = request.vms.iter().map(needed).fold(0, u64::saturating_add);
+            let message = format!(
+                "{} need {} here, of which {} are free beside what is promised or arriving; they run at their sources as before. Free memory here or move fewer",
+                names.join(", "),
+                page::ByteLen(needed),
+                page::ByteLen(left),
+            );
+            Refusal::new(RefusalCode::NoMemory, message)
+        })
     }
 
     fn recover(&self, id: &str, events: EventSink) -> Result<(), Refusal> {

@@ -304,3 +304,25 @@ fn real_a_gang_arrives_compressed() {
     };
     move_and_compare(settings, 2);
 }
+
+#[test]
+fn two_groups_admitted_at_once_are_not_promised_the_same_memory() {
+    let agents = agents();
+    let ask = |group: &str| {
+        let vm = MoveCheck {
+            vm: "vm".into(),
+            // Of what is free, too much to fit twice.
+            memory_bytes: HostMemory::now().for_guests().0 / 5 * 3,
+            program: "/bin/true".into(),
+            machine: "pc".into(),
+            qemu_version: "10.0.2".into(),
+        };
+        let vms = vec![vm];
+        let group = group.to_owned();
+        agents.target.admit(&Admission { group, vms })
+    };
+    ask("first").unwrap();
+    let refusal = ask("second").unwrap_err();
+    assert_eq!(refusal.code, RefusalCode::NoMemory);
+    ask("first").expect("a group that asks again has its promise already");
+}

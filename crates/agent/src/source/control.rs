@@ -1,6 +1,6 @@
 //! A move's control connection to the target agent.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use wire::{
     Channel, ControlReply, ControlRequest, Hello, MoveState, OpenMove, PROTOCOL_VERSION,
@@ -9,14 +9,24 @@ use wire::{
 
 use crate::link::{Link, LinkError};
 
-use super::session::SessionContext;
+use super::session::{SessionContext, spawn};
 
 /// How long the target may take to start a QEMU: a large guest's memory is prepared then.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// How long an answer to a release or an abort may take: `cont` opens disks, a kill frees
-/// memory.
+/// How long an answer to a release may take: `cont` opens disks.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// How long the end of a move waits for the target to hear that it is off, which it may also be
+/// told later. Often the target is unreachable then: that is why the move is off.
+const ABORT_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// How long a target that could not be told that it will not be released is told again: a loaded
+/// VM whose source cannot be heard gives up by itself after that time.
+const ABORT_PATIENCE: Duration = Duration::from_secs(120);
+
+/// Pause between two tries.
+const ABORT_PAUSE: Duration = Duration::from_secs(2);
 
 /// Talks to the target agent about one move. Connects anew when the last connection failed.
 pub(crate) struct Control {
@@ -47,19 +57,46 @@ impl Control {
 
     /// Lets the VM go.
     pub(crate) fn release(&mut self, id: &str) -> Result<MoveState, LinkError> {
-        self.state(&ControlRequest::Release { id: id.to_owned() })
+        let request = ControlRequest::Release { id: id.to_owned() };
+        self.state(&request, ANSWER_TIMEOUT)
     }
 
     /// Takes the move back.
     pub(crate) fn abort(&mut self, id: &str, reason: &str) -> Result<MoveState, LinkError> {
-        self.state(&ControlRequest::Abort {
+        let request = ControlRequest::Abort {
             id: id.to_owned(),
             reason: reason.to_owned(),
-        })
+        };
+        self.state(&request, ABORT_TIMEOUT)
     }
 
-    fn state(&mut self, request: &ControlRequest) -> Result<MoveState, LinkError> {
-        match self.ask(request, ANSWER_TIMEOUT)? {
+    /// Takes the move back in the background, until the target has heard it. Otherwise a target
+    /// agent that was away for a moment would hold the VM's name, and its memory, for minutes.
+    pub(crate) fn abort_until_heard(&self, id: &str, reason: &str) {
+        let mut control = Self::new(&self.address, "none", &self.context);
+        let (id, reason) = (id.to_owned(), reason.to_owned());
+        let started = spawn("gw-abort", move || {
+            let begin = Instant::now();
+            while begin.elapsed() < ABORT_PATIENCE {
+                std::thread::sleep(ABORT_PAUSE);
+                if let Ok(state) = control.abort(&id, &reason) {
+                    tracing::info!(id, ?state, "the target knows that the move is off");
+                    return;
+                }
+            }
+            tracing::info!(id, "the target was not told that the move is off");
+        });
+        if let Err(error) = started {
+            tracing::warn!(%error, "no thread to tell the target that a move is off");
+        }
+    }
+
+    fn state(
+        &mut self,
+        request: &ControlRequest,
+        timeout: Duration,
+    ) -> Result<MoveState, LinkError> {
+        match self.ask(request, timeout)? {
             ControlReply::State(state) => Ok(state),
             other => Err(unexpected(&other)),
         }

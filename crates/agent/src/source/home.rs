@@ -7,7 +7,7 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
-use guest::{MigrationInfo, MigrationParameters, RunState, SourceGuest};
+use guest::{MigrationInfo, MigrationParameters, RunState, SavedSettings, SourceGuest};
 use sys::ProcessMemory;
 
 use super::run::Input;
@@ -23,6 +23,8 @@ pub(crate) struct Home {
     guest: Option<Arc<SourceGuest>>,
     /// Whether the guest ran when the move began.
     pub(crate) was_running: bool,
+    /// What the move changes in the source QEMU, as it was before.
+    pub(crate) settings: Option<SavedSettings>,
     /// Something was done to the source QEMU, now or before a restart of the agent.
     touched: bool,
 }
@@ -33,6 +35,7 @@ impl Home {
             vm: vm.to_owned(),
             guest: None,
             was_running: true,
+            settings: None,
             touched: false,
         }
     }
@@ -93,9 +96,13 @@ impl Home {
         connected
     }
 
-    /// Cancels what QEMU is doing; `close` then closes our end of its stream. Waits until the
-    /// guest is here as it was before the move.
-    pub(crate) fn bring_back(&self, close: impl FnOnce()) -> anyhow::Result<()> {
+    /// Cancels what QEMU is doing; `close` closes our end of its stream. Waits until the guest is
+    /// here as it was before the move.
+    ///
+    /// Once the guest is `stopped`, QEMU answers nobody while it writes to a stream that we do not
+    /// read any more: then the stream goes first. Otherwise it goes last, so that QEMU reports a
+    /// cancelled migration and not a failed one.
+    pub(crate) fn bring_back(&self, stopped: bool, close: impl FnOnce()) -> anyhow::Result<()> {
         let Some(guest) = &self.guest else {
             return if self.touched {
                 Err(anyhow!("the source QEMU cannot be reached"))
@@ -103,10 +110,18 @@ impl Home {
                 Ok(())
             };
         };
-        if let Err(error) = guest.cancel() {
-            tracing::debug!(vm = self.vm, %error, "nothing to cancel");
+        let cancel = || {
+            if let Err(error) = guest.cancel() {
+                tracing::debug!(vm = self.vm, %error, "nothing to cancel");
+            }
+        };
+        if stopped {
+            close();
+            cancel();
+        } else {
+            cancel();
+            close();
         }
-        close();
         let deadline = Instant::now() + QEMU_PATIENCE;
         loop {
             let state = guest
@@ -125,6 +140,9 @@ impl Home {
                 return Err(anyhow!("the source QEMU stays in state {state:?}"));
             }
             std::thread::sleep(Duration::from_millis(20));
+        }
+        if let Some(settings) = &self.settings {
+            guest.adopt_settings(settings);
         }
         if let Err(error) = guest.restore_settings() {
             tracing::warn!(vm = self.vm, %error, "the source QEMU's migration settings were not restored");

@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
-use guest::{MigrationParameters, QmpEvent, RunState, target_argv};
+use guest::{MigrationParameters, QmpEvent, RunState, SavedSettings, target_argv};
 use migrate::handover::{SourceAction, SourceEvent, SourceJournal, SourceMove, SourceState};
 use migrate::pack::Packer;
 use page::ContentKey;
@@ -75,6 +75,9 @@ pub(crate) struct Entry {
     state: SourceJournal,
     /// Whether the guest ran when the move began.
     was_running: bool,
+    /// The source QEMU's own migration settings, which the move changes.
+    #[serde(default)]
+    settings: Option<SavedSettings>,
 }
 
 /// A running mover, as the API holds it.
@@ -248,6 +251,7 @@ impl Run {
         session.add(&stream);
         self.session = Some(session);
         self.stream = Some(stream);
+        self.home.settings = Some(guest.save_settings(&parameters(&spec))?);
         self.write_journal(SourceJournal::Begun)?;
         let memory_bytes = guest.memory_bytes().0;
         let resume = self.home.was_running;
@@ -299,6 +303,7 @@ impl Run {
         } else {
             Phase::Preparing
         };
+        self.home.settings = entry.settings;
         if let Err(error) = self.home.attach(&self.spec.qmp, self.sender.clone()) {
             // Without a source QEMU a release can still be answered; bringing it back cannot.
             tracing::warn!(vm = self.spec.vm, "cannot reach the source QEMU: {error:#}");
@@ -443,9 +448,10 @@ impl Run {
                 if let Err(error) = self.control.abort(&self.spec.id, &reason) {
                     tracing::info!(
                         vm = self.spec.vm,
-                        "the target was not told: {}",
+                        "the target was not told: {}; it will be told again",
                         plain(&error)
                     );
+                    self.control.abort_until_heard(&self.spec.id, &reason);
                 }
                 None
             }
@@ -456,7 +462,7 @@ impl Run {
                         stream.close(true);
                     }
                 };
-                Some(match self.home.bring_back(close) {
+                Some(match self.home.bring_back(self.stopped, close) {
                     Ok(()) => SourceEvent::SourceRuns,
                     Err(error) => SourceEvent::SourceLost(format!("{error:#}")),
                 })
@@ -477,15 +483,8 @@ impl Run {
             return Err(anyhow!("the move was not prepared"));
         };
         let socket_name = format!("m-{}-{}.sock", stream.vm, &session.id[..8]);
-        let parameters = MigrationParameters {
-            downtime_limit_ms: self
-                .spec
-                .downtime_limit_ms
-                .unwrap_or(MigrationParameters::default().downtime_limit_ms),
-            ..MigrationParameters::default()
-        };
         let path = self.context.run_dir.join(socket_name);
-        let socket = self.home.migrate(&path, &parameters)?;
+        let socket = self.home.migrate(&path, &parameters(&self.spec))?;
         stream.attach(socket.try_clone()?);
         let key = match self.spec.settings.scope {
             Scope::None => None,
@@ -559,6 +558,7 @@ impl Run {
             spec: self.spec.clone(),
             state,
             was_running: self.home.was_running,
+            settings: self.home.settings.clone(),
         };
         self.context
             .journal
@@ -597,6 +597,14 @@ impl Run {
         tracing::info!(vm = self.spec.vm, ?phase, message, "move");
         self.phase = phase;
         (self.events)(Happening::Phase { phase, message });
+    }
+}
+
+fn parameters(spec: &MoveSpec) -> MigrationParameters {
+    let default = MigrationParameters::default();
+    MigrationParameters {
+        downtime_limit_ms: spec.downtime_limit_ms.unwrap_or(default.downtime_limit_ms),
+        ..default
     }
 }
 

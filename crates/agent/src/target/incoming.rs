@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow};
 use guest::{RunState, TargetGuest};
 use migrate::handover::{FoundQemu, TargetAction, TargetEvent, TargetJournal, TargetMove};
-use serde::{Deserialize, Serialize};
 use sys::{Process, ProcessMemory};
 use wire::{BackMessage, MoveState, OpenMove};
 
 use crate::journal::{Journal, file_name};
 use crate::link::Hold;
 
+use super::entry::Entry;
+use super::promises::Promises;
 use super::session::{GuestMemory, TargetSession, lock};
 use super::sink::{ReturnEnd, Sink, read_return_path};
 
@@ -41,19 +42,6 @@ pub(crate) struct TargetContext {
     pub(crate) store_bytes: usize,
 }
 
-/// The journal's entry of an incoming move.
-#[derive(Clone, Serialize, Deserialize)]
-struct Entry {
-    id: String,
-    vm_name: String,
-    resume: bool,
-    pid: u32,
-    /// Start time of the process, against another one of the same number.
-    started: u64,
-    qmp: PathBuf,
-    state: TargetJournal,
-}
-
 /// One incoming move.
 pub(crate) struct Incoming {
     entry: Mutex<Entry>,
@@ -73,6 +61,7 @@ pub(crate) struct Arrivals {
     moves: Mutex<HashMap<String, Arc<Incoming>>>,
     /// Names of VMs whose QEMU is being started.
     starting: Mutex<HashSet<String>>,
+    promises: Mutex<Promises>,
     clock: Instant,
 }
 
@@ -95,6 +84,7 @@ impl Arrivals {
             context,
             moves: Mutex::default(),
             starting: Mutex::default(),
+            promises: Mutex::default(),
             clock: Instant::now(),
         });
         for entry in arrivals.context.journal.all::<Entry>() {
@@ -127,7 +117,7 @@ impl Arrivals {
             std::fs::read(path)
                 .ok()
                 .and_then(|bytes| serde_json::from_slice::<Entry>(&bytes).ok())
-                .is_some_and(|entry| !is_alive(&entry))
+                .is_some_and(|entry| !entry.is_alive())
         });
     }
 
@@ -138,14 +128,56 @@ impl Arrivals {
         request: OpenMove,
     ) -> anyhow::Result<u32> {
         let _reserved = self.reserve(&request)?;
-        let incoming = Incoming::start(session, &request, &self.context, self.clock)?;
+        let started = Incoming::start(session, &request, &self.context, self.clock);
+        let incoming = match started {
+            Ok(incoming) => incoming,
+            Err(error) => {
+                lock(&self.promises).redeem(&request.id);
+                return Err(error);
+            }
+        };
         let pid = lock(&incoming.entry).pid;
-        lock(&self.moves).insert(request.id, incoming);
+        lock(&self.moves).insert(request.id.clone(), incoming);
+        lock(&self.promises).redeem(&request.id);
         if session.is_over() {
             // It ended while QEMU was started, when the move was not yet known here.
             self.session_lost(session);
         }
         Ok(pid)
+    }
+
+    /// Promises memory to the VMs of a group if it fits into `available`, beside what others were
+    /// promised and what is still arriving; otherwise returns what is left.
+    pub(crate) fn promise(
+        &self,
+        group: &str,
+        vms: impl Iterator<Item = (String, u64)>,
+        available: u64,
+    ) -> Result<(), u64> {
+        let vms: Vec<_> = vms.collect();
+        let needed = vms
+            .iter()
+            .fold(0_u64, |sum, (_, bytes)| sum.saturating_add(*bytes));
+        let arriving = self.arriving_bytes();
+        let now = self.clock.elapsed();
+        let mut promises = lock(&self.promises);
+        let taken = promises.others_have(group, now).saturating_add(arriving);
+        let left = available.saturating_sub(taken);
+        if needed > left {
+            return Err(left);
+        }
+        promises.promise(group, vms.into_iter(), now);
+        Ok(())
+    }
+
+    /// Memory that the QEMUs of moves under way will take and have not taken yet.
+    fn arriving_bytes(&self) -> u64 {
+        let moves: Vec<_> = lock(&self.moves).values().cloned().collect();
+        moves
+            .iter()
+            .filter(|incoming| !incoming.is_ended())
+            .map(|incoming| lock(&incoming.entry).arriving_bytes())
+            .fold(0, u64::saturating_add)
     }
 
     /// Keeps a second move of the same VM out while its QEMU starts, which may take seconds.
@@ -263,6 +295,7 @@ impl Incoming {
             pid: guest.pid(),
             started: guest.process().start_time().unwrap_or(0),
             qmp: guest.qmp_path().to_owned(),
+            memory_bytes: request.memory_bytes,
             state: TargetJournal::Loading,
         };
         let incoming = Arc::new(Self {
@@ -286,7 +319,9 @@ impl Incoming {
     /// Takes up what the journal says, and what is there of it.
     fn found(entry: Entry, context: &TargetContext, clock: Instant) -> Arc<Self> {
         let state = entry.state.clone();
-        let guest = is_alive(&entry).then(|| TargetGuest::adopt(entry.pid, &entry.qmp));
+        let guest = entry
+            .is_alive()
+            .then(|| TargetGuest::adopt(entry.pid, &entry.qmp));
         let (guest, found) = match guest {
             None => (None, FoundQemu::Gone),
             Some(Ok(guest)) => {
@@ -484,7 +519,7 @@ impl Incoming {
             return Ok(guest.kill()?);
         }
         let entry = lock(&self.entry).clone();
-        if is_alive(&entry) {
+        if entry.is_alive() {
             let process = Process::open(entry.pid)?;
             process.kill()?;
             process.wait_gone(LOAD_SETTLE)?;
@@ -545,15 +580,6 @@ impl Incoming {
     fn is_ended(&self) -> bool {
         !matches!(self.answer(), MoveState::Loading | MoveState::Loaded)
     }
-}
-
-fn is_alive(entry: &Entry) -> bool {
-    Process::open(entry.pid).is_ok_and(|process| {
-        process.is_alive()
-            && process
-                .start_time()
-                .is_ok_and(|started| started == entry.started)
-    })
 }
 
 impl std::fmt::Debug for Incoming {

@@ -9,9 +9,11 @@
 //! ```
 
 mod contents;
+mod entry;
 mod incoming;
 mod listener;
 mod peer;
+mod promises;
 mod rack;
 mod receiver;
 mod session;

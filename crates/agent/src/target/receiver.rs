@@ -57,7 +57,7 @@ fn deliver(
         let runs = literal_runs(&body)?;
         let local = runs.iter().filter(|run| run.first.is_local());
         let local = local.map(|run| (run.first, run.count, run.at));
-        lock(&session.recent).push(local, &body, body.len());
+        lock(&session.recent).push(local, &body, body.held());
         if let Some(rack) = &session.rack {
             rack.brought(&runs, &body);
             rack.named(&remotes(&body)?);

@@ -3,6 +3,7 @@
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Child;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,7 @@ use crate::install;
 use crate::net::Rack;
 use crate::pki::Authority;
 use crate::process;
+use crate::results::AgentPeak;
 use crate::shell::say;
 
 /// Port of the control API for other agents.
@@ -39,7 +41,8 @@ pub struct Agents {
 #[derive(Debug)]
 struct Agent {
     host: Host,
-    child: Child,
+    /// Replaced when it is started again.
+    child: Mutex<Child>,
 }
 
 impl Agents {
@@ -56,11 +59,11 @@ impl Agents {
         let mut agents = Vec::new();
         for host in &bench.hosts {
             authority.equip(&host.dir.join("tls"), host.name(), host.address.ip)?;
-            configure(host, small_disk)
+            configure(host, small_disk, &bench.scenario.agent)
                 .with_context(|| format!("configuring the agent on {}", host.name()))?;
             agents.push(Agent {
                 host: host.clone(),
-                child: spawn(host, &program)?,
+                child: Mutex::new(spawn(host, &program)?),
             });
         }
         let agents = Self { program, agents };
@@ -69,19 +72,15 @@ impl Agents {
     }
 
     /// Starts the agents that have died again, as a service manager would.
-    pub fn restart_dead(&mut self) -> anyhow::Result<()> {
-        for agent in &mut self.agents {
-            if agent
-                .child
-                .try_wait()
-                .context("looking after an agent")?
-                .is_some()
-            {
+    pub fn restart_dead(&self) -> anyhow::Result<()> {
+        for agent in &self.agents {
+            let ended = agent.child().try_wait();
+            if ended.context("looking after an agent")?.is_some() {
                 say(&format!(
                     "starting the agent on {} again",
                     agent.host.name()
                 ));
-                agent.child = spawn(&agent.host, &self.program)?;
+                *agent.child() = spawn(&agent.host, &self.program)?;
                 agent.wait_until_ready()?;
             }
         }
@@ -97,10 +96,7 @@ impl Agents {
     /// Process of the agent on the host of this name.
     pub fn pid(&self, host: &str) -> anyhow::Result<u32> {
         let found = self.agents.iter().find(|agent| agent.host.name() == host);
-        Ok(found
-            .with_context(|| format!("no agent on {host}"))?
-            .child
-            .id())
+        Ok(found.with_context(|| format!("no agent on {host}"))?.pid())
     }
 
     /// Processes of the agents of a rack.
@@ -108,7 +104,7 @@ impl Agents {
     pub fn pids(&self, rack: Rack) -> Vec<u32> {
         let of_rack = |agent: &&Agent| agent.host.address.rack == rack;
         let agents = self.agents.iter().filter(of_rack);
-        agents.map(|agent| agent.child.id()).collect()
+        agents.map(Agent::pid).collect()
     }
 
     /// Host whose agent is given the plan.
@@ -119,7 +115,7 @@ impl Agents {
     /// Processor time of each agent so far, in their order; 0 for one that has died.
     #[must_use]
     pub fn processor_s(&self) -> Vec<f64> {
-        let time = |agent: &Agent| process::processor_s(agent.child.id()).unwrap_or(0.0);
+        let time = |agent: &Agent| process::processor_s(agent.pid()).unwrap_or(0.0);
         self.agents.iter().map(time).collect()
     }
 
@@ -145,32 +141,47 @@ impl Agents {
         .collect()
     }
 
-    /// The most memory that any of them ever had resident.
+    /// The most memory that any agent of each rack ever had resident.
     #[must_use]
-    pub fn peak_memory_bytes(&self) -> Option<u64> {
-        self.agents
-            .iter()
-            .filter_map(|a| process::peak_memory_bytes(a.child.id()))
-            .max()
+    pub fn peak_memory(&self) -> Option<AgentPeak> {
+        let of = |rack| {
+            let agents = self.agents.iter();
+            agents
+                .filter(|agent| agent.host.address.rack == rack)
+                .filter_map(|agent| process::peak_memory_bytes(agent.pid()))
+                .max()
+        };
+        Some(AgentPeak {
+            source: of(Rack::Source)?,
+            target: of(Rack::Target)?,
+        })
     }
 }
 
 impl Drop for Agents {
     fn drop(&mut self) {
-        for agent in &mut self.agents {
+        for agent in &self.agents {
             // It may have been the victim of a fault.
-            let _ = agent.child.kill();
-            let _ = agent.child.wait();
+            let _ = agent.child().kill();
+            let _ = agent.child().wait();
         }
     }
 }
 
 impl Agent {
+    fn child(&self) -> MutexGuard<'_, Child> {
+        self.child.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn pid(&self) -> u32 {
+        self.child().id()
+    }
+
     fn wait_until_ready(&self) -> anyhow::Result<()> {
         let deadline = Instant::now() + PATIENCE;
         let socket = control_socket(&self.host);
         while UnixStream::connect(&socket).is_err() {
-            if Instant::now() >= deadline || !process::is_alive(self.child.id()) {
+            if Instant::now() >= deadline || !process::is_alive(self.pid()) {
                 let log = std::fs::read_to_string(log_path(&self.host)).unwrap_or_default();
                 bail!(
                     "the agent on {} does not answer; it says: {log}",
@@ -197,7 +208,7 @@ fn config_path(host: &Host) -> PathBuf {
     host.dir.join("agent.toml")
 }
 
-fn configure(host: &Host, small_disk: bool) -> anyhow::Result<()> {
+fn configure(host: &Host, small_disk: bool, keys: &Table) -> anyhow::Result<()> {
     for dir in [
         host.dir.join("run"),
         fault::state_dir(host),
@@ -216,7 +227,7 @@ fn configure(host: &Host, small_disk: bool) -> anyhow::Result<()> {
         .context("mounting a small disk")?;
     }
     let path = |path: PathBuf| path.display().to_string();
-    let mut config = Table::new();
+    let mut config = keys.clone();
     let mut set = |key: &str, value: String| config.insert(key.into(), value.into());
     set("name", host.name().to_owned());
     set("state_dir", path(fault::state_dir(host)));

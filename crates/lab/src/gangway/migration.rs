@@ -1,5 +1,4 @@
-//! `gangway migrate`, watched; each VM is compared when it is held; a fault may strike, and then
-//! what stayed is moved again.
+//! `gangway migrate`, watched; each VM is compared when it is held.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -15,12 +14,13 @@ use serde_json::{Value, json};
 use super::agents::{Agents, control_socket};
 use super::plan::{self, Settings};
 use super::record::{Held, Record};
+use super::struck;
 use crate::bench::Bench;
 use crate::clock::UnixMs;
-use crate::fault::{Armed, Fault, Victim};
+use crate::fault::Armed;
 use crate::guest::Vm;
 use crate::memory::{Compared, GuestMemory, compare};
-use crate::outcome::{EventLog, Figures, Hold, Moved, Outcome, PREPARE_TIME};
+use crate::outcome::{EventLog, Hold, Moved, Outcome, PREPARE_TIME};
 use crate::scenario::Preset;
 use crate::shell::say;
 
@@ -28,17 +28,14 @@ use crate::shell::say;
 const CONTINUE_PATIENCE: Duration = Duration::from_secs(20);
 /// What `gangway migrate` says, in the coordinator's directory.
 const CLI_LOG: &str = "migrate.log";
-/// Time between the end of a migration that a fault has struck and the look at who runs where.
-const AFTERMATH: Duration = Duration::from_secs(3);
 
 /// Moves all VMs of the bench; if the scenario has a fault, again after it.
 pub fn migrate(
-    agents: &mut Agents,
+    agents: &Agents,
     bench: &Bench<'_>,
     (preset, zstd): (Preset, bool),
     log: &EventLog,
 ) -> anyhow::Result<Outcome> {
-    let all: Vec<&Vm> = bench.vms.iter().collect();
     let cpu_before = agents.processor_s();
     let settings = Settings {
         preset,
@@ -46,155 +43,54 @@ pub fn migrate(
         confirm_handover: true,
     };
     let started = UnixMs::now();
-    let (moved, mut figures) = match &bench.scenario.fault {
-        None => {
-            let attempt = Attempt {
-                agents,
-                bench,
-                log,
-                started,
-            }
-            .run(&all, settings, None)?;
-            let mut figures = vec![("exit_code".to_owned(), json!(attempt.exit_code))];
-            figures.extend(
-                attempt
-                    .prepare_s
-                    .map(|s| (PREPARE_TIME.to_owned(), json!(s))),
-            );
-            (attempt.moved, figures)
-        }
-        Some(fault) => with_fault(agents, bench, log, (fault, settings))?,
+    let attempt = Attempt {
+        agents,
+        bench,
+        log,
+        started,
     };
-    figures.push((
-        "agent_memory_bytes_max".to_owned(),
-        json!(agents.peak_memory_bytes()),
-    ));
+    let (moved, figures, unexpected) = match &bench.scenario.fault {
+        None => {
+            let all: Vec<&Vm> = bench.vms.iter().collect();
+            let attempted = attempt.run(&all, settings, None)?;
+            let mut figures = vec![("exit_code".to_owned(), json!(attempted.exit_code))];
+            let prepared = attempted.prepare_s;
+            figures.extend(prepared.map(|s| (PREPARE_TIME.to_owned(), json!(s))));
+            (attempted.moved, figures, None)
+        }
+        Some(fault) => {
+            let struck = struck::run(&attempt, fault, settings)?;
+            (struck.moved, struck.figures, struck.unexpected)
+        }
+    };
     let cpu_seconds = agents.processor_s_since(&cpu_before);
     Ok(Outcome {
         started,
         moved,
         figures,
         cpu_seconds,
+        agent_peak: agents.peak_memory(),
+        unexpected,
     })
 }
 
-/// A migration that the fault strikes, then, with everything healed, another one of the VMs that
-/// it left at their sources.
-fn with_fault(
-    agents: &mut Agents,
-    bench: &Bench<'_>,
-    log: &EventLog,
-    (fault, settings): (&Fault, Settings),
-) -> anyhow::Result<(Vec<Moved>, Figures)> {
-    let started = UnixMs::now();
-    let armed = Armed::arm(fault, bench)?;
-    let all: Vec<&Vm> = bench.vms.iter().collect();
-    // Who would let a held VM go may be the victim; the guests' own checks must suffice here.
-    let unheld = Settings {
-        confirm_handover: false,
-        ..settings
-    };
-    let first = Attempt {
-        agents,
-        bench,
-        log,
-        started,
-    }
-    .run(&all, unheld, Some(&armed))?;
-    if fault.on == Victim::Cli {
-        wait_for_sources_to_go(bench);
-    }
-    thread::sleep(AFTERMATH);
-    let mut figures = vec![
-        figure("exit_code_under_fault", json!(first.exit_code)),
-        figure(
-            "vms_moved_under_fault",
-            json!(bench.vms.len() - not_arrived(bench).len()),
-        ),
-        figure(
-            "message_under_fault",
-            json!(message_for(&first.moved, &fault.vm)),
-        ),
-    ];
-    armed.heal(agents)?;
-    agents.restart_dead()?;
-    figures.push(figure("recover_exit_code", json!(recover(agents)?)));
-    thread::sleep(AFTERMATH);
-    let mut moved: Vec<Moved> = first.moved;
-    moved.iter_mut().for_each(|moved| moved.remark = None);
-    let stayed = not_arrived(bench);
-    if !stayed.is_empty() {
-        say(&format!(
-            "moving {} VMs again, after the fault",
-            stayed.len()
-        ));
-        let second = Attempt {
-            agents,
-            bench,
-            log,
-            started,
-        }
-        .run(&stayed, settings, None)?;
-        figures.push(figure("exit_code", json!(second.exit_code)));
-        for again in second.moved {
-            if let Some(place) = moved.iter_mut().find(|moved| moved.vm == again.vm) {
-                *place = again;
-            }
-        }
-    }
-    Ok((moved, figures))
-}
-
-fn message_for(moved: &[Moved], vm: &str) -> Option<String> {
-    moved.iter().find(|moved| moved.vm == vm)?.remark.clone()
-}
-
-fn not_arrived<'a>(bench: &'a Bench<'_>) -> Vec<&'a Vm> {
-    let arrived = |vm: &Vm| bench.observer.track(&vm.name).ends_at(vm.target.name());
-    bench.vms.iter().filter(|vm| !arrived(vm)).collect()
-}
-
-fn figure(name: &str, value: Value) -> (String, Value) {
-    (name.to_owned(), value)
-}
-
-/// A migration goes on without the CLI that asked for it.
-fn wait_for_sources_to_go(bench: &Bench<'_>) {
-    let deadline = Instant::now() + Duration::from_secs(bench.scenario.patience_s);
-    while Instant::now() < deadline && bench.running.iter().any(|r| r.gone_at().is_none()) {
-        thread::sleep(Duration::from_millis(100));
-    }
-}
-
-/// Has the agents finish or undo what the fault left to a person; returns the CLI's exit code.
-/// That there is nothing to recover is one of its answers.
-fn recover(agents: &Agents) -> anyhow::Result<Option<i32>> {
-    let host = agents.coordinator()?;
-    let mut command = host.command(agents.program());
-    command
-        .args(["recover", "--socket"])
-        .arg(control_socket(host));
-    let done = command.output().context("running `gangway recover`")?;
-    Ok(done.status.code())
-}
-
 /// One `gangway migrate`.
-struct Attempt<'a> {
-    agents: &'a Agents,
-    bench: &'a Bench<'a>,
+pub(super) struct Attempt<'a> {
+    pub(super) agents: &'a Agents,
+    pub(super) bench: &'a Bench<'a>,
     log: &'a EventLog,
     started: UnixMs,
 }
 
 /// What came of it.
-struct Attempted {
-    moved: Vec<Moved>,
-    exit_code: Option<i32>,
+pub(super) struct Attempted {
+    pub(super) moved: Vec<Moved>,
+    pub(super) exit_code: Option<i32>,
     prepare_s: Option<f64>,
 }
 
 impl Attempt<'_> {
-    fn run(
+    pub(super) fn run(
         &self,
         vms: &[&Vm],
         settings: Settings,
@@ -209,7 +105,7 @@ impl Attempt<'_> {
             let struck = armed.map(|armed| {
                 scope.spawn(move || armed.strike((self.agents, pid), self.log, &progress))
             });
-            let code = self.follow(lines, &record, &mut cli);
+            let code = self.follow(vms, lines, &record, &mut cli);
             record.finish();
             match struck.map(thread::ScopedJoinHandle::join) {
                 Some(Err(_)) => anyhow::bail!("the fault's thread panicked"),
@@ -252,6 +148,7 @@ impl Attempt<'_> {
     /// Reads the CLI's events until it ends; compares each VM when it is held.
     fn follow(
         &self,
+        vms: &[&Vm],
         lines: impl BufRead + Send,
         record: &Record<'_>,
         cli: &mut Child,
@@ -273,8 +170,10 @@ impl Attempt<'_> {
             loop {
                 match events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                     Ok(event) => {
-                        if let Some(held) = record.take(event) {
-                            scope.spawn(move || self.hand_over(&held, record));
+                        if let Some(held) = record.take(event)
+                            && let Some(vm) = vms.iter().find(|vm| vm.name == held.vm)
+                        {
+                            scope.spawn(move || hand_over(vm, &held, record));
                         }
                     }
                     Err(RecvTimeoutError::Disconnected) => break,
@@ -288,23 +187,20 @@ impl Attempt<'_> {
             Ok(cli.wait().context("waiting for `gangway migrate`")?.code())
         })
     }
+}
 
-    /// Compares the memory of a VM that stands still at both ends, then lets it run.
-    fn hand_over(&self, held: &Held, record: &Record<'_>) {
-        let Some(vm) = self.bench.vms.iter().find(|vm| vm.name == held.vm) else {
-            return;
-        };
-        let compared = compare_at_both_ends(vm);
-        let hold = Hold {
-            from: held.since,
-            to: UnixMs::now(),
-        };
-        let path = format!("/v1/moves/{}/continue", held.id);
-        let let_go = post(&control_socket(&vm.source), &path);
-        record.compared(&held.vm, hold, compared);
-        if let Err(error) = let_go {
-            record.remark(&held.vm, format!("it could not be let go: {error:#}"));
-        }
+/// Compares the memory of a VM that stands still at both ends, then lets it run.
+fn hand_over(vm: &Vm, held: &Held, record: &Record<'_>) {
+    let compared = compare_at_both_ends(vm);
+    let hold = Hold {
+        from: held.since,
+        to: UnixMs::now(),
+    };
+    let path = format!("/v1/moves/{}/continue", held.id);
+    let let_go = post(&control_socket(&vm.source), &path);
+    record.compared(&held.vm, hold, compared);
+    if let Err(error) = let_go {
+        record.remark(&held.vm, format!("it could not be let go: {error:#}"));
     }
 }
 

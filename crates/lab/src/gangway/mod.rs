@@ -5,6 +5,7 @@ mod migration;
 mod plan;
 pub mod prepare;
 mod record;
+mod struck;
 
 pub use agents::{Agents, control_socket};
 pub use migration::migrate;

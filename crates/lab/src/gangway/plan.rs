@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::agents::{BULK_PORT, CONTROL_PORT};
 use crate::bench::Bench;
-use crate::guest::Vm;
+use crate::guest::{Host, Vm};
 use crate::scenario::Preset;
 use crate::template;
 
@@ -53,10 +53,8 @@ fn one(bench: &Bench<'_>, vm: &Vm) -> Value {
     let replace = |from: &Path, to: &Path| json!({"from": from, "to": to});
     // With a slash at the end: `/s1/` must not be found in `/s10/`.
     let mut replaced = vec![replace(&vm.source.dir.join(""), &vm.target.dir.join(""))];
-    let (source, target) = (
-        &bench.programs.source.program,
-        &bench.programs.target.program,
-    );
+    let program = |host: &Host| &bench.qemu(host.address.rack).program;
+    let (source, target) = (program(&vm.source), program(&vm.target));
     if source != target {
         replaced.push(replace(source, target));
     }

@@ -6,6 +6,7 @@
 
 mod bars;
 mod bounds;
+mod faults;
 mod kinds;
 mod lines;
 pub(crate) mod metric;

@@ -2,6 +2,7 @@
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
+use super::faults;
 use super::kinds::{self, Mix};
 use super::metric::{self, Metric};
 use super::table::{self, COLUMNS, Integrity, Verdict};
@@ -31,17 +32,21 @@ pub(crate) fn render(results: &Results) -> Markup {
                 main {
                     (verdict(results))
                     (failures(results))
-                    @if techniques.iter().any(|one| one.name != crate::overhead::TECHNIQUE) {
-                        (headline(results, &techniques))
+                    @if faults::are_in(results) {
+                        (faults::section(results))
+                    } @else {
+                        @if techniques.iter().any(|one| one.name != crate::overhead::TECHNIQUE) {
+                            (headline(results, &techniques))
+                        }
+                        (sweep::section(results))
+                        (overhead::section(results))
+                        (bounds::section(&techniques))
+                        @if techniques.iter().any(|one| one.name != crate::overhead::TECHNIQUE) {
+                            (measures(&techniques))
+                        }
+                        (page_kinds(&techniques))
+                        (timelines(&techniques))
                     }
-                    (sweep::section(results))
-                    (overhead::section(results))
-                    (bounds::section(&techniques))
-                    @if techniques.iter().any(|one| one.name != crate::overhead::TECHNIQUE) {
-                        (measures(&techniques))
-                    }
-                    (page_kinds(&techniques))
-                    (timelines(&techniques))
                     (every_run(results))
                     (origin(results))
                 }
@@ -65,6 +70,7 @@ fn verdict(results: &Results) -> Markup {
         metric::DOWNTIME_MEAN,
     ]
     .iter()
+    .filter(|_| !faults::are_in(results))
     .filter_map(|metric| sentence::of_metric(metric, &techniques))
     .collect::<Vec<_>>();
     html! {

@@ -1,5 +1,6 @@
 //! The comparison of techniques: once computed, shown on the page and on the terminal.
 
+use super::faults;
 use super::metric::{self, BASELINE, Metric};
 use super::spread::Spread;
 use super::text;
@@ -18,7 +19,7 @@ pub(crate) const COLUMNS: [&str; 8] = [
 ];
 
 /// Written for a value that was not measured.
-const NOTHING: &str = "–";
+pub(super) const NOTHING: &str = "–";
 
 /// One technique.
 pub(crate) struct Row {
@@ -163,15 +164,15 @@ pub(crate) fn topology(topology: &Topology) -> String {
 /// The table for a terminal, with a line about the lab above and about failures below.
 #[must_use]
 pub fn table(results: &Results) -> String {
-    let mut lines = vec![vec!["technique".to_owned(), "runs".to_owned()]];
-    lines[0].extend(COLUMNS.map(str::to_owned));
-    for row in rows(&results.techniques()) {
-        let mut line = vec![row.technique, row.runs.to_string()];
-        line.extend(row.cells);
-        lines.push(line);
-    }
     let mut out = format!("{}: {}\n\n", results.scenario, topology(&results.topology));
-    out += &align(&lines);
+    if faults::are_in(results) {
+        let (lines, summary) = faults::lines(results);
+        out += &align(&lines);
+        out += "\n";
+        out += &summary;
+    } else {
+        out += &align(&technique_lines(results));
+    }
     for run in &results.runs {
         if let Some(failure) = &run.failure {
             out += &format!(
@@ -182,6 +183,17 @@ pub fn table(results: &Results) -> String {
         }
     }
     out
+}
+
+fn technique_lines(results: &Results) -> Vec<Vec<String>> {
+    let mut lines = vec![vec!["technique".to_owned(), "runs".to_owned()]];
+    lines[0].extend(COLUMNS.map(str::to_owned));
+    for row in rows(&results.techniques()) {
+        let mut line = vec![row.technique, row.runs.to_string()];
+        line.extend(row.cells);
+        lines.push(line);
+    }
+    lines
 }
 
 /// Columns to their widest cell: the first to the left, numbers to the right.

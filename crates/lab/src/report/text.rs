@@ -57,15 +57,14 @@ pub(crate) fn count(value: u64) -> String {
     out
 }
 
-/// "158 thousand", "1.2 million".
+/// "158 thousand", "1.25 million".
 pub(crate) fn pages(pages: f64) -> String {
     let (value, unit) = match pages {
         many if many >= 1e6 => (many / 1e6, " million"),
         some if some >= 1e3 => (some / 1e3, " thousand"),
         few => (few, ""),
     };
-    let decimals = usize::from(value < 99.5 && !unit.is_empty());
-    format!("{value:.decimals$}{unit}")
+    format!("{}{unit}", three_digits(value))
 }
 
 /// "1 VM", "2 VMs".
@@ -138,7 +137,8 @@ mod tests {
     fn many_pages_are_written_in_words() {
         assert_eq!(pages(12.0), "12");
         assert_eq!(pages(15_400.0), "15.4 thousand");
-        assert_eq!(pages(1_250_000.0), "1.2 million");
+        assert_eq!(pages(50_000.0), "50 thousand");
+        assert_eq!(pages(1_250_000.0), "1.25 million");
     }
 
     #[test]

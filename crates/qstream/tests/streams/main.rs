@@ -8,4 +8,5 @@ mod limits;
 mod properties;
 mod return_path;
 mod rewriter;
+mod shortened;
 mod splits;

@@ -1,12 +1,9 @@
 //! Where the input is cut must not matter.
 
-use std::fs;
-use std::path::Path;
-
 use crate::common::{decode_all, golden};
-use crate::rewriter::Rewriter;
+use crate::shortened::{TAIL, shortened};
 use page::PAGE_SIZE;
-use qstream::{Decoder, Item, ReturnDecoder, ReturnMessage, ReturnStep, Step, encode_return};
+use qstream::{Decoder, Item, ReturnDecoder, ReturnStep, Step};
 
 /// What an item is and where its bytes are: equal addresses are equal bytes, not copied.
 fn describe(item: &Item<'_>) -> String {
@@ -20,35 +17,6 @@ fn describe(item: &Item<'_>) -> String {
         }
         other => format!("{other:?}"),
     }
-}
-
-/// Bytes that are kept of the tail.
-const TAIL: usize = 100;
-
-/// A stream cut down to the first records of its first sections and blocks and the start of its
-/// tail, so that all splits can be tried.
-fn shortened(stream: &[u8]) -> Vec<u8> {
-    let mut rewriter = Rewriter::default();
-    let (mut records, mut sections, mut current) = (0, 0, None);
-    decode_all(stream, |item, decoder| match *item {
-        Item::Tail(raw) => rewriter.out.extend_from_slice(&raw[..TAIL]),
-        Item::PartBegin if sections == 2 => records = usize::MAX,
-        Item::PartBegin | Item::EndBegin => {
-            records = 0;
-            sections += 1;
-            rewriter.item(item, decoder);
-        }
-        Item::Page { block, .. } | Item::Zero { block, .. } => {
-            records = records.saturating_add(1);
-            if records <= 2 || (current != Some(block) && records < usize::MAX) {
-                rewriter.item(item, decoder);
-            }
-            current = Some(block);
-        }
-        _ => rewriter.item(item, decoder),
-    })
-    .unwrap();
-    rewriter.out
 }
 
 /// Decodes `input` as if it arrived in two pieces.
@@ -170,50 +138,5 @@ fn a_return_path_that_arrives_byte_by_byte_gives_the_same_messages() {
             }
         }
         assert_eq!(raws, stream, "{name}");
-    }
-}
-
-/// Seeds of the fuzz targets: `cargo test -p qstream -- --ignored write_fuzz_seeds`.
-#[test]
-#[ignore = "writes to fuzz/corpus"]
-fn write_fuzz_seeds() {
-    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus");
-    let refused = golden("refused").into_iter().map(|(name, mut stream)| {
-        stream.truncate(8 << 10);
-        (name, stream)
-    });
-    let main = golden("main")
-        .into_iter()
-        .map(|(name, stream)| (name, shortened(&stream)));
-    let mut every_message = vec![];
-    for message in [
-        ReturnMessage::ReqPagesId {
-            start: 0x1000,
-            len: 0x1000,
-            block: "pc.ram",
-        },
-        ReturnMessage::ReqPages {
-            start: 0x2000,
-            len: 0x1000,
-        },
-        ReturnMessage::RecvBitmap {
-            block: "pc.bios",
-            bitmap: &[0xff; 8],
-        },
-        ReturnMessage::ResumeAck(1),
-    ] {
-        encode_return(&message, &mut every_message);
-    }
-    let mut answers = golden("return");
-    answers.push(("postcopy".to_owned(), every_message));
-    let targets: [(&str, Vec<_>); 2] = [
-        ("qstream_main", main.chain(refused).collect()),
-        ("qstream_return", answers),
-    ];
-    for (target, seeds) in targets {
-        fs::create_dir_all(corpus.join(target)).unwrap();
-        for (name, bytes) in seeds {
-            fs::write(corpus.join(target).join(format!("seed-{name}")), bytes).unwrap();
-        }
     }
 }

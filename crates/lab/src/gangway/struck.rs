@@ -1,0 +1,180 @@
+//! A migration that a fault strikes; then, with everything healed, another one of the same VMs.
+//! Those that stayed go again, those that arrived go back: both must still work.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use serde_json::{Value, json};
+
+use super::agents::{Agents, control_socket};
+use super::migration::Attempt;
+use super::plan::Settings;
+use crate::bench::Bench;
+use crate::clock::UnixMs;
+use crate::fault::{Action, Armed, Fault, Victim};
+use crate::guest::Vm;
+use crate::matrix::Seen;
+use crate::outcome::{Figures, Moved};
+use crate::shell::say;
+
+/// Time between the end of a migration that a fault has struck and the look at who runs where.
+const AFTERMATH: Duration = Duration::from_secs(3);
+
+/// What came of both migrations.
+pub(super) struct Struck {
+    pub(super) moved: Vec<Moved>,
+    pub(super) figures: Figures,
+    /// What the first came to, if it is not what the fault is to come to.
+    pub(super) unexpected: Option<String>,
+}
+
+/// Carries out both.
+pub(super) fn run(
+    attempt: &Attempt<'_>,
+    fault: &Fault,
+    settings: Settings,
+) -> anyhow::Result<Struck> {
+    let (agents, bench) = (attempt.agents, attempt.bench);
+    let armed = Armed::arm(fault, bench)?;
+    let all: Vec<&Vm> = bench.vms.iter().collect();
+    // Who would let a held VM go may be the victim; the guests' own checks must suffice here.
+    let unheld = Settings {
+        confirm_handover: false,
+        ..settings
+    };
+    let settings_before = migration_settings(&bench.vms.iter().collect::<Vec<_>>())?;
+    let (began, began_at) = (Instant::now(), UnixMs::now());
+    let first = attempt.run(&all, unheld, Some(&armed))?;
+    let took_s = began.elapsed().as_secs_f64();
+    if fault.on == Victim::Cli && fault.action == Action::Kill {
+        wait_for_sources_to_go(bench);
+    }
+    thread::sleep(AFTERMATH);
+    let arrived = |vm: &Vm| bench.observer.track(&vm.name).ends_at(vm.target.name());
+    let message = message_for(&first.moved, &fault.vm);
+    let seen = Seen {
+        exit_code: first.exit_code,
+        arrived: bench.vms.iter().filter(|vm| arrived(vm)).count() == bench.vms.len(),
+        message: message.as_deref(),
+    };
+    let unexpected = fault.expect.and_then(|expect| expect.problem(fault, seen));
+    let silences = bench.vms.iter().filter_map(|vm| {
+        let track = bench.observer.track(&vm.name);
+        track.longest_gap_ms(began_at)
+    });
+    let silence = silences.reduce(f64::max);
+    let mut figures = vec![
+        figure("exit_code_under_fault", json!(first.exit_code)),
+        figure("time_under_fault_s", json!(took_s)),
+        figure("silence_under_fault_ms", json!(silence)),
+        figure(
+            "vms_moved_under_fault",
+            json!(bench.vms.iter().filter(|vm| arrived(vm)).count()),
+        ),
+        figure("message_under_fault", json!(message)),
+    ];
+    armed.heal(agents)?;
+    agents.restart_dead()?;
+    figures.push(figure("recover_exit_code", json!(recover(agents)?)));
+    thread::sleep(AFTERMATH);
+    let unexpected = unexpected.or(changed_settings(bench, settings_before, arrived)?);
+    let again: Vec<Vm> = bench
+        .vms
+        .iter()
+        .map(|vm| if arrived(vm) { vm.back() } else { vm.clone() })
+        .collect();
+    say("moving the VMs again, after the fault");
+    let second = attempt.run(&again.iter().collect::<Vec<_>>(), settings, None)?;
+    figures.push(figure("exit_code", json!(second.exit_code)));
+    let moved = first
+        .moved
+        .into_iter()
+        .zip(second.moved)
+        .zip(bench.vms.iter().zip(&again));
+    let moved = moved.map(|((first, second), (vm, again))| {
+        if again.target.name() == vm.target.name() {
+            second
+        } else {
+            came_back(first, second, again)
+        }
+    });
+    Ok(Struck {
+        moved: moved.collect(),
+        figures,
+        unexpected,
+    })
+}
+
+/// What a person, or libvirt, has set in each VM's QEMU for its migrations.
+fn migration_settings(vms: &[&Vm]) -> anyhow::Result<Vec<[Value; 2]>> {
+    let of = |vm: &&Vm| {
+        let mut qmp = vm.qmp(&vm.source)?;
+        Ok([
+            qmp.execute("query-migrate-parameters", json!({}))?,
+            qmp.execute("query-migrate-capabilities", json!({}))?,
+        ])
+    };
+    vms.iter().map(of).collect()
+}
+
+/// A VM that stayed must be left as it was found.
+fn changed_settings(
+    bench: &Bench<'_>,
+    before: Vec<[Value; 2]>,
+    arrived: impl Fn(&Vm) -> bool,
+) -> anyhow::Result<Option<String>> {
+    let (stayed, before): (Vec<&Vm>, Vec<_>) = bench
+        .vms
+        .iter()
+        .zip(before)
+        .filter(|(vm, _)| !arrived(vm))
+        .unzip();
+    let after = migration_settings(&stayed)?;
+    Ok((after != before).then(|| {
+        format!("the migration settings of a source QEMU were {before:?}, and are {after:?}")
+    }))
+}
+
+/// The times of a VM's move to its target, and what was compared on its way back.
+fn came_back(first: Moved, second: Moved, way: &Vm) -> Moved {
+    let end = if second.remark.is_none() {
+        &way.target
+    } else {
+        &way.source
+    };
+    Moved {
+        compared: second.compared,
+        remark: second.remark,
+        runs_on: Some(end.name().to_owned()),
+        ..first
+    }
+}
+
+fn message_for(moved: &[Moved], vm: &str) -> Option<String> {
+    moved.iter().find(|moved| moved.vm == vm)?.remark.clone()
+}
+
+fn figure(name: &str, value: Value) -> (String, Value) {
+    (name.to_owned(), value)
+}
+
+/// A migration goes on without the CLI that asked for it.
+fn wait_for_sources_to_go(bench: &Bench<'_>) {
+    let deadline = Instant::now() + Duration::from_secs(bench.scenario.patience_s);
+    while Instant::now() < deadline && bench.running.iter().any(|r| r.gone_at().is_none()) {
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// Has the agents finish or undo what the fault left to a person; returns the CLI's exit code.
+/// That there is nothing to recover is one of its answers.
+fn recover(agents: &Agents) -> anyhow::Result<Option<i32>> {
+    let host = agents.coordinator()?;
+    let mut command = host.command(agents.program());
+    command
+        .args(["recover", "--socket"])
+        .arg(control_socket(host));
+    let done = command.output().context("running `gangway recover`")?;
+    Ok(done.status.code())
+}

@@ -1,0 +1,68 @@
+//! Writes the seeds of the decoder's fuzz targets from the captured streams:
+//! `cargo run -p qstream --example fuzz-seeds`, after a stream was captured anew.
+
+#![expect(clippy::unwrap_used, reason = "a tool for those who see its panics")]
+
+#[path = "../tests/streams/common.rs"]
+mod common;
+#[path = "../tests/streams/rewriter.rs"]
+mod rewriter;
+#[path = "../tests/streams/shortened.rs"]
+mod shortened;
+
+use std::fs;
+use std::path::Path;
+
+use common::golden;
+use qstream::{ReturnMessage, encode_return};
+use shortened::shortened;
+
+/// Of a stream that is refused: its refusal comes in the first sections.
+const REFUSED_BYTES: usize = 8 << 10;
+
+/// Messages that only post-copy sends, of which there is no capture yet.
+const POST_COPY: [ReturnMessage<'_>; 4] = [
+    ReturnMessage::ReqPagesId {
+        start: 0x1000,
+        len: 0x1000,
+        block: "pc.ram",
+    },
+    ReturnMessage::ReqPages {
+        start: 0x2000,
+        len: 0x1000,
+    },
+    ReturnMessage::RecvBitmap {
+        block: "pc.bios",
+        bitmap: &[0xff; 8],
+    },
+    ReturnMessage::ResumeAck(1),
+];
+
+fn main() {
+    let refused = golden("refused").into_iter().map(|(name, mut stream)| {
+        stream.truncate(REFUSED_BYTES);
+        (name, stream)
+    });
+    let main = golden("main")
+        .into_iter()
+        .map(|(name, stream)| (name, shortened(&stream)));
+    write("qstream_main", main.chain(refused));
+    let mut post_copy = vec![];
+    for message in &POST_COPY {
+        encode_return(message, &mut post_copy);
+    }
+    let answers = golden("return").into_iter();
+    write(
+        "qstream_return",
+        answers.chain([("postcopy".to_owned(), post_copy)]),
+    );
+}
+
+fn write(target: &str, seeds: impl Iterator<Item = (String, Vec<u8>)>) {
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/corpus");
+    let directory = corpus.join(target);
+    fs::create_dir_all(&directory).unwrap();
+    for (name, bytes) in seeds {
+        fs::write(directory.join(format!("seed-{name}")), bytes).unwrap();
+    }
+}
