@@ -184,7 +184,9 @@ impl Qmp {
         let qmp = Self {
             connection: Arc::new(connection),
         };
-        qmp.execute_within("qmp_capabilities", &Value::Null, timeout)?;
+        // It has greeted, so it serves us and is not busy with another client: under load it was
+        // seen to take more than five seconds to go on.
+        qmp.execute_within("qmp_capabilities", &Value::Null, timeout.saturating_mul(3))?;
         Ok((qmp, events))
     }
 
