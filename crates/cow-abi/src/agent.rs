@@ -272,7 +272,7 @@ fn decode_block(body: &[u8]) -> Result<BlockOffer<'_>, AbiError> {
     let (addr, len) = (block.addr.get(), block.len.get());
     let sound = usize::from(block.index.get()) < BLOCKS_MAX
         && (1..=NAME_BYTES_MAX).contains(&name.len())
-        && !name.contains(&0)
+        && name.iter().all(|byte| *byte != 0)
         && block.reserved == [0; 4]
         && addr & (PAGE_BYTES - 1) == 0
         && len & (PAGE_BYTES - 1) == 0

@@ -1,5 +1,6 @@
 //! A guest that this host starts, empty and paused, to receive one.
 
+use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -60,6 +61,19 @@ impl TargetGuest {
     /// If it has no QMP socket or one that is in use, ends early (with the last lines of its log),
     /// or does not answer within a minute. No process is left then.
     pub fn start(argv: &[String], log: &Path) -> Result<Self, GuestError> {
+        Self::start_with(argv, log, &[])
+    }
+
+    /// As [`TargetGuest::start`], with `environment` added to this process's own: what
+    /// [`crate::CowListener::environment`] asks for.
+    ///
+    /// # Errors
+    /// As [`TargetGuest::start`].
+    pub fn start_with(
+        argv: &[String],
+        log: &Path,
+        environment: &[(OsString, OsString)],
+    ) -> Result<Self, GuestError> {
         let mut argv = without_start_options(argv)?;
         argv.extend(["-S", "-incoming", "defer"].map(str::to_owned));
         let qmp_path = qmp_socket(&argv).ok_or(GuestError::NoQmpSocket)?;
@@ -68,7 +82,7 @@ impl TargetGuest {
             return Err(GuestError::SocketInUse { path: qmp_path });
         }
         let mut log = Log::open(log)?;
-        let mut child = log.launch(&argv)?;
+        let mut child = log.launch(&argv, environment)?;
         match connect_to_child(&mut child, &qmp_path, &mut log) {
             Ok((qmp, process, events)) => {
                 reap(child);
@@ -319,7 +333,11 @@ impl Log {
     }
 
     /// Starts the program with its output here, in a session of its own.
-    fn launch(&self, argv: &[String]) -> Result<Child, GuestError> {
+    fn launch(
+        &self,
+        argv: &[String],
+        environment: &[(OsString, OsString)],
+    ) -> Result<Child, GuestError> {
         let (program, arguments) = argv.split_first().ok_or(crate::ArgvError::Empty)?;
         let launch = |source| GuestError::Launch {
             program: program.clone(),
@@ -328,6 +346,7 @@ impl Log {
         let mut command = Command::new(program);
         command
             .args(arguments)
+            .envs(environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(self.file.try_clone().map_err(launch)?)
             .stderr(self.file.try_clone().map_err(launch)?);
