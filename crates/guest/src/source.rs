@@ -14,12 +14,13 @@ use sys::Process;
 
 use crate::argv::pin_machine;
 use crate::migration::migration_info;
+use crate::obstacle::mapping_obstacle_now;
 use crate::ram::ram_blocks;
 use crate::settings::{self, SavedSettings};
 use crate::state::run_state;
 use crate::{
-    GuestError, MigrationInfo, MigrationParameters, Qmp, QmpError, QmpEvent, RamBlock, RunState,
-    UNIX_PATH_BYTES_MAX,
+    GuestError, MappingObstacle, MigrationInfo, MigrationParameters, Qmp, QmpError, QmpEvent,
+    RamBlock, RunState, UNIX_PATH_BYTES_MAX,
 };
 
 /// How long QEMU may take to greet.
@@ -159,6 +160,15 @@ impl SourceGuest {
     /// If the monitor fails or lists none.
     pub fn ram_blocks(&self) -> Result<Vec<RamBlock>, GuestError> {
         ram_blocks(&self.qmp)
+    }
+
+    /// What this QEMU has that keeps its memory from being mapped from a pool; see
+    /// [`crate::mapping_obstacle`] for what its command line says.
+    ///
+    /// # Errors
+    /// If the monitor fails.
+    pub fn mapping_obstacle(&self) -> Result<Option<MappingObstacle>, GuestError> {
+        mapping_obstacle_now(&self.qmp)
     }
 
     /// Makes QEMU connect to `socket` and migrate into it, with return path and events on and its

@@ -15,12 +15,15 @@ use sys::Process;
 
 use crate::argv::{qmp_socket, without_start_options};
 use crate::migration::migration_info;
+use crate::obstacle::mapping_obstacle_now;
 use crate::qmp::open_socket;
 use crate::ram::ram_blocks;
 use crate::settings::set_capabilities;
 use crate::source::unix_uri;
 use crate::state::run_state;
-use crate::{GuestError, MigrationInfo, Qmp, QmpError, QmpEvent, RamBlock, RunState};
+use crate::{
+    GuestError, MappingObstacle, MigrationInfo, Qmp, QmpError, QmpEvent, RamBlock, RunState,
+};
 
 /// How long QEMU may take until its monitor answers. With preallocated memory that is the time to
 /// touch all of it.
@@ -191,6 +194,15 @@ impl TargetGuest {
     /// If the monitor fails or lists none.
     pub fn ram_blocks(&self) -> Result<Vec<RamBlock>, GuestError> {
         ram_blocks(&self.qmp)
+    }
+
+    /// What this QEMU has that keeps its memory from being mapped from a pool; see
+    /// [`crate::mapping_obstacle`] for what its command line says.
+    ///
+    /// # Errors
+    /// If the monitor fails.
+    pub fn mapping_obstacle(&self) -> Result<Option<MappingObstacle>, GuestError> {
+        mapping_obstacle_now(&self.qmp)
     }
 
     /// Lets the guest run.
