@@ -66,7 +66,6 @@ impl Found {
         Self(u128::from(key) << 64 | u128::from(place))
     }
 
-    #[expect(clippy::cast_possible_truncation, reason = "the upper half")]
     fn key(&self) -> u64 {
         (self.0 >> 64) as u64
     }
@@ -297,21 +296,23 @@ fn areas_of(memory: &VmMemory, files: &mut HashMap<(String, u64), u64>) -> io::R
     };
     let mut areas = Vec::new();
     for line in maps.lines() {
-        if let Some((start, end, file)) = file_area(line)
-            && inside(start, end)
+        if let Some(area) = file_area(line)
+            && inside(area.start, area.end)
         {
-            let key = file.map_or(NONE, |(device, inode, page)| {
-                file_key(files, device, inode, page)
-            });
+            let key = file_key(files, &area);
+            let (start, end) = (area.start, area.end);
             areas.push(Area { start, end, key });
         }
     }
     Ok(areas)
 }
 
-fn file_key(files: &mut HashMap<(String, u64), u64>, device: &str, inode: u64, page: u64) -> u64 {
+fn file_key(files: &mut HashMap<(String, u64), u64>, area: &FileArea<'_>) -> u64 {
+    if !area.private {
+        return NONE;
+    }
     let count = files.len();
-    let name = (device.to_owned(), inode);
+    let name = (area.device.to_owned(), area.inode);
     let number = match files.get(&name) {
         Some(number) => *number,
         None if count >= FILES_MAX => return NONE,
@@ -320,27 +321,38 @@ fn file_key(files: &mut HashMap<(String, u64), u64>, device: &str, inode: u64, p
             count as u64
         }
     };
-    FILE_KEY | number << FILE_PAGE_BITS | page & ((1 << FILE_PAGE_BITS) - 1)
+    FILE_KEY | number << FILE_PAGE_BITS | area.page & ((1 << FILE_PAGE_BITS) - 1)
 }
 
-/// Start, end, and for a private mapping device, inode and first page of the file; `None` if the
-/// line of `/proc/PID/maps` is about anonymous private memory, or not understood.
-#[allow(clippy::type_complexity, reason = "taken apart by its only caller")]
-fn file_area(line: &str) -> Option<(u64, u64, Option<(&str, u64, u64)>)> {
+/// What a line of `/proc/PID/maps` says about memory of a file, or shared memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct FileArea<'a> {
+    start: u64,
+    end: u64,
+    private: bool,
+    device: &'a str,
+    inode: u64,
+    /// First page in the file.
+    page: u64,
+}
+
+/// `None` for plain memory, and for a line that is not understood.
+fn file_area(line: &str) -> Option<FileArea<'_>> {
     let mut words = line.split_ascii_whitespace();
     let (start, end) = words.next()?.split_once('-')?;
-    let access = words.next()?;
+    let private = words.next()?.ends_with('p');
     let offset = u64::from_str_radix(words.next()?, 16).ok()?;
     let device = words.next()?;
     let inode: u64 = words.next()?.parse().ok()?;
-    let start = u64::from_str_radix(start, 16).ok()?;
-    let end = u64::from_str_radix(end, 16).ok()?;
-    let private = access.ends_with('p');
-    if private && inode == 0 {
-        return None;
-    }
-    let file = private.then_some((device, inode, offset / PAGE_SIZE as u64));
-    Some((start, end, file))
+    let area = FileArea {
+        start: u64::from_str_radix(start, 16).ok()?,
+        end: u64::from_str_radix(end, 16).ok()?,
+        private,
+        device,
+        inode,
+        page: offset / PAGE_SIZE as u64,
+    };
+    (!private || inode != 0).then_some(area)
 }
 
 /// Gives pages in ascending order their keys.
@@ -389,12 +401,18 @@ mod tests {
     #[test]
     fn lines_of_the_kernels_list_are_read() {
         let pool = "7f00-7f10 rw-p 00003000 00:01 77   /memfd:gangway-pool (deleted)";
-        assert_eq!(
-            file_area(pool),
-            Some((0x7f00, 0x7f10, Some(("00:01", 77, 3))))
-        );
+        let area = FileArea {
+            start: 0x7f00,
+            end: 0x7f10,
+            private: true,
+            device: "00:01",
+            inode: 77,
+            page: 3,
+        };
+        assert_eq!(file_area(pool), Some(area));
         let shared = "7f00-7f10 rw-s 00003000 00:01 77   /memfd:ram (deleted)";
-        assert_eq!(file_area(shared), Some((0x7f00, 0x7f10, None)));
+        let private = false;
+        assert_eq!(file_area(shared), Some(FileArea { private, ..area }));
         assert_eq!(file_area("7f00-7f10 rw-p 00000000 00:00 0 [heap]"), None);
         assert_eq!(file_area("7f00-zz rw-p 0 00:00 1"), None);
         assert_eq!(file_area(""), None);
