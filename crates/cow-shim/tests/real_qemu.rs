@@ -373,3 +373,54 @@ fn a_qemu_without_an_agent_runs_as_without_the_library() {
         "huge pages are as they were"
     );
 }
+
+/// As the agents start a target, and with QEMU's own stream: what comes after a mapping counts.
+#[test]
+fn a_page_that_the_stream_brings_after_its_mapping_is_the_streams() {
+    let source_vm = Vm::launch(false, &[], near_dir(), |_| ());
+    let (source, dir) = (source_vm.attach(), near_dir());
+    std::thread::sleep(Duration::from_secs(2));
+    stop(&source);
+    let place = |from: &tempfile::TempDir| from.path().display().to_string();
+    let moved = [(place(&source_vm.dir), place(&dir))];
+    let argv = guest::target_argv(source.argv(), &moved).unwrap();
+    let listener = CowListener::bind(&dir.path().join("cow"), &library()).unwrap();
+    let log = dir.path().join("log");
+    let target = guest::TargetGuest::start_with(&argv, &log, listener.environment()).unwrap();
+    let mut library = listener.accept(target.pid()).unwrap();
+    let blocks = target.ram_blocks().unwrap();
+    let block = blocks.iter().find(|block| block.name == "pc.ram").unwrap();
+    library.add_block(0, block).unwrap();
+    library
+        .set_pool(&pool(&vec![[0x5a; PAGE_SIZE]; 256]))
+        .unwrap();
+    // The first megabyte has the firmware's data, more is zeros; both come as records.
+    let runs: Vec<_> = (0..4)
+        .map(|i| MapRun {
+            block: 0,
+            page: i * 1000,
+            pages: 256,
+            pool_page: 0,
+        })
+        .collect();
+    assert_eq!(library.map(&runs, false).unwrap(), [Outcome::Mapped; 4]);
+    assert!(library.settle().unwrap());
+
+    let incoming = dir.path().join("in");
+    target.listen(&incoming).unwrap();
+    source
+        .start_migration(&incoming, &guest::MigrationParameters::default())
+        .unwrap();
+    within(SECONDS_20, || {
+        let status = target.migration().unwrap().status;
+        (status == guest::MigrationStatus::Completed).then_some(())
+    });
+    let main = main_block(&source);
+    let sent = memory_of(source.pid(), main.hva.unwrap(), main.used_len);
+    let loaded = memory_of(target.pid(), block.hva.unwrap(), block.used_len);
+    assert!(sent == loaded, "the target has the source's memory");
+    target.cont().unwrap();
+    assert_eq!(target.run_state().unwrap(), guest::RunState::Running);
+    library.close().unwrap();
+    target.kill().unwrap();
+}
