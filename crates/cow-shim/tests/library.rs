@@ -9,10 +9,11 @@ use std::time::Duration;
 use common::{
     Puppet, flags_in, has_thread, library, near_dir, page_of, pool, rollup_kib, thread_time, within,
 };
+use content::pool::{Pool, PoolUser, PoolVm, uses_pool};
 use cow_abi::{Features, FromAgent, FromLibrary, MapBatch, MapRun, Outcome};
 use guest::{CowError, RamBlock};
-use page::{ByteLen, HostAddr, PAGE_SIZE};
-use sys::SeqPacketListener;
+use page::{BlockIndex, ByteLen, ContentId, HostAddr, PAGE_SIZE, PageNo};
+use sys::{Pagemap, PagemapEntry, SeqPacketListener};
 
 const SECONDS_10: Duration = Duration::from_secs(10);
 
@@ -385,4 +386,68 @@ fn huge_pages_are_off(pid: u32) -> bool {
         .lines()
         .find_map(|line| line.strip_prefix("THP_enabled:"));
     line.unwrap().trim() == "0"
+}
+
+/// The whole way of a content: into the pool, into two processes, and out when both have written.
+#[test]
+fn contents_that_every_process_has_written_give_their_memory_back() {
+    const PAGES: u32 = 64;
+    let len = ByteLen(u64::from(PAGES) * PAGE_SIZE as u64);
+    let mut book = Pool::new(ByteLen(1 << 30));
+    let mut puppets: Vec<_> = (0..2).map(|_| Puppet::served(PAGES as usize)).collect();
+    for vm in 0..2 {
+        book.add_vm(PoolVm(vm), &[len]).unwrap();
+    }
+    let file = sys::Memfd::create_growing("gangway-test-pool").unwrap();
+    file.set_len(ByteLen(book.file_pages() * PAGE_SIZE as u64))
+        .unwrap();
+    for ((_, library), vm) in puppets.iter_mut().zip(0..) {
+        library.set_pool(&file).unwrap();
+        for page in 0..PAGES {
+            let byte = u8::try_from(page + 1).unwrap();
+            let (block, page) = (BlockIndex(0), PageNo(page));
+            let user = PoolUser {
+                vm: PoolVm(vm),
+                block,
+                page,
+            };
+            let placed = book.place(ContentId([byte; 16]), user).unwrap();
+            if placed.new {
+                file.write_at(placed.at.offset(), &page_of(byte)).unwrap();
+            }
+            let mapped = library.map(&[run(page.0, 1, placed.at.0)], false).unwrap();
+            assert_eq!(mapped, [Outcome::Mapped]);
+        }
+        assert!(library.settle().unwrap());
+    }
+    assert_eq!((file.allocated().unwrap(), book.live()), (len, len));
+
+    // Both write the first half, one of them the rest, too.
+    for page in 0..PAGES {
+        puppets[0].0.ask(&format!("write {page} 200"));
+        if page < PAGES / 2 {
+            puppets[1].0.ask(&format!("write {page} 201"));
+        }
+    }
+    for ((puppet, _), vm) in puppets.iter().zip(0..) {
+        let mut entries = vec![PagemapEntry::default(); PAGES as usize];
+        let pagemap = Pagemap::open(puppet.pid()).unwrap();
+        pagemap
+            .read(puppet.memory.hva.unwrap(), &mut entries)
+            .unwrap();
+        let freed = book.sweep(PoolVm(vm), |_, page| {
+            let entry = entries[page.0 as usize];
+            uses_pool(entry.present(), entry.swapped(), entry.file_or_shared())
+        });
+        for hole in freed {
+            file.punch_hole(hole.start.offset(), hole.len()).unwrap();
+        }
+    }
+    let half = ByteLen(len.0 / 2);
+    assert_eq!((file.allocated().unwrap(), book.live()), (half, half));
+    for page in 0..PAGES as usize {
+        let expected = if page < 32 { 201 } else { page + 1 };
+        assert_eq!(usize::from(puppets[1].0.byte(page)), expected);
+        assert_eq!(puppets[0].0.byte(page), 200);
+    }
 }
