@@ -184,24 +184,24 @@ fn listening_path<'a>(
     (server && !path.is_empty()).then(|| PathBuf::from(path))
 }
 
-fn setting<'a>(settings: &'a [String], key: &str) -> Option<&'a str> {
+pub(crate) fn setting<'a>(settings: &'a [String], key: &str) -> Option<&'a str> {
     settings
         .iter()
         .find_map(|setting| setting.strip_prefix(key)?.strip_prefix('='))
 }
 
 /// One option of a command line, with the argument behind it if that can be its value.
-struct CommandOption<'a> {
+pub(crate) struct CommandOption<'a> {
     /// Position of the option's name.
     index: usize,
     /// Without its dashes.
-    name: &'a str,
-    value: Option<&'a str>,
+    pub(crate) name: &'a str,
+    pub(crate) value: Option<&'a str>,
 }
 
 /// The options of a command line. Which options take a value is told by the next argument: one
 /// that starts with a dash is an option again, except where free text stands.
-fn options(argv: &[String]) -> impl Iterator<Item = CommandOption<'_>> {
+pub(crate) fn options(argv: &[String]) -> impl Iterator<Item = CommandOption<'_>> {
     let mut index = 0;
     std::iter::from_fn(move || {
         loop {
@@ -273,7 +273,7 @@ fn is_descriptor_key(key: &str) -> bool {
 }
 
 /// Splits QEMU's `a,b=c` at its commas; a doubled comma is one of the text.
-fn split_settings(value: &str) -> Vec<String> {
+pub(crate) fn split_settings(value: &str) -> Vec<String> {
     let mut settings = Vec::new();
     let mut setting = String::new();
     let mut chars = value.chars().peekable();

@@ -14,12 +14,13 @@ use sys::Process;
 
 use crate::argv::pin_machine;
 use crate::migration::migration_info;
+use crate::obstacle::mapping_obstacle_now;
 use crate::ram::ram_blocks;
 use crate::settings::{self, SavedSettings};
 use crate::state::run_state;
 use crate::{
-    GuestError, MigrationInfo, MigrationParameters, Qmp, QmpError, QmpEvent, RamBlock, RunState,
-    UNIX_PATH_BYTES_MAX,
+    GuestError, MappingObstacle, MigrationInfo, MigrationParameters, Qmp, QmpError, QmpEvent,
+    RamBlock, RunState, UNIX_PATH_BYTES_MAX,
 };
 
 /// How long QEMU may take to greet.
@@ -180,6 +181,15 @@ impl SourceGuest {
     /// [`SourceGuest::restore_settings`] gives them back.
     pub fn adopt_settings(&self, settings: &SavedSettings) {
         self.saved().get_or_insert_with(|| settings.clone());
+    }
+
+    /// What this QEMU has that keeps its memory from being mapped from a pool; see
+    /// [`crate::mapping_obstacle`] for what its command line says.
+    ///
+    /// # Errors
+    /// If the monitor fails.
+    pub fn mapping_obstacle(&self) -> Result<Option<MappingObstacle>, GuestError> {
+        mapping_obstacle_now(&self.qmp)
     }
 
     /// Makes QEMU connect to `socket` and migrate into it, with return path and events on and its

@@ -1,5 +1,6 @@
 //! A guest that this host starts, empty and paused, to receive one.
 
+use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -14,12 +15,15 @@ use sys::Process;
 
 use crate::argv::{qmp_socket, without_start_options};
 use crate::migration::migration_info;
+use crate::obstacle::mapping_obstacle_now;
 use crate::qmp::open_socket;
 use crate::ram::ram_blocks;
 use crate::settings::set_capabilities;
 use crate::source::unix_uri;
 use crate::state::run_state;
-use crate::{GuestError, MigrationInfo, Qmp, QmpError, QmpEvent, RamBlock, RunState};
+use crate::{
+    GuestError, MappingObstacle, MigrationInfo, Qmp, QmpError, QmpEvent, RamBlock, RunState,
+};
 
 /// How long QEMU may take until its monitor answers. With preallocated memory that is the time to
 /// touch all of it.
@@ -60,6 +64,19 @@ impl TargetGuest {
     /// If it has no QMP socket or one that is in use, ends early (with the last lines of its log),
     /// or does not answer within a minute. No process is left then.
     pub fn start(argv: &[String], log: &Path) -> Result<Self, GuestError> {
+        Self::start_with(argv, log, &[])
+    }
+
+    /// As [`TargetGuest::start`], with `environment` added to this process's own: what
+    /// [`crate::CowListener::environment`] asks for.
+    ///
+    /// # Errors
+    /// As [`TargetGuest::start`].
+    pub fn start_with(
+        argv: &[String],
+        log: &Path,
+        environment: &[(OsString, OsString)],
+    ) -> Result<Self, GuestError> {
         let mut argv = without_start_options(argv)?;
         argv.extend(["-S", "-incoming", "defer"].map(str::to_owned));
         let qmp_path = qmp_socket(&argv).ok_or(GuestError::NoQmpSocket)?;
@@ -68,7 +85,7 @@ impl TargetGuest {
             return Err(GuestError::SocketInUse { path: qmp_path });
         }
         let mut log = Log::open(log)?;
-        let mut child = log.launch(&argv)?;
+        let mut child = log.launch(&argv, environment)?;
         match connect_to_child(&mut child, &qmp_path, &mut log) {
             Ok((qmp, process, events)) => {
                 reap(child);
@@ -177,6 +194,15 @@ impl TargetGuest {
     /// If the monitor fails or lists none.
     pub fn ram_blocks(&self) -> Result<Vec<RamBlock>, GuestError> {
         ram_blocks(&self.qmp)
+    }
+
+    /// What this QEMU has that keeps its memory from being mapped from a pool; see
+    /// [`crate::mapping_obstacle`] for what its command line says.
+    ///
+    /// # Errors
+    /// If the monitor fails.
+    pub fn mapping_obstacle(&self) -> Result<Option<MappingObstacle>, GuestError> {
+        mapping_obstacle_now(&self.qmp)
     }
 
     /// Lets the guest run.
@@ -319,7 +345,11 @@ impl Log {
     }
 
     /// Starts the program with its output here, in a session of its own.
-    fn launch(&self, argv: &[String]) -> Result<Child, GuestError> {
+    fn launch(
+        &self,
+        argv: &[String],
+        environment: &[(OsString, OsString)],
+    ) -> Result<Child, GuestError> {
         let (program, arguments) = argv.split_first().ok_or(crate::ArgvError::Empty)?;
         let launch = |source| GuestError::Launch {
             program: program.clone(),
@@ -328,6 +358,7 @@ impl Log {
         let mut command = Command::new(program);
         command
             .args(arguments)
+            .envs(environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(self.file.try_clone().map_err(launch)?)
             .stderr(self.file.try_clone().map_err(launch)?);

@@ -50,6 +50,7 @@ on_each_qemu! {
     a_target_outlives_its_handle_and_is_adopted_again
     a_target_whose_stream_breaks_is_gone
     until_the_target_runs_the_source_can_go_on_with_its_disks
+    memory_that_cannot_be_mapped_is_told_by_a_running_qemu
 }
 
 /// What the guest under test has as capabilities and parameters.
@@ -539,4 +540,22 @@ fn assert_same_memory(source: &SourceGuest, target: &TargetGuest) {
         .count();
     assert_eq!(differ, 0, "pages that differ");
     assert!(left.iter().any(|&byte| byte != 0));
+}
+
+fn memory_that_cannot_be_mapped_is_told_by_a_running_qemu(qemu: &Qemu) {
+    let plain = qemu.start(&[]);
+    assert_eq!(plain.attach().mapping_obstacle().unwrap(), None);
+    drop(plain);
+    let backend = "memory-backend-ram,id=dimm,size=64M,share=on";
+    let shared = qemu.start(&["-object", backend, "-machine", "memory-backend=dimm"]);
+    let guest = shared.attach();
+    let obstacle = guest.mapping_obstacle().unwrap().unwrap();
+    assert_eq!(obstacle.what, "memory backend dimm");
+    // A command line says it before there is a process.
+    assert!(
+        guest::mapping_obstacle(guest.argv())
+            .unwrap()
+            .what
+            .contains(backend)
+    );
 }

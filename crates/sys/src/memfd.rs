@@ -6,7 +6,10 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use page::{ByteLen, HostAddr};
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::fs::{
+    FallocateFlags, MemfdFlags, Mode, OFlags, SealFlags, fallocate, fchmod, fcntl_add_seals,
+    ftruncate, memfd_create, open,
+};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 /// An anonymous file in memory. Clones name the same file.
@@ -24,6 +27,83 @@ impl Memfd {
         let fd = memfd_create(name, MemfdFlags::CLOEXEC)?;
         ftruncate(&fd, len.0)?;
         Ok(Self { fd: Arc::new(fd) })
+    }
+
+    /// Creates an empty one that grows with [`Memfd::set_len`] and never shrinks: what others map
+    /// of it stays readable.
+    ///
+    /// # Errors
+    /// As [`Memfd::create`].
+    pub fn create_growing(name: &str) -> io::Result<Self> {
+        let fd = memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::SEAL)?;
+        // Who holds a descriptor for reading cannot turn it into one for writing, unless it is root
+        // or the same user.
+        fchmod(&fd, Mode::RUSR)?;
+        Ok(Self { fd: Arc::new(fd) })
+    }
+
+    /// A descriptor of it that cannot write, for a process that shall only read or map privately.
+    ///
+    /// # Errors
+    /// What the kernel reports.
+    pub fn read_only(&self) -> io::Result<OwnedFd> {
+        let number = std::os::fd::AsRawFd::as_raw_fd(&*self.fd);
+        let path = format!("/proc/self/fd/{number}");
+        Ok(open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())?)
+    }
+
+    /// Its inode, as `/proc/PID/maps` shows it.
+    ///
+    /// # Errors
+    /// What the kernel reports.
+    pub fn inode(&self) -> io::Result<u64> {
+        Ok(rustix::fs::fstat(&self.fd)?.st_ino)
+    }
+
+    /// Memory that it takes now; holes take none.
+    ///
+    /// # Errors
+    /// What the kernel reports.
+    pub fn allocated(&self) -> io::Result<ByteLen> {
+        let blocks = rustix::fs::fstat(&self.fd)?.st_blocks;
+        // Always counted in units of 512 bytes.
+        let bytes = u64::try_from(blocks).ok().and_then(|b| b.checked_mul(512));
+        bytes
+            .map(ByteLen)
+            .ok_or_else(|| io::ErrorKind::InvalidData.into())
+    }
+
+    /// Writes `bytes` at `offset`, without mapping it.
+    ///
+    /// # Errors
+    /// `InvalidInput` if they do not all lie before its end: it never grows by writing.
+    pub fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let end = offset.checked_add(bytes.len() as u64);
+        if end.is_none_or(|end| self.len().is_ok_and(|len| end > len.0)) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let mut rest = bytes;
+        let mut at = offset;
+        while !rest.is_empty() {
+            let written = rustix::io::retry_on_intr(|| rustix::io::pwrite(&self.fd, rest, at))?;
+            rest = rest
+                .get(written..)
+                .filter(|_| written > 0)
+                .ok_or(io::ErrorKind::WriteZero)?;
+            at += written as u64;
+        }
+        Ok(())
+    }
+
+    /// Gives the memory of `len` bytes at `offset` back; whole pages of it read as zeros then,
+    /// also where they are mapped.
+    ///
+    /// # Errors
+    /// What the kernel reports.
+    pub fn punch_hole(&self, offset: u64, len: ByteLen) -> io::Result<()> {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        Ok(fallocate(&self.fd, flags, offset, len.0)?)
     }
 
     /// Changes its length. A mapping keeps its own: reading it beyond the end of the file
@@ -199,6 +279,36 @@ mod tests {
         }
         mapping.write(4092, b"word").unwrap();
         mapping.write(4096, b"").unwrap();
+    }
+
+    #[test]
+    fn a_growing_file_never_shrinks_and_its_readers_cannot_write() {
+        let file = Memfd::create_growing("pool").unwrap();
+        file.set_len(ByteLen(8192)).unwrap();
+        assert!(file.set_len(ByteLen(4096)).is_err());
+        file.write_at(4096, &[7; 4096]).unwrap();
+        assert!(file.write_at(4097, &[7; 4096]).is_err());
+        let reader = file.read_only().unwrap();
+        assert!(rustix::io::pwrite(&reader, b"x", 0).is_err());
+        let mut byte = [0];
+        rustix::io::pread(&reader, &mut byte, 8191).unwrap();
+        assert_eq!(byte, [7]);
+        file.set_len(ByteLen(1 << 30)).unwrap();
+    }
+
+    #[test]
+    fn a_hole_gives_its_memory_back_and_reads_as_zeros() {
+        let file = Memfd::create_growing("holes").unwrap();
+        file.set_len(ByteLen(4 * 4096)).unwrap();
+        assert_eq!(file.allocated().unwrap(), ByteLen(0));
+        file.write_at(0, &[7; 3 * 4096]).unwrap();
+        assert_eq!(file.allocated().unwrap(), ByteLen(3 * 4096));
+        file.punch_hole(4096, ByteLen(8192)).unwrap();
+        assert_eq!(file.allocated().unwrap(), ByteLen(4096));
+        let mapping = file.map().unwrap();
+        let mut bytes = [1; 2];
+        mapping.read(4095, &mut bytes).unwrap();
+        assert_eq!(bytes, [7, 0]);
     }
 
     #[test]

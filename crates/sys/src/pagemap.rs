@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use page::{HostAddr, PAGE_SIZE};
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
 /// Bytes of one entry.
 const ENTRY_BYTES: usize = 8;
@@ -99,6 +100,27 @@ impl Pagemap {
     }
 }
 
+/// The frame that the kernel lets every page of zeros that was only read share; `None` without the
+/// right to see frames.
+///
+/// # Errors
+/// What the kernel reports.
+pub fn zero_frame() -> io::Result<Option<u64>> {
+    let access = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: a new mapping at an address of the kernel's choice.
+    let page =
+        unsafe { mmap_anonymous(std::ptr::null_mut(), PAGE_SIZE, access, MapFlags::PRIVATE)? };
+    // SAFETY: the page mapped above, which nothing else knows.
+    std::hint::black_box(unsafe { page.cast::<u8>().read_volatile() });
+    let mut entry = [PagemapEntry::default()];
+    let read = Pagemap::open(std::process::id())
+        .and_then(|map| map.read(HostAddr(page.addr() as u64), &mut entry));
+    // SAFETY: as above, and not used after this.
+    unsafe { munmap(page, PAGE_SIZE)? };
+    read?;
+    Ok(entry[0].pfn())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -178,6 +200,13 @@ mod tests {
         let found = entries(&mapping, pages);
         assert_eq!(found.iter().filter(|e| e.present()).count(), 1);
         assert!(found[pages - 1].present());
+    }
+
+    #[test]
+    fn the_frame_of_zeros_is_the_same_each_time() {
+        let frame = zero_frame().unwrap();
+        assert_eq!(frame, zero_frame().unwrap());
+        assert_eq!(frame.is_some(), rustix::process::geteuid().is_root());
     }
 
     #[test]

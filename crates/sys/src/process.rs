@@ -2,8 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -94,12 +93,12 @@ fn start_time_of(stat: &str) -> Option<u64> {
     after_name.split_ascii_whitespace().nth(19)?.parse().ok()
 }
 
-/// The process at the other end of `stream`: the one that called `connect`, or `listen` if this
+/// The process at the other end of the unix socket `stream`: the one that called `connect`, or `listen` if this
 /// end connected. 0 if that process is not visible in our pid namespace.
 ///
 /// # Errors
 /// What `getsockopt` reports.
-pub fn peer_pid(stream: &UnixStream) -> io::Result<u32> {
+pub fn peer_pid(stream: &impl AsRawFd) -> io::Result<u32> {
     let mut credentials = libc::ucred {
         pid: 0,
         uid: 0,
@@ -112,7 +111,7 @@ pub fn peer_pid(stream: &UnixStream) -> io::Result<u32> {
     // any bytes are a valid `ucred`.
     let result = unsafe {
         libc::getsockopt(
-            std::os::fd::AsRawFd::as_raw_fd(stream),
+            stream.as_raw_fd(),
             libc::SOL_SOCKET,
             libc::SO_PEERCRED,
             (&raw mut credentials).cast(),
@@ -136,6 +135,7 @@ pub fn own_session(command: &mut Command) -> &mut Command {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::net::UnixStream;
     use std::process::{Child, Stdio};
 
     fn sleeper() -> Child {
