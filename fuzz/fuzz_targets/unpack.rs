@@ -13,7 +13,7 @@ use libfuzzer_sys::fuzz_target;
 use migrate::unpack::{Batch, Contents, Found, Segment, UnpackError, Unpacker, literal_runs};
 use page::{EntryId, PAGE_SIZE};
 use qstream::{Decoder, Step};
-use wire::{MAX_BODY, OpWriter};
+use wire::{MAX_BODY, OpWriter, Remote};
 
 #[path = "../../crates/migrate/tests/round_trip/opening.rs"]
 #[expect(dead_code, reason = "only the opening is needed")]
@@ -31,8 +31,8 @@ struct Anything(u8);
 impl Contents<Body> for Anything {
     fn find(
         &mut self,
-        _first: EntryId,
-        count: u32,
+        (_first, count): (EntryId, u32),
+        _remote: Option<&Remote<'_>>,
         scratch: &mut Vec<u8>,
         found: &mut Vec<Found<Body>>,
     ) {
@@ -40,7 +40,8 @@ impl Contents<Body> for Anything {
             self.0 = self.0.rotate_left(3);
             match self.0 % 8 {
                 0 => return,
-                1..4 => found.push(Found::Missing),
+                1..3 => found.push(Found::Missing),
+                3 => found.push(Found::Coming),
                 4..6 => found.push(Found::Held(Arc::from([9; PAGE_SIZE]), 0)),
                 _ => {
                     found.push(Found::Scratch(scratch.len()));
@@ -77,8 +78,8 @@ fn apply(
     mut contents: Anything,
     body: &[u8],
 ) -> Result<Vec<u8>, UnpackError> {
-    for (_, count, at) in literal_runs(body)? {
-        assert!(at + count as usize * PAGE_SIZE <= body.len());
+    for run in literal_runs(body)? {
+        assert!(run.at + run.count as usize * PAGE_SIZE <= body.len());
     }
     let mut batch = Batch::default();
     let outcome = unpacker.apply(body, is_repair, &mut contents, &mut batch);

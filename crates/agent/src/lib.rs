@@ -9,6 +9,7 @@ pub mod client;
 pub mod config;
 pub mod coordinator;
 mod host;
+mod index_host;
 mod journal;
 mod link;
 pub mod plan;

@@ -5,6 +5,7 @@
 //! - [`Places`], target: entry id to the place in a VM's memory where that content was put
 //!   last. The target keeps no second copy of guest memory: a content is read again from the
 //!   VM that has it, and hashed again, because the guest's newer pages may have replaced it.
+//! - [`Shelf`], target: the newest contents of the rack, from wherever they came.
 //! - [`Recent`], target: the newest contents by entry id, while they may still be on their way
 //!   into a QEMU. Bounded in bytes.
 //!
@@ -13,7 +14,9 @@
 mod host_table;
 mod places;
 mod recent;
+mod shelf;
 
 pub use host_table::{Claim, HostTable};
 pub use places::{Place, Places};
 pub use recent::{Recent, RecentPage};
+pub use shelf::Shelf;

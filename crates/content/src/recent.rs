@@ -46,13 +46,17 @@ impl<B> Recent<B> {
     /// with its first entry, its length and the offset of its first page in the body. Entries
     /// come in ascending order in an honest session; a run that is out of order is not kept, and
     /// repaired if somebody asks for it.
-    pub fn push(&mut self, runs: &[(EntryId, u32, usize)], body: &B, body_len: usize)
-    where
+    pub fn push(
+        &mut self,
+        runs: impl IntoIterator<Item = (EntryId, u32, usize)>,
+        body: &B,
+        body_len: usize,
+    ) where
         B: Clone,
     {
         // The first run pays for the body.
         let mut held = body_len;
-        for (first, count, offset) in runs.iter().copied() {
+        for (first, count, offset) in runs {
             let in_order = self
                 .runs
                 .back()
@@ -96,16 +100,16 @@ mod tests {
     #[test]
     fn the_oldest_go_first_and_gaps_are_not_found() {
         let mut recent = Recent::with_limit(4 * PAGE_SIZE);
-        recent.push(&[(EntryId(0), 2, 100)], &'a', 2 * PAGE_SIZE);
+        recent.push([(EntryId(0), 2, 100)], &'a', 2 * PAGE_SIZE);
         recent.push(
-            &[(EntryId(5), 1, 0), (EntryId(6), 1, 9)],
+            [(EntryId(5), 1, 0), (EntryId(6), 1, 9)],
             &'b',
             2 * PAGE_SIZE,
         );
         let found = recent.find(EntryId(1)).map(|p| (*p.body, p.offset));
         assert_eq!(found, Some(('a', 100 + PAGE_SIZE)));
         assert!(recent.find(EntryId(2)).is_none());
-        recent.push(&[(EntryId(7), 1, 0)], &'c', PAGE_SIZE);
+        recent.push([(EntryId(7), 1, 0)], &'c', PAGE_SIZE);
         assert!(recent.find(EntryId(1)).is_none());
         assert_eq!(recent.find(EntryId(6)).map(|p| *p.body), Some('b'));
         assert_eq!(recent.find(EntryId(7)).map(|p| *p.body), Some('c'));
@@ -115,7 +119,7 @@ mod tests {
     fn a_large_body_with_one_content_counts_in_full() {
         let mut recent = Recent::with_limit(1 << 20);
         for n in 0..100 {
-            recent.push(&[(EntryId(n), 1, 0)], &'x', 1 << 20);
+            recent.push([(EntryId(n), 1, 0)], &'x', 1 << 20);
         }
         assert_eq!(recent.runs.len(), 1);
     }
@@ -123,8 +127,8 @@ mod tests {
     #[test]
     fn entries_out_of_order_are_not_kept() {
         let mut recent = Recent::with_limit(100 * PAGE_SIZE);
-        recent.push(&[(EntryId(9), 1, 0)], &'a', PAGE_SIZE);
-        recent.push(&[(EntryId(3), 1, 0)], &'b', PAGE_SIZE);
+        recent.push([(EntryId(9), 1, 0)], &'a', PAGE_SIZE);
+        recent.push([(EntryId(3), 1, 0)], &'b', PAGE_SIZE);
         assert!(recent.find(EntryId(3)).is_none());
     }
 }

@@ -99,7 +99,8 @@ impl Client {
         self.expect(Asked::Verdicts(ids.len()))
     }
 
-    /// These entries, claimed here, have reached their carrier.
+    /// These entries, claimed here, have reached their carrier. Local entries, here and in
+    /// [`lost`](Self::lost), are not the index's business and are left out.
     pub fn carried(&mut self, entries: &[EntryRun], out: &mut Vec<u8>) {
         for entries in bounded(entries) {
             let entries = entries.into();
@@ -234,7 +235,7 @@ fn is_whole(asked: Asked, answer: &Answer) -> Result<bool, ClientError> {
 /// Cuts runs into lists that fit a message each.
 fn bounded(runs: &[EntryRun]) -> Vec<Vec<EntryRun>> {
     let (mut lists, mut list, mut room) = (Vec::new(), Vec::new(), MAX_RUN_ENTRIES);
-    for run in runs {
+    for run in runs.iter().filter(|run| !run.first.is_local()) {
         let mut rest = *run;
         while rest.count > 0 {
             if room == 0 || list.len() == MAX_RUNS {

@@ -3,8 +3,8 @@
 //! A record has 28 bytes. Records stand in chunks that are never moved. The way to them is 256
 //! hash tables of 4-byte numbers, 5 bytes a slot; each doubles when it is 7/8 full. Contents
 //! are dealt to them unevenly, the last gets nearly twice as many as the first, so that they
-//! double one after the other: at any time a table holds 8.2 bytes of slots for each entry on
-//! average, a growth never moves more than one part in 180, and no claim waits for more.
+//! double one after the other: at any time a table holds 8 to 9 bytes of slots for each entry,
+//! and a growth moves one part in 180 at most, which is all that a claim waits for.
 
 use hashbrown::HashTable;
 use page::ContentId;

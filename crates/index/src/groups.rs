@@ -12,7 +12,7 @@ use crate::table::{ClientNo, MAX_ENTRIES, Table};
 pub const LEASE: Duration = Duration::from_secs(10 * 60);
 
 /// Most tables at once. A rack is emptied in a handful of groups, each with a few domains; an
-/// empty table takes 20 KB.
+/// empty table takes 25 KB.
 pub const MAX_TABLES: usize = 1024;
 
 /// Why a client cannot join.
@@ -40,17 +40,18 @@ struct Leased {
 pub struct Groups {
     tables: HashMap<TableKey, Leased>,
     shard: u8,
+    /// Of all tables together.
     max_entries: u32,
 }
 
 impl Groups {
-    /// No tables yet; those to come are of this shard.
+    /// No tables yet; those to come are of this shard, and have at most [`MAX_ENTRIES`] together.
     #[must_use]
     pub fn new(shard: u8) -> Self {
         Self::with_limit(shard, MAX_ENTRIES)
     }
 
-    /// As [`new`](Self::new), with another limit on the entries of each table.
+    /// As [`new`](Self::new), with a lower limit on the entries of all tables together.
     #[must_use]
     pub fn with_limit(shard: u8, max_entries: u32) -> Self {
         Self {
@@ -71,7 +72,7 @@ impl Groups {
                 return Err(GroupsError::TooManyTables);
             }
             let leased = Leased {
-                table: Table::with_limit(epoch, self.shard, self.max_entries),
+                table: Table::new(epoch, self.shard),
                 clients: Vec::new(),
                 left_at: Duration::ZERO,
             };
@@ -86,9 +87,17 @@ impl Groups {
         Ok((client, leased.table.epoch()))
     }
 
-    /// The table, if it is still of this epoch.
+    /// The table, if it is still of this epoch. It may grow until all tables together are at
+    /// the limit.
     pub fn table(&mut self, key: &TableKey, epoch: u64) -> Option<&mut Table> {
-        self.leased(key, epoch).map(|leased| &mut leased.table)
+        let (mut all, max_entries) = (0_u32, self.max_entries);
+        for leased in self.tables.values() {
+            all = all.saturating_add(leased.table.len());
+        }
+        let table = &mut self.leased(key, epoch)?.table;
+        let others = all.saturating_sub(table.len());
+        table.set_limit(max_entries.saturating_sub(others));
+        Some(table)
     }
 
     /// The client is gone: its claims in flight are lost.

@@ -70,6 +70,13 @@ impl Shards {
         u8::try_from(self.shards.len()).unwrap_or(EntryId::MAX_SHARDS)
     }
 
+    /// Whether an answer of this shard is missing: what was sent to it is worth waiting for.
+    #[must_use]
+    pub fn owes(&self, shard: u8) -> bool {
+        let shard = self.shards.get(usize::from(shard));
+        shard.is_some_and(|shard| !shard.asked.is_empty())
+    }
+
     /// What is to be sent to this shard; the caller takes it out. `None` if the shard is gone.
     pub fn output(&mut self, shard: u8) -> Option<&mut Vec<u8>> {
         let shard = self.shards.get_mut(usize::from(shard))?;

@@ -8,8 +8,8 @@ use wire::index::{EntryRun, Item, Summary, Verdict};
 use crate::entries::{Entries, Record, State};
 use crate::sets::{MAX_SETS, Sets};
 
-/// Most entries of one table: 400 GiB of distinct contents, for 4 GB of memory at 37 bytes an
-/// entry. Contents beyond go without an entry: more bytes, same result.
+/// Most entries of an index process: 400 GiB of distinct contents, for 4 GB of memory at 37
+/// bytes an entry. Contents beyond go without an entry: more bytes, same result.
 pub const MAX_ENTRIES: u32 = 100_000_000;
 
 const _: () = assert!(MAX_ENTRIES <= EntryId::MAX_IN_SHARD);
@@ -76,6 +76,24 @@ impl Table {
             states: [0; 4],
             found: Vec::new(),
         }
+    }
+
+    /// From now on the table takes up no more contents than this, and never more than
+    /// [`MAX_ENTRIES`]; it keeps what it has.
+    pub fn set_limit(&mut self, limit: u32) {
+        self.limit = limit.min(MAX_ENTRIES);
+    }
+
+    /// Entries given out.
+    #[must_use]
+    pub fn len(&self) -> u32 {
+        self.entries.len()
+    }
+
+    /// Whether there is no entry.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
     }
 
     /// As it was made with.

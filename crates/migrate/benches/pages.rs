@@ -16,6 +16,7 @@ use divan::counter::ItemsCount;
 use migrate::pack::{Packed, Packer};
 use migrate::unpack::{Batch, Contents, Found, Unpacker};
 use page::{BlockIndex, ContentId, ContentKey, EntryId, PAGE_SIZE, PageBytes, PageNo};
+use wire::Remote;
 
 #[path = "../tests/round_trip/opening.rs"]
 mod opening;
@@ -77,7 +78,7 @@ fn stream(kind: Kind) -> (Vec<u8>, Vec<u8>) {
 fn packer(start: &[u8], key: Option<ContentKey>) -> Packer {
     let mut packer = Packer::new(key, HashSet::from(["pc.ram".to_owned()]));
     packer.scan(start, 0).expect("a valid start");
-    packer.resolve(start, &mut HostTable::default());
+    packer.take();
     packer
 }
 
@@ -93,7 +94,7 @@ fn pack(
         let end = ram.len().min(at + BUFFER);
         let buffer = &ram[at..end];
         let used = packer.scan(buffer, 0).expect("a valid stream");
-        each(at..end, packer.resolve(buffer, table));
+        each(at..end, packer.take().resolve(buffer, table, &[]));
         at += used;
     }
 }
@@ -153,7 +154,7 @@ fn resolve_known(bencher: Bencher<'_, '_>) {
             *rest = &rest[used..];
             buffer
         })
-        .bench_local_values(|buffer| state.borrow_mut().0.resolve(buffer, &mut table));
+        .bench_local_values(|buffer| state.borrow_mut().0.take().resolve(buffer, &mut table, &[]));
 }
 
 #[divan::bench]
@@ -189,8 +190,8 @@ struct Everything(Arc<[u8]>);
 impl Contents<Arc<[u8]>> for Everything {
     fn find(
         &mut self,
-        _first: EntryId,
-        count: u32,
+        (_first, count): (EntryId, u32),
+        _remote: Option<&Remote<'_>>,
         _scratch: &mut Vec<u8>,
         found: &mut Vec<Found<Arc<[u8]>>>,
     ) {
@@ -204,7 +205,7 @@ fn bench_target(bencher: Bencher<'_, '_>, kind: Kind, table: &mut HostTable) {
     let mut frames: Vec<Vec<u8>> = Vec::new();
     let mut first = Packer::new(Some(key()), HashSet::from(["pc.ram".to_owned()]));
     first.scan(&start, 0).expect("a valid start");
-    frames.push(first.resolve(&start, table).front);
+    frames.push(first.take().resolve(&start, table, &[]).front);
     pack(&mut first, &ram, table, |range, packed| {
         let buffer = &ram[range];
         let mut body = packed.front;

@@ -1,9 +1,21 @@
 //! Source role: the stream of a source QEMU becomes page operations.
 //!
 //! In two halves, so that the table shared by all VMs of a session is locked once a buffer, not
-//! once a page: [`Packer::scan`] decodes and hashes without the table, [`Packer::resolve`] asks
+//! once a page: [`Packer::scan`] decodes and hashes without the table, [`Scan::resolve`] asks
 //! the table and writes the operations. Page bytes stay where QEMU's stream put them; the
 //! operations name their offsets.
+//!
+//! Between the halves the rack index may be asked about the contents that the table does not
+//! know ([`Scan::unknown`]), many at once and while the next buffer is read (IRLM section 2.5,
+//! which asks for each page):
+//!
+//! ```text
+//!  scan ──► table knows it? ── yes ─────────────────────────────────► reference
+//!                 │ no
+//!                 ├─ asked: carry it ────────────► literal of the rack, passed on to some hosts
+//!                 ├─ asked: another target has it ──────────────────► remote reference
+//!                 └─ not asked, or no answer ────► literal of this session
+//! ```
 //!
 //! Succeeds or fails, the source VM is untouched: this machine only reads.
 
@@ -11,9 +23,10 @@ use std::collections::HashSet;
 use std::ops::Range;
 
 use content::{Claim, HostTable};
-use page::{BlockIndex, ContentId, ContentKey, PAGE_SIZE, PageNo, fill_byte};
+use page::{BlockIndex, ContentId, ContentKey, EntryId, PAGE_SIZE, PageNo, fill_byte};
 use qstream::{Decoder, Item, Step, StreamError};
-use wire::OpWriter;
+use wire::index::Verdict;
+use wire::{OpWriter, RemoteContent};
 
 /// One step of the stream, as scanned from a buffer. Ranges and offsets are of that buffer.
 #[derive(Debug)]
@@ -51,6 +64,18 @@ pub struct PackCounts {
     pub literal: u64,
     /// Pages by reference.
     pub reference: u64,
+    /// Pages by reference to what another connection brings.
+    pub remote: u64,
+}
+
+impl std::ops::AddAssign for PackCounts {
+    fn add_assign(&mut self, other: Self) {
+        self.zero += other.zero;
+        self.fill += other.fill;
+        self.literal += other.literal;
+        self.reference += other.reference;
+        self.remote += other.remote;
+    }
 }
 
 /// Milestones of the stream that the caller reacts to.
@@ -63,7 +88,7 @@ pub struct Milestones {
 }
 
 /// A buffer as operations.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Packed {
     /// Front of the frame's body: position and operations.
     pub front: Vec<u8>,
@@ -71,6 +96,10 @@ pub struct Packed {
     pub pages: Vec<u32>,
     /// Position in the stream after this.
     pub position: u64,
+    /// Entries of the rack whose bytes are among the pages.
+    pub carried: Vec<EntryId>,
+    /// How the pages went.
+    pub counts: PackCounts,
 }
 
 impl Packed {
@@ -93,7 +122,13 @@ pub struct Packer {
     enters_table: Vec<bool>,
     pieces: Vec<Piece>,
     milestones: Milestones,
-    counts: PackCounts,
+}
+
+/// What was scanned from one buffer.
+#[derive(Debug)]
+pub struct Scan {
+    pieces: Vec<Piece>,
+    position: u64,
 }
 
 impl Packer {
@@ -108,12 +143,11 @@ impl Packer {
             enters_table: Vec::new(),
             pieces: Vec::new(),
             milestones: Milestones::default(),
-            counts: PackCounts::default(),
         }
     }
 
     /// Decodes as much of `input` as there is and hashes its pages. Returns the bytes used; the
-    /// caller keeps `input` for [`resolve`](Self::resolve), and offers the rest again, in front
+    /// caller keeps `input` for [`Scan::resolve`], and offers the rest again, in front
     /// of what follows.
     ///
     /// # Errors
@@ -175,62 +209,19 @@ impl Packer {
             .collect();
     }
 
-    /// Whether a scan found something that has not been resolved.
+    /// Whether a scan found something that has not been taken.
     #[must_use]
     pub fn has_pieces(&self) -> bool {
         !self.pieces.is_empty()
     }
 
-    /// Writes what was scanned from `input` as operations, asking and filling the table.
-    ///
-    /// The result must be on its way before another VM's buffer is resolved against the same
-    /// table, so that bytes travel before references to them.
-    pub fn resolve(&mut self, input: &[u8], table: &mut HostTable) -> Packed {
-        let mut ops = OpWriter::new();
-        let mut pages = Vec::new();
-        for piece in self.pieces.drain(..) {
-            match piece {
-                Piece::Page {
-                    block,
-                    page,
-                    at,
-                    id,
-                } => match id.map_or(Claim::Full, |id| table.claim(id)) {
-                    Claim::Known(entry) => {
-                        self.counts.reference += 1;
-                        ops.reference(block, page, entry);
-                    }
-                    Claim::New(entry) => {
-                        self.counts.literal += 1;
-                        pages.push(at);
-                        ops.literal(block, page, entry);
-                    }
-                    Claim::Full => {
-                        self.counts.literal += 1;
-                        pages.push(at);
-                        ops.plain(block, page);
-                    }
-                },
-                Piece::Zero { block, page } => {
-                    self.counts.zero += 1;
-                    ops.zero(block, page);
-                }
-                Piece::Fill { block, page, byte } => {
-                    self.counts.fill += 1;
-                    ops.fill(block, page, byte);
-                }
-                Piece::Raw(range) => ops.raw(&input[range]),
-                Piece::RamStart(range) => ops.ram_start(&input[range]),
-                Piece::EndBegin => ops.end_begin(),
-                Piece::EndClosed => ops.end_closed(),
-                Piece::Tail(range) => ops.tail(&input[range]),
-            }
-        }
-        let position = self.decoder.position();
-        Packed {
-            front: ops.finish(position),
-            pages,
-            position,
+    /// Takes what was scanned since the last call.
+    pub fn take(&mut self) -> Scan {
+        // As many again, probably: the next buffer is as long.
+        let next = Vec::with_capacity(self.pieces.len());
+        Scan {
+            pieces: std::mem::replace(&mut self.pieces, next),
+            position: self.decoder.position(),
         }
     }
 
@@ -246,11 +237,6 @@ impl Packer {
         self.milestones
     }
 
-    /// The counts since the last call.
-    pub fn take_counts(&mut self) -> PackCounts {
-        std::mem::take(&mut self.counts)
-    }
-
     /// Names of the stream's blocks, in its order, once they are known.
     #[must_use]
     pub fn block_names(&self) -> Option<Vec<String>> {
@@ -261,6 +247,144 @@ impl Packer {
                 .map(|(_, block)| block.name.to_string())
                 .collect(),
         )
+    }
+}
+
+impl Scan {
+    /// Contents that the table does not know, in order; those that come twice are there twice.
+    pub fn unknown<'a>(&'a self, table: &'a HostTable) -> impl Iterator<Item = ContentId> + 'a {
+        let ids = self.pieces.iter().filter_map(|piece| match piece {
+            Piece::Page { id, .. } => *id,
+            _ => None,
+        });
+        ids.filter(|id| table.find(*id).is_none())
+    }
+
+    /// Writes what was scanned from `input` as operations, asking and filling the table.
+    /// `answers` are what the index says of some of the contents, in their order.
+    ///
+    /// The result must be on its way before another VM's buffer is resolved against the same
+    /// table, so that bytes travel before references to them.
+    pub fn resolve(
+        self,
+        input: &[u8],
+        table: &mut HostTable,
+        answers: &[(ContentId, Verdict)],
+    ) -> Packed {
+        let mut out = Resolver {
+            ops: OpWriter::new(),
+            pages: Vec::new(),
+            carried: Vec::new(),
+            counts: PackCounts::default(),
+            table,
+            answers: answers.iter(),
+        };
+        for piece in self.pieces {
+            match piece {
+                Piece::Page {
+                    block,
+                    page,
+                    at,
+                    id,
+                } => out.page(block, page, at, id),
+                Piece::Zero { block, page } => {
+                    out.counts.zero += 1;
+                    out.ops.zero(block, page);
+                }
+                Piece::Fill { block, page, byte } => {
+                    out.counts.fill += 1;
+                    out.ops.fill(block, page, byte);
+                }
+                Piece::Raw(range) => out.ops.raw(&input[range]),
+                Piece::RamStart(range) => out.ops.ram_start(&input[range]),
+                Piece::EndBegin => out.ops.end_begin(),
+                Piece::EndClosed => out.ops.end_closed(),
+                Piece::Tail(range) => out.ops.tail(&input[range]),
+            }
+        }
+        Packed {
+            front: out.ops.finish(self.position),
+            pages: out.pages,
+            position: self.position,
+            carried: out.carried,
+            counts: out.counts,
+        }
+    }
+}
+
+/// A buffer on its way from pieces to operations.
+struct Resolver<'a> {
+    ops: OpWriter,
+    pages: Vec<u32>,
+    carried: Vec<EntryId>,
+    counts: PackCounts,
+    table: &'a mut HostTable,
+    answers: std::slice::Iter<'a, (ContentId, Verdict)>,
+}
+
+impl Resolver<'_> {
+    fn page(&mut self, block: BlockIndex, page: PageNo, at: u32, id: Option<ContentId>) {
+        let Some(id) = id else {
+            self.counts.literal += 1;
+            self.pages.push(at);
+            self.ops.plain(block, page);
+            return;
+        };
+        let known = self.table.find(id);
+        match (self.answer(id), known) {
+            // Nobody else sends the bytes, even if another VM of this session has named the
+            // entry in the meantime.
+            (Verdict::Carry { entry, hosts }, _) => {
+                if known.is_none() {
+                    self.table.enter(id, entry);
+                }
+                self.counts.literal += 1;
+                self.pages.push(at);
+                self.carried.push(entry);
+                self.ops.literal_for(block, page, entry, hosts);
+            }
+            (_, Some(entry)) => {
+                self.counts.reference += 1;
+                self.ops.reference(block, page, entry);
+            }
+            (
+                Verdict::At {
+                    entry,
+                    carrier,
+                    pushed,
+                },
+                None,
+            ) => {
+                self.table.enter(id, entry);
+                self.counts.remote += 1;
+                let content = RemoteContent {
+                    entry,
+                    id,
+                    carrier,
+                    pushed,
+                };
+                self.ops.remote(block, page, &content);
+            }
+            (Verdict::Full, None) => {
+                self.counts.literal += 1;
+                self.pages.push(at);
+                match self.table.claim(id) {
+                    Claim::New(entry) => self.ops.literal(block, page, entry),
+                    Claim::Known(_) | Claim::Full => self.ops.plain(block, page),
+                }
+            }
+        }
+    }
+
+    /// The index's answer about this page's content; not being asked is like a full index.
+    fn answer(&mut self, id: ContentId) -> Verdict {
+        match self.answers.as_slice().first() {
+            Some((asked, verdict)) if *asked == id => {
+                self.answers.next();
+                *verdict
+            }
+            _ => Verdict::Full,
+        }
     }
 }
 

@@ -16,6 +16,10 @@ pub enum Channel {
     Back,
     /// Requests about one move.
     Control,
+    /// Contents and requests for them, from one target host to another.
+    Peer,
+    /// Claims and registrations, from a source agent to the index.
+    Index,
 }
 
 /// Compression of the forward connection.
@@ -47,6 +51,24 @@ pub struct Hello {
     pub compression: WireCompression,
     /// Secret of the trust domain, 64 hex digits; only on the forward connection.
     pub domain_key: Option<String>,
+    /// The rest of the group; on forward and peer connections with scope `rack`.
+    #[serde(default)]
+    pub rack: Option<RackHello>,
+}
+
+/// What a target host must know of its group to share contents with the other target hosts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RackHello {
+    /// Names the store of contents: derived from the group, the trust domain's secret and the
+    /// epoch of the index, so that who can name it may use it; 32 hex digits.
+    pub store: String,
+    /// On a forward connection the number of the target host, on a peer connection that of the
+    /// sender.
+    pub host: u16,
+    /// On a forward connection, how to reach the target hosts: number and `host:port`.
+    #[serde(default)]
+    pub peers: Vec<(u16, String)>,
 }
 
 impl Hello {
@@ -66,6 +88,7 @@ impl std::fmt::Debug for Hello {
             source,
             compression,
             domain_key: _,
+            rack: _,
         } = self;
         write!(
             f,
@@ -220,6 +243,7 @@ mod tests {
             source: "h".into(),
             compression: WireCompression::None,
             domain_key: Some("00ff".into()),
+            rack: None,
         };
         assert!(!format!("{hello:?}").contains("00ff"));
     }

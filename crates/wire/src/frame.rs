@@ -1,6 +1,6 @@
 //! Frames: the unit on the forward and back connections.
 
-use page::{BlockIndex, PageNo, PageRun};
+use page::{BlockIndex, EntryId, HostNo, PageNo, PageRun};
 use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -36,6 +36,12 @@ pub enum FrameKind {
     Heartbeat = 3,
     /// The VM's move is over for the stream: drop what is held for it.
     Close = 4,
+    /// Contents for another target host: [`EntryRuns`](crate::EntryRuns) and page bytes.
+    Contents = 5,
+    /// Entries that the sender waits for and the receiver carries.
+    Pull = 6,
+    /// Entries that the receiver pulled and the sender does not have.
+    Missing = 7,
     /// A [`BackMessage`].
     Back = 32,
     /// Nothing; says that the sender lives.
@@ -49,6 +55,9 @@ impl FrameKind {
             2 => Self::Repair,
             3 => Self::Heartbeat,
             4 => Self::Close,
+            5 => Self::Contents,
+            6 => Self::Pull,
+            7 => Self::Missing,
             32 => Self::Back,
             33 => Self::BackHeartbeat,
             _ => return None,
@@ -217,6 +226,14 @@ pub enum BackMessage {
     Loaded,
     /// The target QEMU failed or is gone; it never ran.
     LoadFailed(String),
+    /// Entries that this carrier was to provide and did not: the source must not name them
+    /// again, and tells the index.
+    Lost {
+        /// The target host that should have them.
+        carrier: HostNo,
+        /// Which.
+        entries: Vec<EntryId>,
+    },
 }
 
 impl BackMessage {
@@ -245,6 +262,11 @@ impl BackMessage {
                 out.push(5);
                 out.extend_from_slice(reason.as_bytes());
             }
+            Self::Lost { carrier, entries } => {
+                out.push(6);
+                varint::put(out, carrier.0.into());
+                crate::entries::put(out, entries);
+            }
         }
     }
 
@@ -265,6 +287,13 @@ impl BackMessage {
             3 => Self::RepairRequest(decode_runs(&mut rest)?),
             4 => Self::Loaded,
             5 => return Ok(Self::LoadFailed(String::from_utf8_lossy(rest).into_owned())),
+            6 => Self::Lost {
+                carrier: HostNo(
+                    u16::try_from(varint::take(&mut rest)?)
+                        .map_err(|_| WireError::NumberTooLarge)?,
+                ),
+                entries: crate::entries::take(&mut rest)?,
+            },
             other => return Err(WireError::UnknownOp(other)),
         };
         if rest.is_empty() {
@@ -357,6 +386,10 @@ mod tests {
                 BackMessage::RepairRequest(vec![(BlockIndex(block), run); 3]),
                 BackMessage::Loaded,
                 BackMessage::LoadFailed(text.clone()),
+                BackMessage::Lost {
+                    carrier: HostNo(block),
+                    entries: vec![EntryId(start), EntryId(start + 1), EntryId(block.into())],
+                },
             ] {
                 let mut body = Vec::new();
                 message.encode(&mut body);

@@ -38,3 +38,6 @@ pub use frames::{FrameBuffer, INDEX_HEADER_LEN, IndexHeader, MAX_INDEX_BODY};
 pub use reply::{Answer, Summary, Verdict};
 pub use request::{Item, MAX_GROUP_NAME, MAX_IDS, Request, TableKey};
 pub use runs::{EntryRun, MAX_RUN_ENTRIES, MAX_RUNS, join_runs};
+
+#[cfg(test)]
+mod tests;

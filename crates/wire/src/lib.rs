@@ -13,6 +13,14 @@
 //!      │ ◄─ control: one request, one reply, JSON ─────────────────► │   one for each move
 //! ```
 //!
+//! With scope `rack` the target agents of a group talk to each other too, and the source agents to
+//! the index (IRLM section 2):
+//!
+//! ```text
+//!  target agent ── peer: Contents, Pull, Missing, Heartbeat ──────► target agent   one each way
+//!  source agent ◄─ index: claims and answers ─────────────────────► index          one a shard
+//! ```
+//!
 //! Each direction of the bulk path has a connection of its own, so that one thread at each end
 //! owns it (and its TLS state) without a lock. Control is apart, so that a release or an abort
 //! never queues behind page bytes.
@@ -24,27 +32,32 @@
 //! Fixed headers are little-endian [`FrameHeader`]s; small integers inside bodies are LEB128.
 
 mod control;
+mod entries;
 mod frame;
 pub mod index;
 mod ops;
 mod varint;
 
 pub use control::{
-    Channel, ControlReply, ControlRequest, Hello, MoveState, OpenMove, WireCompression,
+    Channel, ControlReply, ControlRequest, Hello, MoveState, OpenMove, RackHello, WireCompression,
     decode_control, encode_control,
 };
+pub use entries::{MAX_ENTRIES, decode_contents, decode_entries, encode_entries};
 pub use frame::{
     BackMessage, FrameHeader, FrameKind, HEADER_LEN, MAX_BODY, MAX_CONTROL, MAX_RETURN_MESSAGE,
     WireError,
 };
-pub use ops::{MAX_OPS, Op, OpReader, OpWriter, PagesBody, split_pages_body};
+pub use ops::{
+    MAX_OPS, Op, OpReader, OpWriter, PagesBody, Remote, RemoteContent, split_pages_body,
+};
 
 /// Version of this protocol. A peer of another version is refused at `Hello`.
 ///
 /// | version | change |
 /// |---|---|
 /// | 1 | first: pre-copy, scopes none and host, compression none and zstd |
-pub const PROTOCOL_VERSION: u16 = 1;
+/// | 2 | scope rack: remote references, forwards and pulls between target hosts, the index |
+pub const PROTOCOL_VERSION: u16 = 2;
 
 /// First bytes of every connection, before the JSON of [`Hello`]: tells a stray client apart.
 pub const MAGIC: [u8; 4] = *b"GWAY";

@@ -7,7 +7,7 @@
 //! its distance from the end of the run before, so that a sweep over memory costs one byte a
 //! run for it. Page bytes stand at the end, in the order of the operations that need them.
 
-use page::{BlockIndex, EntryId, PageNo, PageRun};
+use page::{BlockIndex, ContentId, EntryId, HostNo, HostSet, PageNo, PageRun};
 
 use crate::frame::take_u32;
 use crate::{MAX_BODY, WireError, varint};
@@ -31,16 +31,46 @@ pub enum Op<'a> {
     Fill(PageRun, u8),
     /// Pages with their bytes; nobody will refer to them.
     Plain(PageRun),
+    /// Literals that follow in this body are to be passed on to these target hosts, until
+    /// another operation of this kind; at the start of a body to none.
+    Forward(HostSet),
     /// Pages with their bytes, which become the entries from this one on.
     Literal(PageRun, EntryId),
     /// Pages whose bytes are those of the entries from this one on.
     Reference(PageRun, EntryId),
+    /// Pages whose contents another connection brings, or brought, to this target host or to
+    /// another one (IRLM section 2.5: the remote flag).
+    Remote(Remote<'a>),
     /// The last RAM section begins: everything before must have been delivered.
     EndBegin,
     /// The last RAM section ends.
     EndClosed,
     /// Bytes after RAM: device state, verbatim.
     Tail(&'a [u8]),
+}
+
+/// Pages by the names of contents that this session does not carry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Remote<'a> {
+    /// The pages.
+    pub run: PageRun,
+    /// Entry of the first page; the others follow it.
+    pub first: EntryId,
+    /// The target host that has the contents, or is about to.
+    pub carrier: HostNo,
+    /// Whether the carrier passes them on without being asked.
+    pub pushed: bool,
+    /// What the bytes must hash to: `run.count` ids of 16 bytes.
+    pub ids: &'a [[u8; 16]],
+}
+
+impl Remote<'_> {
+    /// The entries and their ids, in order.
+    pub fn contents(&self) -> impl Iterator<Item = (EntryId, ContentId)> {
+        (0..)
+            .map(|index| self.first.plus(index))
+            .zip(self.ids.iter().map(|id| ContentId(*id)))
+    }
 }
 
 impl Op<'_> {
@@ -53,6 +83,7 @@ impl Op<'_> {
             | Self::Plain(run)
             | Self::Literal(run, _)
             | Self::Reference(run, _) => run.count,
+            Self::Remote(remote) => remote.run.count,
             _ => 0,
         }
     }
@@ -79,6 +110,10 @@ mod tag {
     pub(super) const END_BEGIN: u8 = 9;
     pub(super) const END_CLOSED: u8 = 10;
     pub(super) const TAIL: u8 = 11;
+    pub(super) const FORWARD: u8 = 12;
+    pub(super) const REMOTE: u8 = 13;
+    /// As `REMOTE`, of contents that the carrier passes on by itself.
+    pub(super) const REMOTE_PUSHED: u8 = 14;
 }
 
 /// Kinds of page operations that extend a run.
@@ -91,6 +126,29 @@ enum RunKind {
     Literal(EntryId),
     /// First entry of the run.
     Reference(EntryId),
+    Remote(RemoteKind),
+}
+
+/// What the pages of a run of remote references have in common.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct RemoteKind {
+    /// First entry of the run.
+    first: EntryId,
+    carrier: HostNo,
+    pushed: bool,
+}
+
+/// Where a content that another connection brings is to be had.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RemoteContent {
+    /// Its entry.
+    pub entry: EntryId,
+    /// Its id.
+    pub id: ContentId,
+    /// The target host that has it, or is about to.
+    pub carrier: HostNo,
+    /// Whether the carrier passes it on without being asked.
+    pub pushed: bool,
 }
 
 /// Writes operations, joining neighbouring pages into runs.
@@ -98,6 +156,10 @@ enum RunKind {
 pub struct OpWriter {
     out: Vec<u8>,
     open: Option<(RunKind, PageRun)>,
+    /// Ids of the open run of remote references.
+    open_ids: Vec<u8>,
+    /// Whom literals are passed on to.
+    forward: HostSet,
     block: Option<BlockIndex>,
     /// End of the run before, as in the module's page.
     last_end: u32,
@@ -139,7 +201,29 @@ impl OpWriter {
 
     /// A page with bytes that becomes `entry`.
     pub fn literal(&mut self, block: BlockIndex, page: PageNo, entry: EntryId) {
+        self.literal_for(block, page, entry, HostSet::default());
+    }
+
+    /// A page with bytes that becomes `entry`, to be passed on to `hosts`.
+    pub fn literal_for(&mut self, block: BlockIndex, page: PageNo, entry: EntryId, hosts: HostSet) {
+        if hosts != self.forward {
+            self.close_run();
+            self.out.push(tag::FORWARD);
+            varint::put(&mut self.out, hosts.bits());
+            self.forward = hosts;
+        }
         self.page(block, page, RunKind::Literal(entry));
+    }
+
+    /// A page whose content another connection brings.
+    pub fn remote(&mut self, block: BlockIndex, page: PageNo, content: &RemoteContent) {
+        let kind = RemoteKind {
+            first: content.entry,
+            carrier: content.carrier,
+            pushed: content.pushed,
+        };
+        self.page(block, page, RunKind::Remote(kind));
+        self.open_ids.extend_from_slice(&content.id.0);
     }
 
     /// A page with the bytes of `entry`.
@@ -220,6 +304,8 @@ impl OpWriter {
             RunKind::Plain => (tag::PLAIN, None),
             RunKind::Literal(entry) => (tag::LITERAL, Some(entry)),
             RunKind::Reference(entry) => (tag::REFERENCE, Some(entry)),
+            RunKind::Remote(kind) if kind.pushed => (tag::REMOTE_PUSHED, Some(kind.first)),
+            RunKind::Remote(kind) => (tag::REMOTE, Some(kind.first)),
         };
         self.out.push(tag);
         varint::put(
@@ -231,7 +317,11 @@ impl OpWriter {
             self.out.push(byte);
         }
         if let Some(entry) = entry {
-            varint::put(&mut self.out, entry.0.into());
+            varint::put(&mut self.out, entry_code(entry));
+        }
+        if let RunKind::Remote(kind) = kind {
+            varint::put(&mut self.out, kind.carrier.0.into());
+            self.out.append(&mut self.open_ids);
         }
         self.last_end = run.start.0.saturating_add(run.count);
     }
@@ -250,8 +340,20 @@ fn extends(open: RunKind, count: u32, next: RunKind) -> bool {
         | (RunKind::Reference(first), RunKind::Reference(entry)) => {
             first.0.checked_add(count) == Some(entry.0)
         }
+        (RunKind::Remote(open), RunKind::Remote(next)) => {
+            let expected = RemoteKind {
+                first: next.first,
+                ..open
+            };
+            next == expected && open.first.0.checked_add(count) == Some(next.first.0)
+        }
         _ => open == next,
     }
+}
+
+/// Entries of one session have the highest bit set; turned to the lowest, they are short too.
+fn entry_code(entry: EntryId) -> u64 {
+    entry.0.rotate_left(1).into()
 }
 
 /// A body taken apart.
@@ -329,11 +431,28 @@ impl<'a> OpReader<'a> {
     }
 
     fn entries(&mut self, run: PageRun) -> Result<EntryId, WireError> {
-        let first = take_u32(&mut self.rest)?;
+        let first = take_u32(&mut self.rest)?.rotate_right(1);
         first
             .checked_add(run.count)
             .ok_or(WireError::NumberTooLarge)?;
         Ok(EntryId(first))
+    }
+
+    fn remote(&mut self, pushed: bool) -> Result<Remote<'a>, WireError> {
+        let run = self.run()?;
+        let first = self.entries(run)?;
+        let carrier =
+            u16::try_from(varint::take(&mut self.rest)?).map_err(|_| WireError::NumberTooLarge)?;
+        let (ids, _) = self.rest.as_chunks::<16>();
+        let ids = ids.get(..run.count as usize).ok_or(WireError::Truncated)?;
+        self.rest = &self.rest[ids.len() * 16..];
+        Ok(Remote {
+            run,
+            first,
+            carrier: HostNo(carrier),
+            pushed,
+            ids,
+        })
     }
 
     fn bytes(&mut self) -> Result<&'a [u8], WireError> {
@@ -376,6 +495,9 @@ impl<'a> OpReader<'a> {
                 let run = self.run()?;
                 Op::Reference(run, self.entries(run)?)
             }
+            tag::FORWARD => Op::Forward(HostSet::from_bits(varint::take(&mut self.rest)?)),
+            tag::REMOTE => Op::Remote(self.remote(false)?),
+            tag::REMOTE_PUSHED => Op::Remote(self.remote(true)?),
             tag::END_BEGIN => Op::EndBegin,
             tag::END_CLOSED => Op::EndClosed,
             tag::TAIL => Op::Tail(self.bytes()?),
@@ -474,6 +596,8 @@ mod tests {
         Plain,
         Literal(u32),
         Reference(u32),
+        LiteralFor(u32, u64),
+        Remote(u32, u16, bool),
         Raw(Vec<u8>),
         End,
     }
@@ -485,35 +609,77 @@ mod tests {
             Just(Step::Plain),
             (0_u32..50).prop_map(Step::Literal),
             (0_u32..50).prop_map(Step::Reference),
+            (0_u32..50, 0_u64..3).prop_map(|(e, hosts)| Step::LiteralFor(e, hosts)),
+            (0_u32..50, 0_u16..2, any::<bool>()).prop_map(|(e, c, p)| Step::Remote(e, c, p)),
             proptest::collection::vec(any::<u8>(), 0..20).prop_map(Step::Raw),
             Just(Step::End),
         ]
     }
 
+    /// A page operation with all that belongs to it.
+    #[derive(Clone, Debug, PartialEq)]
+    struct Flat {
+        block: u16,
+        page: u32,
+        kind: u8,
+        value: u32,
+        /// Whom it is passed on to, or who has it and whether it is pushed.
+        hosts: u64,
+        id: [u8; 16],
+    }
+
     /// Pages one by one, whatever the runs.
-    fn flat(ops: &[Op<'_>]) -> Vec<(u16, u32, u8, u32)> {
-        let (mut block, mut out) = (0, Vec::new());
+    fn flat(ops: &[Op<'_>]) -> Vec<Flat> {
+        let (mut block, mut forward, mut out) = (0, 0, Vec::new());
         for op in ops {
-            let (run, kind, value) = match *op {
+            let (run, kind, value, hosts) = match *op {
                 Op::Block(b) => {
                     block = b.0;
                     continue;
                 }
-                Op::Zero(run) => (run, 0, 0),
-                Op::Fill(run, byte) => (run, 1, u32::from(byte)),
-                Op::Plain(run) => (run, 2, 0),
-                Op::Literal(run, entry) => (run, 3, entry.0),
-                Op::Reference(run, entry) => (run, 4, entry.0),
+                Op::Forward(hosts) => {
+                    forward = hosts.bits();
+                    continue;
+                }
+                Op::Zero(run) => (run, 0, 0, 0),
+                Op::Fill(run, byte) => (run, 1, u32::from(byte), 0),
+                Op::Plain(run) => (run, 2, 0, 0),
+                Op::Literal(run, entry) => (run, 3, entry.0, forward),
+                Op::Reference(run, entry) => (run, 4, entry.0, 0),
+                Op::Remote(r) => (r.run, 5, r.first.0, hosts_of(r.carrier.0, r.pushed)),
                 _ => continue,
             };
-            let counts = kind >= 3;
-            out.extend(
-                run.pages()
-                    .zip(0..)
-                    .map(|(p, i)| (block, p.0, kind, value + if counts { i } else { 0 })),
-            );
+            for (page, index) in run.pages().zip(0..) {
+                let id = match op {
+                    Op::Remote(remote) => remote.ids[index as usize],
+                    _ => [0; 16],
+                };
+                let value = value + if kind >= 3 { index } else { 0 };
+                let page = page.0;
+                out.push(Flat {
+                    block,
+                    page,
+                    kind,
+                    value,
+                    hosts,
+                    id,
+                });
+            }
         }
         out
+    }
+
+    fn hosts_of(carrier: u16, pushed: bool) -> u64 {
+        u64::from(carrier) * 2 + u64::from(pushed)
+    }
+
+    /// Some entries are of the session, some of the rack.
+    fn entry(number: u32) -> EntryId {
+        EntryId(if number.is_multiple_of(2) {
+            number
+        } else {
+            number | EntryId::LOCAL_BIT
+        })
     }
 
     proptest! {
@@ -523,12 +689,26 @@ mod tests {
             let mut expected = Vec::new();
             for (step, block, page) in &steps {
                 let (b, p) = (BlockIndex(*block), PageNo(*page));
+                let mut is = |kind, value, hosts, id| {
+                    expected.push(Flat { block: *block, page: *page, kind, value, hosts, id });
+                };
+                let none = [0; 16];
                 match step {
-                    Step::Zero => { w.zero(b, p); expected.push((*block, *page, 0, 0)); }
-                    Step::Fill(v) => { w.fill(b, p, *v); expected.push((*block, *page, 1, u32::from(*v))); }
-                    Step::Plain => { w.plain(b, p); expected.push((*block, *page, 2, 0)); }
-                    Step::Literal(e) => { w.literal(b, p, EntryId(*e)); expected.push((*block, *page, 3, *e)); }
-                    Step::Reference(e) => { w.reference(b, p, EntryId(*e)); expected.push((*block, *page, 4, *e)); }
+                    Step::Zero => { w.zero(b, p); is(0, 0, 0, none); }
+                    Step::Fill(v) => { w.fill(b, p, *v); is(1, u32::from(*v), 0, none); }
+                    Step::Plain => { w.plain(b, p); is(2, 0, 0, none); }
+                    Step::Literal(e) => { w.literal(b, p, entry(*e)); is(3, entry(*e).0, 0, none); }
+                    Step::Reference(e) => { w.reference(b, p, entry(*e)); is(4, entry(*e).0, 0, none); }
+                    Step::LiteralFor(e, hosts) => {
+                        w.literal_for(b, p, entry(*e), HostSet::from_bits(*hosts));
+                        is(3, entry(*e).0, *hosts, none);
+                    }
+                    Step::Remote(e, carrier, pushed) => {
+                        let id = [e.to_le_bytes()[0]; 16];
+                        let (carrier, pushed) = (HostNo(*carrier), *pushed);
+                        w.remote(b, p, &RemoteContent { entry: entry(*e), id: ContentId(id), carrier, pushed });
+                        is(5, entry(*e).0, hosts_of(carrier.0, pushed), id);
+                    }
                     Step::Raw(bytes) => w.raw(bytes),
                     Step::End => w.end_begin(),
                 }

@@ -11,9 +11,10 @@ use guest::{QmpError, SourceGuest, host_report};
 use crate::api::mover::{Admission, Bandwidth, EventSink, MoveCheck, Mover, Refusal, RefusalCode};
 use crate::api::preparer::Preparer;
 use crate::config::Config;
+use crate::index_host::IndexHost;
 use crate::journal::Journal;
 use crate::link::{Bucket, Hold, Security};
-use crate::prepare::Preparations;
+use crate::prepare::{OverLinks, Preparations};
 use crate::source::{Entry, Input, MoveContext, MoveRun, SessionContext, Sessions};
 use crate::target::{self, Arrivals, TargetContext};
 use crate::tls::Tls;
@@ -63,6 +64,7 @@ impl HostMover {
         let journal =
             |role| Journal::open(config.state_dir.join(role)).context("opening the journal");
         let arrivals = Arrivals::start(TargetContext {
+            host: config.name.clone(),
             run_dir: config.run_dir.clone(),
             log_dir,
             journal: journal("incoming")?,
@@ -72,8 +74,8 @@ impl HostMover {
         target::listen(
             config.bulk,
             Arc::clone(&arrivals),
-            security.clone(),
-            peer_timeout,
+            IndexHost::start(0)?,
+            (security.clone(), peer_timeout),
         )?;
         let session = SessionContext {
             host: config.name.clone(),
@@ -85,6 +87,7 @@ impl HostMover {
         let window_log = u8::try_from(config.compression_window_bytes.ilog2())?;
         let context = MoveContext {
             sessions: Arc::new(Sessions::default()),
+            indexes: Arc::default(),
             session,
             journal: journal("outgoing")?,
             run_dir: config.run_dir.clone(),
@@ -92,11 +95,15 @@ impl HostMover {
             window_bytes: config.window_bytes_max,
             stall_limit: Duration::from_secs(config.switchover_stall_limit_s),
         };
+        let index = Arc::new(OverLinks {
+            links: Arc::clone(&context.indexes),
+            session: context.session.clone(),
+        });
         Ok(Self {
             _lock: lock,
             context,
             arrivals,
-            preparations: Preparations::new(&config.name, window_log, None),
+            preparations: Preparations::new(&config.name, window_log, Some(index)),
             moves: Arc::default(),
             budgets: Mutex::default(),
         })

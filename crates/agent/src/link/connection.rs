@@ -8,9 +8,11 @@ use std::time::{Duration, Instant};
 use rustls::{ClientConfig, ClientConnection, ServerConfig, ServerConnection, StreamOwned};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use wire::{Hello, MAGIC, MAX_CONTROL, WireError};
+use wire::{FrameHeader, FrameKind, HEADER_LEN, Hello, MAGIC, MAX_BODY, MAX_CONTROL, WireError};
 
 use crate::tls;
+
+use super::{Buffer, Compressor, Decompressor, Pool};
 
 /// How long a connection may take to be made, hello included.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -53,6 +55,8 @@ pub(crate) enum LinkError {
     Address(String),
     #[error("it refused: {0}")]
     Refused(String),
+    #[error("its compressed stream is broken")]
+    Squeeze(#[from] super::SqueezeError),
 }
 
 enum Stream {
@@ -218,6 +222,68 @@ impl Link {
         Ok(wire::decode_control(&json)?)
     }
 
+    /// Receives one frame: its header, and its body into a buffer of the pool. `packed` is
+    /// memory that is used again.
+    pub(crate) fn receive_frame(
+        &mut self,
+        pool: &Arc<Pool>,
+        unpacker: Option<&mut Decompressor>,
+        packed: &mut Vec<u8>,
+    ) -> Result<(FrameHeader, Buffer), LinkError> {
+        let mut header = [0; HEADER_LEN];
+        self.read_exact(&mut header)?;
+        let header = FrameHeader::parse(header)?;
+        let mut body = pool.take(header.raw_len());
+        if header.is_compressed() {
+            let unpacker = unpacker.ok_or_else(|| {
+                WireError::Control("a compressed frame, and no compression was agreed".into())
+            })?;
+            packed.resize(header.body_len(), 0);
+            self.read_exact(packed)?;
+            unpacker.frame(packed, &mut body)?;
+        } else {
+            self.read_exact(&mut body)?;
+        }
+        Ok((header, body))
+    }
+
+    /// Sends one frame, its body given in pieces; packs it if there is a compressor. Returns the
+    /// bytes on the wire, before encryption.
+    pub(crate) fn send_frame<'a>(
+        &mut self,
+        (kind, vm): (FrameKind, u16),
+        pieces: impl Iterator<Item = &'a [u8]> + Clone,
+        compressor: Option<&mut Compressor>,
+        packed: &mut Vec<u8>,
+    ) -> Result<usize, LinkError> {
+        let raw: usize = pieces.clone().map(<[u8]>::len).sum();
+        let raw_len = u32::try_from(raw).unwrap_or(u32::MAX);
+        if raw > MAX_BODY {
+            return Err(WireError::TooLong {
+                what: "a frame",
+                length: raw_len.into(),
+                limit: MAX_BODY as u64,
+            }
+            .into());
+        }
+        if let Some(compressor) = compressor.filter(|_| raw > 0) {
+            compressor.frame(pieces, raw, packed)?;
+            let body_len = u32::try_from(packed.len()).unwrap_or(u32::MAX);
+            let header = FrameHeader::new(kind, vm, body_len, raw_len).with_compression(true);
+            let header = header.to_bytes();
+            self.write_all_vectored(&mut [IoSlice::new(&header), IoSlice::new(packed)])?;
+            return Ok(HEADER_LEN + packed.len());
+        }
+        let header = FrameHeader::new(kind, vm, raw_len, raw_len).to_bytes();
+        let mut slices: Vec<IoSlice<'_>> = Vec::with_capacity(66);
+        slices.push(IoSlice::new(&header));
+        for piece in pieces {
+            slices.push(IoSlice::new(piece));
+        }
+        self.write_all_vectored(&mut slices)?;
+        Ok(HEADER_LEN + raw)
+    }
+
     /// Changes how long the peer may make no progress.
     pub(crate) fn set_timeout(&mut self, timeout: Duration) {
         self.timeout = timeout;
@@ -241,6 +307,23 @@ impl Link {
             }
         }
         Ok(())
+    }
+
+    /// Waits for something, and reads what is there.
+    pub(crate) fn read_some(&mut self, out: &mut [u8]) -> Result<usize, LinkError> {
+        let since = Instant::now();
+        loop {
+            let result = match &mut self.stream {
+                Stream::Plain(tcp) => tcp.read(out),
+                Stream::Client(tls) => tls.read(out),
+                Stream::Server(tls) => tls.read(out),
+            };
+            match result {
+                Ok(0) => return Err(LinkError::Closed),
+                Ok(n) => return Ok(n),
+                Err(error) => self.pause(error, since)?,
+            }
+        }
     }
 
     pub(crate) fn write_all(&mut self, bytes: &[u8]) -> Result<(), LinkError> {

@@ -4,8 +4,10 @@ mod bucket;
 mod buffer;
 mod connection;
 mod hold;
+mod squeeze;
 
 pub(crate) use bucket::Bucket;
 pub(crate) use buffer::{Buffer, Pool};
 pub(crate) use connection::{Link, LinkError, Security};
 pub(crate) use hold::Hold;
+pub(crate) use squeeze::{Compressor, Decompressor, SqueezeError};

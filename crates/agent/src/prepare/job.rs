@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 use guest::scan::{Bounds, ContentNo, Distinct, Examined, Pace, Scan, ScanError, VmMemory};
 use guest::{GuestError, SourceGuest};
 use page::{ContentKey, EntryId, HostNo, PAGE_SIZE};
-use zstd_safe::zstd_sys::ZSTD_EndDirective;
+use wire::WireCompression;
 
 use super::registrar::BATCH;
 use super::report::{goes_to, ids_of, leading_bits, of_host};
 use super::{Connect, Need, Outcome, Preparation, Prepared, RegisterError, Registrar, Secret};
 use crate::api::mover::{Refusal, RefusalCode};
-use crate::source::{compress, compressor};
+use crate::link::{Compressor, SqueezeError};
 use crate::types::{HostSurvey, PrepareSpec, PrepareState, PrepareVm, ResolveSpec};
 
 /// Pages compressed before zstd is flushed: the agents' frames of 1 MiB.
@@ -31,7 +31,7 @@ pub(crate) enum JobError {
     Cancelled,
     /// Compression failed.
     #[error("compression failed")]
-    Compression(#[source] crate::link::LinkError),
+    Compression(#[source] SqueezeError),
     /// A VM's memory could not be read.
     #[error("the memory of a VM could not be read")]
     Memory(#[source] std::io::Error),
@@ -318,6 +318,8 @@ fn needs(
         for batch in found.chunks(BATCH) {
             let ids: Vec<_> = batch.iter().filter_map(|one| contents.id(one.no)).collect();
             let elsewhere = index.needed_elsewhere(HostNo(target), &ids)?;
+            // Who is not known to be alone must ask.
+            let elsewhere = elsewhere.unwrap_or_else(|| vec![true; ids.len()]);
             for (one, elsewhere) in batch.iter().zip(elsewhere) {
                 let no = one.no.0 as usize;
                 let entry = registered.entries.get(no).copied().flatten();
@@ -379,12 +381,16 @@ fn compressed(
     window_log: u8,
     pace: &mut Pace<'_>,
 ) -> Result<u64, JobError> {
-    let mut context = compressor(window_log).map_err(JobError::Compression)?;
+    let compression = WireCompression::Zstd { window_log };
+    let compressor = Compressor::new(compression).map_err(JobError::Compression)?;
+    let Some(mut compressor) = compressor else {
+        return Ok(0);
+    };
     let names: Vec<&str> = domain.scan.names().collect();
     let mut bytes = vec![0; FRAME_PAGES * PAGE_SIZE];
     let (mut out, mut total) = (Vec::new(), 0);
     for frame in found.chunks(FRAME_PAGES) {
-        out.clear();
+        let mut filled = 0;
         for run in frame.chunk_by(|one, next| one.vm == next.vm) {
             let vm = names
                 .get(run[0].vm)
@@ -393,21 +399,16 @@ fn compressed(
                 continue;
             };
             let addrs: Vec<_> = run.iter().map(|one| one.addr).collect();
-            let room = &mut bytes[..addrs.len() * PAGE_SIZE];
+            let room = &mut bytes[filled..filled + addrs.len() * PAGE_SIZE];
             let read = vm.memory.pages(&addrs, room).map_err(JobError::Memory)?;
-            let read = &room[..read * PAGE_SIZE];
-            compress(
-                &mut context,
-                read,
-                &mut out,
-                ZSTD_EndDirective::ZSTD_e_continue,
-            )
-            .map_err(JobError::Compression)?;
+            filled += read * PAGE_SIZE;
         }
-        compress(&mut context, &[], &mut out, ZSTD_EndDirective::ZSTD_e_flush)
+        let frame_bytes = std::iter::once(&bytes[..filled]);
+        compressor
+            .frame(frame_bytes, filled, &mut out)
             .map_err(JobError::Compression)?;
         total += out.len() as u64;
-        pace.spent((frame.len() * PAGE_SIZE) as u64)
+        pace.spent(filled as u64)
             .map_err(|_cancelled| JobError::Cancelled)?;
     }
     Ok(total)

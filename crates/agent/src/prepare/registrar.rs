@@ -26,7 +26,8 @@ pub trait Registrar: Send {
         batch: &[(ContentId, u32)],
     ) -> Result<Vec<Option<EntryId>>, RegisterError>;
 
-    /// Which of these contents other target hosts than `target` are registered to need.
+    /// Which of these contents other target hosts than `target` are registered to need; none if
+    /// the index cannot tell.
     ///
     /// # Errors
     /// If the index does not answer.
@@ -34,7 +35,7 @@ pub trait Registrar: Send {
         &mut self,
         target: HostNo,
         batch: &[ContentId],
-    ) -> Result<Vec<bool>, RegisterError>;
+    ) -> Result<Option<Vec<bool>>, RegisterError>;
 }
 
 /// Connects to the index.

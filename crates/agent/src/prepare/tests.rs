@@ -54,10 +54,10 @@ impl Registrar for InMemory {
         &mut self,
         target: HostNo,
         batch: &[ContentId],
-    ) -> Result<Vec<bool>, RegisterError> {
+    ) -> Result<Option<Vec<bool>>, RegisterError> {
         let table = lock(&self.0);
         let elsewhere = |id: &ContentId| !table.needed_by(*id).without(target).is_empty();
-        Ok(batch.iter().map(elsewhere).collect())
+        Ok(Some(batch.iter().map(elsewhere).collect()))
     }
 }
 

@@ -95,6 +95,7 @@ impl Control {
             source: self.context.host.clone(),
             compression: WireCompression::None,
             domain_key: None,
+            rack: None,
         })?;
         match link.receive()? {
             ControlReply::Welcome => Ok(link),

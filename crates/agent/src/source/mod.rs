@@ -4,11 +4,14 @@
 //!  QEMU ─unix─► reader (one a VM: decode, hash) ─► outbox ─► sender (one a session: compress,
 //!    ▲                                                        encrypt, write) ═► target agent
 //!    └── return path ◄── receiver (one a session) ◄═════════════════════════════ target agent
+//!  with scope `rack`: reader ─► index link (one a group) ◄═► index, and a resolver (one a VM)
+//!  between reader and outbox, which waits for its answers
 //!  QMP ◄─► mover (one a VM: the hand-over machine) ◄─► control connection ═════► target agent
 //! ```
 
 mod control;
 mod home;
+mod index_link;
 mod outbox;
 mod progress;
 mod reader;
@@ -16,5 +19,6 @@ mod run;
 mod session;
 mod stream;
 
+pub(crate) use index_link::{IndexKey, IndexLink, IndexLinks};
 pub(crate) use run::{Entry, Input, MoveContext, MoveRun};
-pub(crate) use session::{SessionContext, Sessions, compress, compressor};
+pub(crate) use session::{SessionContext, Sessions};

@@ -8,8 +8,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use content::HostTable;
-use migrate::pack::{Packed, Packer};
+use migrate::pack::{Packed, Scan};
+use page::{ContentId, EntryId};
 use wire::FrameKind;
+use wire::index::Verdict;
 
 use crate::link::Buffer;
 
@@ -41,13 +43,31 @@ struct Inner {
 }
 
 impl Outbox {
-    /// Resolves what the packer has scanned from `buffer` and queues it, in one step.
-    pub(crate) fn submit(&self, stream: &Arc<Stream>, packer: &mut Packer, buffer: Arc<Buffer>) {
+    /// Contents of a scan that the table does not know.
+    pub(crate) fn unknown(&self, scan: &Scan) -> Vec<ContentId> {
+        scan.unknown(&self.lock().table).collect()
+    }
+
+    /// Forgets contents whose entries are lost.
+    pub(crate) fn forget(&self, lost: &[EntryId]) {
+        self.lock().table.forget(lost);
+    }
+
+    /// Resolves what was scanned from `buffer` and queues it, in one step.
+    pub(crate) fn submit(
+        &self,
+        stream: &Arc<Stream>,
+        scan: Scan,
+        buffer: Arc<Buffer>,
+        answers: &[(ContentId, Verdict)],
+    ) {
         let mut inner = self.lock();
         if inner.closed {
             return;
         }
-        let packed = packer.resolve(&buffer, &mut inner.table);
+        let mut packed = scan.resolve(&buffer, &mut inner.table, answers);
+        stream.count(packed.counts);
+        stream.carries(packed.position, std::mem::take(&mut packed.carried));
         stream.sent(
             packed.position,
             inner.estimate(packed.raw_len()),

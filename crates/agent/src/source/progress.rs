@@ -41,7 +41,7 @@ impl ProgressMeter {
         let (position, backlog, _, _) = stream.flow();
         let (counts, repaired) = stream.counts();
         let wire = stream.wire_bytes.load(Ordering::Relaxed);
-        let total = counts.zero + counts.fill + counts.literal + counts.reference;
+        let total = counts.zero + counts.fill + counts.literal + counts.reference + counts.remote;
         let now = Instant::now();
         let mut processed_bytes_per_s = None;
         if let Some(last) = &self.last {
@@ -69,7 +69,7 @@ impl ProgressMeter {
             fill: counts.fill,
             literal: counts.literal,
             reference: counts.reference,
-            remote_reference: 0,
+            remote_reference: counts.remote,
             repaired,
         };
         if let Some(info) = info {

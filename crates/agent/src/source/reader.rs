@@ -4,13 +4,17 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
-use migrate::pack::Packer;
+use crossbeam_channel::{Sender, bounded};
+use migrate::pack::{Milestones, Packer, Scan};
+use page::HostNo;
 use qstream::{MAX_ITEM, StreamError};
 use rustix::net::RecvFlags;
 
-use crate::link::{Hold, Pool};
+use crate::link::{Buffer, Hold, Pool};
 
+use super::index_link::{Claim, IndexLink};
 use super::outbox::Outbox;
+use super::session::spawn;
 use super::stream::Stream;
 
 /// Bytes of QEMU's stream in one frame: 63 pages or 29 thousand zero records. What a unix
@@ -28,14 +32,42 @@ pub(crate) enum ReadError {
     Early,
 }
 
+/// Where scans go: to the outbox at once, or by way of the index.
+pub(crate) struct Way {
+    pub(crate) outbox: Arc<Outbox>,
+    pub(crate) rack: Option<RackWay>,
+}
+
+/// A session's place in its group.
+#[derive(Clone)]
+pub(crate) struct RackWay {
+    pub(crate) index: Arc<IndexLink>,
+    /// Number of the session's target host.
+    pub(crate) target: HostNo,
+}
+
+/// A scan whose unknown contents the index was asked for.
+struct Asked {
+    scan: Scan,
+    buffer: Arc<Buffer>,
+    claim: Option<Claim>,
+}
+
+/// Scans that wait for the index: 1 MiB of QEMU's stream, of which nobody knows but QEMU.
+const ASKED: usize = 4;
+
 /// Reads until QEMU closes or the stream is closed from our side.
 pub(crate) fn run(
     socket: &UnixStream,
     stream: &Arc<Stream>,
-    outbox: &Outbox,
+    way: &Way,
     mut packer: Packer,
     hold: &Hold,
 ) -> Result<(), ReadError> {
+    let asked = match &way.rack {
+        Some(_) => Some(start_resolver(stream, way)?),
+        None => None,
+    };
     let pool = Pool::new(BUFFER);
     let mut buffer = pool.take(BUFFER);
     let (mut filled, mut scanned) = (0, 0);
@@ -67,8 +99,20 @@ pub(crate) fn run(
             let left = filled - scanned;
             next[..left].copy_from_slice(&buffer[scanned..filled]);
             let done = Arc::new(std::mem::replace(&mut buffer, next));
-            outbox.submit(stream, &mut packer, done);
-            stream.count(packer.take_counts());
+            let scan = packer.take();
+            match (&asked, &way.rack) {
+                (Some(asked), Some(rack)) => {
+                    let claim = ask(stream, &way.outbox, rack, (&scan, packer.milestones()));
+                    let buffer = done;
+                    // A resolver that is gone was told that the stream is over.
+                    let _ = asked.send(Asked {
+                        scan,
+                        buffer,
+                        claim,
+                    });
+                }
+                _ => way.outbox.submit(stream, scan, done, &[]),
+            }
             (filled, scanned) = (left, 0);
             pace(stream);
         } else if full && scanned > 0 {
@@ -82,6 +126,40 @@ pub(crate) fn run(
             buffer = next;
         }
     }
+}
+
+/// Asks the index for contents that the target was not told of. Not once memory was sent, when
+/// contents are those of written pages, which other VMs hardly have; and not for a stopped guest,
+/// which would wait.
+fn ask(
+    stream: &Stream,
+    outbox: &Outbox,
+    rack: &RackWay,
+    (scan, milestones): (&Scan, Milestones),
+) -> Option<Claim> {
+    if stream.is_late_round() || milestones.end_begun {
+        return None;
+    }
+    let unknown = outbox.unknown(scan);
+    (!unknown.is_empty()).then(|| rack.index.claim(rack.target, unknown))
+}
+
+/// Submits scans in their order, each once the index has answered.
+fn start_resolver(stream: &Arc<Stream>, way: &Way) -> io::Result<Sender<Asked>> {
+    let (sender, scans) = bounded::<Asked>(ASKED);
+    let (stream, outbox) = (Arc::clone(stream), Arc::clone(&way.outbox));
+    spawn("gw-resolve", move || {
+        for Asked {
+            scan,
+            buffer,
+            claim,
+        } in scans
+        {
+            let answers = claim.map(Claim::wait).unwrap_or_default();
+            outbox.submit(&stream, scan, buffer, &answers);
+        }
+    })?;
+    Ok(sender)
 }
 
 enum Received {

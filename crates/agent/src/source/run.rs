@@ -19,8 +19,10 @@ use crate::types::{Happening, MoveSpec, Phase, Scope};
 
 use super::control::Control;
 use super::home::{Home, guest_memory};
+use super::index_link::{IndexKey, IndexLinks};
 use super::progress::ProgressMeter;
-use super::session::{Session, SessionContext, SessionKey, Sessions, describe, spawn};
+use super::reader::Way;
+use super::session::{Session, SessionContext, SessionKey, SessionRack, Sessions, describe, spawn};
 use super::stream::Stream;
 
 /// How often progress is taken and QEMU is told the wire's rate.
@@ -55,6 +57,7 @@ pub(crate) enum Input {
 #[derive(Clone)]
 pub(crate) struct MoveContext {
     pub(crate) sessions: Arc<Sessions>,
+    pub(crate) indexes: Arc<IndexLinks>,
     pub(crate) session: SessionContext,
     pub(crate) journal: Journal,
     pub(crate) run_dir: PathBuf,
@@ -220,11 +223,13 @@ impl Run {
             domain_key: spec.domain_key.clone(),
             window_log: matches!(spec.settings.compression, crate::types::Compression::Zstd)
                 .then_some(self.context.window_log),
+            index: spec.rack.as_ref().map(|rack| rack.index.clone()),
         };
+        let rack = self.rack_of(&spec)?;
         let session = self
             .context
             .sessions
-            .get(&key, &self.context.session)
+            .get(&key, rack, &self.context.session)
             .map_err(|e| anyhow!(describe(&e)))?;
         self.control = Control::new(&spec.target_bulk, &session.id, &self.context.session);
         let memory = guest_memory(&guest).context("finding the guest's memory")?;
@@ -256,6 +261,32 @@ impl Run {
             .open(open)
             .map_err(|e| anyhow!("the target cannot receive it: {}", plain(&e)))?;
         Ok(())
+    }
+
+    /// The move's place in its group; none if the index cannot be reached, which costs bytes.
+    fn rack_of(&self, spec: &MoveSpec) -> anyhow::Result<Option<SessionRack>> {
+        let Some(rack) = &spec.rack else {
+            return Ok(None);
+        };
+        let secret = content_key(&spec.domain_key)?;
+        let key = IndexKey {
+            group: spec.group.clone(),
+            domain_key: spec.domain_key.clone(),
+            shards: rack.index.clone(),
+        };
+        let indexes = &self.context.indexes;
+        match indexes.get(&key, &secret, &self.context.session) {
+            Ok(index) => Ok(Some(SessionRack::new(rack, &spec.group, &secret, index))),
+            Err(error) => {
+                let message = format!(
+                    "contents are shared on this host pair only: {}",
+                    plain(&error)
+                );
+                tracing::warn!(vm = spec.vm, message);
+                (self.events)(Happening::Note { message });
+                Ok(None)
+            }
+        }
     }
 
     /// After a restart of the agent.
@@ -343,6 +374,7 @@ impl Run {
             self.home.migration()
         };
         let progress = self.meter.sample(stream, info.as_ref());
+        stream.set_round(progress.round);
         stream
             .set_near_end(progress.round > 1 || progress.eta_s.is_some_and(|eta| eta < NEAR_END_S));
         (self.events)(Happening::Progress { progress });
@@ -458,13 +490,13 @@ impl Run {
             Scope::Host | Scope::Rack => Some(content_key(&self.spec.domain_key)?),
         };
         let packer = Packer::new(key, stream.memory.addresses.keys().cloned().collect());
-        let (stream, outbox, hold) = (
-            Arc::clone(stream),
-            Arc::clone(&session.outbox),
-            self.context.session.hold.clone(),
-        );
+        let way = Way {
+            outbox: Arc::clone(&session.outbox),
+            rack: session.rack.clone(),
+        };
+        let (stream, hold) = (Arc::clone(stream), self.context.session.hold.clone());
         spawn("gw-read", move || {
-            if let Err(error) = super::reader::run(&socket, &stream, &outbox, packer, &hold) {
+            if let Err(error) = super::reader::run(&socket, &stream, &way, packer, &hold) {
                 stream.tell(Input::Failed(error.to_string()));
             }
         })?;
@@ -549,9 +581,9 @@ impl Run {
     }
 }
 
-fn plain(error: &crate::link::LinkError) -> String {
+fn plain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
+    let mut source = error.source();
     while let Some(cause) = source {
         text = format!("{text}: {cause}");
         source = cause.source();

@@ -1,24 +1,25 @@
 //! Sessions: the connections to one target agent that a group's moves share.
 
 use std::collections::HashMap;
-use std::io::IoSlice;
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use migrate::pack::{Packed, repair_front};
-use page::{BlockIndex, HostAddr, PAGE_SIZE, PageNo, PageRun};
+use page::{BlockIndex, ContentKey, HostAddr, HostNo, PAGE_SIZE, PageNo, PageRun};
 use wire::{
-    BackMessage, Channel, ControlReply, FrameHeader, FrameKind, HEADER_LEN, Hello, MAX_BODY,
-    PROTOCOL_VERSION, WireCompression, WireError,
+    BackMessage, Channel, ControlReply, FrameHeader, FrameKind, HEADER_LEN, Hello,
+    PROTOCOL_VERSION, RackHello, WireCompression, WireError,
 };
-use zstd_safe::{CCtx, CParameter, InBuffer, OutBuffer, zstd_sys::ZSTD_EndDirective};
 
-use crate::link::{Bucket, Hold, Link, LinkError, Pool, Security};
+use crate::link::{Bucket, Compressor, Hold, Link, LinkError, Pool, Security};
 
+use crate::types::RackSpec;
+
+use super::index_link::IndexLink;
 use super::outbox::{OutFrame, Outbox};
-use super::reader::BUFFER;
+use super::reader::{BUFFER, RackWay};
 use super::run::Input;
 use super::stream::Stream;
 
@@ -37,6 +38,8 @@ pub(crate) struct SessionKey {
     pub(crate) domain_key: String,
     /// Logarithm of the zstd window; absent without compression.
     pub(crate) window_log: Option<u8>,
+    /// Addresses of the index, with scope `rack`.
+    pub(crate) index: Option<Vec<String>>,
 }
 
 /// The sessions under way, kept by the moves that use them.
@@ -50,6 +53,7 @@ impl Sessions {
     pub(crate) fn get(
         &self,
         key: &SessionKey,
+        rack: Option<SessionRack>,
         context: &SessionContext,
     ) -> Result<Arc<Session>, LinkError> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
@@ -61,9 +65,37 @@ impl Sessions {
         {
             return Ok(session);
         }
-        let session = Session::connect(key, context)?;
+        let session = Session::connect(key, rack, context)?;
         open.insert(key.clone(), Arc::downgrade(&session));
         Ok(session)
+    }
+}
+
+/// What a session needs of its group.
+pub(crate) struct SessionRack {
+    pub(crate) way: RackWay,
+    pub(crate) hello: RackHello,
+}
+
+impl SessionRack {
+    pub(crate) fn new(
+        spec: &RackSpec,
+        group: &str,
+        secret: &ContentKey,
+        index: Arc<IndexLink>,
+    ) -> Self {
+        let store = secret.name("store", &[group.as_bytes(), &index.epoch.to_le_bytes()]);
+        let peers = spec.peers.iter().map(|p| (p.host, p.bulk.clone()));
+        let hello = RackHello {
+            store: hex::encode(store),
+            host: spec.target,
+            peers: peers.collect(),
+        };
+        let target = HostNo(spec.target);
+        Self {
+            way: RackWay { index, target },
+            hello,
+        }
     }
 }
 
@@ -83,6 +115,8 @@ pub(crate) struct SessionContext {
 pub(crate) struct Session {
     pub(crate) id: String,
     pub(crate) outbox: Arc<Outbox>,
+    /// Absent: contents are compared inside the session only.
+    pub(crate) rack: Option<RackWay>,
     shared: Arc<Shared>,
     next_vm: AtomicU16,
     sockets: [TcpStream; 2],
@@ -91,10 +125,15 @@ pub(crate) struct Session {
 struct Shared {
     streams: Mutex<HashMap<u16, Arc<Stream>>>,
     over: Mutex<Option<String>>,
+    rack: Option<RackWay>,
 }
 
 impl Session {
-    fn connect(key: &SessionKey, context: &SessionContext) -> Result<Arc<Self>, LinkError> {
+    fn connect(
+        key: &SessionKey,
+        rack: Option<SessionRack>,
+        context: &SessionContext,
+    ) -> Result<Arc<Self>, LinkError> {
         let id = random_id()?;
         let compression = match key.window_log {
             Some(window_log) => WireCompression::Zstd { window_log },
@@ -107,19 +146,24 @@ impl Session {
             source: context.host.clone(),
             compression,
             domain_key,
+            rack: None,
         };
-        let forward_hello = hello(Channel::Forward, Some(key.domain_key.clone()));
+        let mut forward_hello = hello(Channel::Forward, Some(key.domain_key.clone()));
+        let (rack, rack_hello) = rack.map(|rack| (rack.way, rack.hello)).unzip();
+        forward_hello.rack = rack_hello;
         let forward = open(&key.target_bulk, context, &forward_hello)?;
         let back = open(&key.target_bulk, context, &hello(Channel::Back, None))?;
         let sockets = [forward.socket()?, back.socket()?];
         let shared = Arc::new(Shared {
             streams: Mutex::default(),
             over: Mutex::default(),
+            rack: rack.clone(),
         });
         let outbox = Arc::new(Outbox::default());
         let session = Arc::new(Self {
             id,
             outbox: Arc::clone(&outbox),
+            rack,
             shared: Arc::clone(&shared),
             next_vm: AtomicU16::new(0),
             sockets,
@@ -162,15 +206,10 @@ impl Session {
     /// Takes a VM's stream out; the target forgets what it holds for it.
     pub(crate) fn remove(&self, stream: &Arc<Stream>) {
         self.shared.streams().remove(&stream.vm);
-        let packed = Packed {
-            front: Vec::new(),
-            pages: Vec::new(),
-            position: 0,
-        };
         self.outbox.push(OutFrame {
             kind: FrameKind::Close,
             stream: Arc::clone(stream),
-            packed,
+            packed: Packed::default(),
             buffer: None,
         });
     }
@@ -203,6 +242,10 @@ impl Shared {
         let mut over = self.over.lock().unwrap_or_else(PoisonError::into_inner);
         if over.is_some() {
             return;
+        }
+        if let Some(rack) = self.rack.as_ref().filter(|_| reason.is_some()) {
+            // What it carried may be gone with it; if not, it costs bytes.
+            rack.index.carrier_gone(rack.target);
         }
         let reason = reason.unwrap_or_else(|| "the session has ended".into());
         *over = Some(reason.clone());
@@ -250,7 +293,7 @@ pub(crate) fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> std::io:
 /// The thread that owns the forward connection.
 struct Sender {
     link: Link,
-    compressor: Option<CCtx<'static>>,
+    compressor: Option<Compressor>,
     packed: Vec<u8>,
     budget: Arc<Bucket>,
 }
@@ -261,13 +304,9 @@ impl Sender {
         compression: WireCompression,
         budget: Arc<Bucket>,
     ) -> Result<Self, LinkError> {
-        let compressor = match compression {
-            WireCompression::None => None,
-            WireCompression::Zstd { window_log } => Some(compressor(window_log)?),
-        };
         Ok(Self {
             link,
-            compressor,
+            compressor: Compressor::new(compression)?,
             packed: Vec::with_capacity(2 * BUFFER),
             budget,
         })
@@ -281,7 +320,12 @@ impl Sender {
                 continue;
             };
             let raw = frame.packed.raw_len();
-            let sent = self.send(&frame, raw)?;
+            let sent = self.link.send_frame(
+                (frame.kind, frame.stream.vm),
+                pieces(&frame),
+                self.compressor.as_mut(),
+                &mut self.packed,
+            )?;
             outbox.learn_ratio(raw, sent);
             frame
                 .stream
@@ -296,57 +340,11 @@ impl Sender {
         }
         Ok(())
     }
-
-    /// Sends one frame; returns its bytes on the wire, before encryption.
-    fn send(&mut self, frame: &OutFrame, raw: usize) -> Result<usize, LinkError> {
-        let raw_len = u32::try_from(raw).unwrap_or(u32::MAX);
-        if raw > MAX_BODY {
-            return Err(WireError::TooLong {
-                what: "a frame",
-                length: raw_len.into(),
-                limit: MAX_BODY as u64,
-            }
-            .into());
-        }
-        if raw > 0
-            && let Some(compressor) = &mut self.compressor
-        {
-            self.packed.clear();
-            self.packed.reserve(zstd_safe::compress_bound(raw) + 1024);
-            for piece in pieces(frame) {
-                compress(
-                    compressor,
-                    piece,
-                    &mut self.packed,
-                    ZSTD_EndDirective::ZSTD_e_continue,
-                )?;
-            }
-            compress(
-                compressor,
-                &[],
-                &mut self.packed,
-                ZSTD_EndDirective::ZSTD_e_flush,
-            )?;
-            let body_len = u32::try_from(self.packed.len()).unwrap_or(u32::MAX);
-            let header = FrameHeader::new(frame.kind, frame.stream.vm, body_len, raw_len)
-                .with_compression(true);
-            let header = header.to_bytes();
-            self.link
-                .write_all_vectored(&mut [IoSlice::new(&header), IoSlice::new(&self.packed)])?;
-            return Ok(HEADER_LEN + self.packed.len());
-        }
-        let header = FrameHeader::new(frame.kind, frame.stream.vm, raw_len, raw_len).to_bytes();
-        let mut slices = Vec::with_capacity(frame.packed.pages.len() + 2);
-        slices.push(IoSlice::new(&header));
-        slices.extend(pieces(frame).map(IoSlice::new));
-        self.link.write_all_vectored(&mut slices)?;
-        Ok(HEADER_LEN + raw)
-    }
 }
 
 /// The body of a frame, piece by piece: neighbouring pages of the buffer are apart by QEMU's
 /// record headers.
-fn pieces(frame: &OutFrame) -> impl Iterator<Item = &[u8]> {
+fn pieces(frame: &OutFrame) -> impl Iterator<Item = &[u8]> + Clone {
     let pages = frame.packed.pages.iter().filter_map(|at| {
         let at = *at as usize;
         frame
@@ -355,48 +353,6 @@ fn pieces(frame: &OutFrame) -> impl Iterator<Item = &[u8]> {
             .map(|buffer| &buffer[at..at + PAGE_SIZE])
     });
     std::iter::once(frame.packed.front.as_slice()).chain(pages)
-}
-
-pub(crate) fn compressor(window_log: u8) -> Result<CCtx<'static>, LinkError> {
-    let mut context = CCtx::create();
-    for parameter in [
-        // The fastest level: beyond it a core is slower than a 10 Gbit/s link's share.
-        CParameter::CompressionLevel(1),
-        CParameter::WindowLog(window_log.into()),
-        // Finds what another VM sent long ago.
-        CParameter::EnableLongDistanceMatching(true),
-    ] {
-        context.set_parameter(parameter).map_err(zstd_error)?;
-    }
-    Ok(context)
-}
-
-fn zstd_error(code: usize) -> LinkError {
-    std::io::Error::other(format!("zstd: {}", zstd_safe::get_error_name(code))).into()
-}
-
-pub(crate) fn compress(
-    context: &mut CCtx<'static>,
-    input: &[u8],
-    out: &mut Vec<u8>,
-    directive: ZSTD_EndDirective,
-) -> Result<(), LinkError> {
-    let mut input = InBuffer::around(input);
-    loop {
-        let at = out.len();
-        if out.capacity() - at < 1024 {
-            out.reserve(64 << 10);
-        }
-        let mut output = OutBuffer::around_pos(out, at);
-        let left = context
-            .compress_stream2(&mut output, &mut input, directive)
-            .map_err(zstd_error)?;
-        let consumed = input.pos() == input.src.len();
-        let flushed = left == 0 || directive == ZSTD_EndDirective::ZSTD_e_continue;
-        if consumed && flushed {
-            return Ok(());
-        }
-    }
 }
 
 /// The thread that owns the back connection; returns why it ended.
@@ -414,7 +370,15 @@ fn receive(mut link: Link, shared: &Shared, outbox: &Outbox, hold: &Hold) -> Lin
             continue;
         };
         match message {
-            BackMessage::Ack { position } => stream.acknowledged(position),
+            BackMessage::Ack { position } => {
+                stream.acknowledged(position);
+                if let Some(rack) = &shared.rack {
+                    let carried = stream.take_carried();
+                    if !carried.is_empty() {
+                        rack.index.carried(carried);
+                    }
+                }
+            }
             BackMessage::ReturnPath(message) => stream.write_return_path(&message),
             BackMessage::RepairRequest(runs) => repair(&stream, &runs, outbox, &pool),
             BackMessage::Loaded => {
@@ -422,6 +386,12 @@ fn receive(mut link: Link, shared: &Shared, outbox: &Outbox, hold: &Hold) -> Lin
                 stream.tell(Input::Loaded);
             }
             BackMessage::LoadFailed(reason) => stream.tell(Input::Failed(reason)),
+            BackMessage::Lost { carrier, entries } => {
+                outbox.forget(&entries);
+                if let Some(rack) = &shared.rack {
+                    rack.index.lost(carrier, entries);
+                }
+            }
         }
     }
 }
@@ -502,7 +472,7 @@ fn repair_chunk(
     let packed = Packed {
         front: repair_front(as_of, block, pages),
         pages: offsets,
-        position: 0,
+        ..Packed::default()
     };
     let buffer = Some(Arc::new(buffer));
     outbox.push(OutFrame {

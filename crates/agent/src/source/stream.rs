@@ -1,16 +1,16 @@
 //! One VM's stream as its session, its reader and its mover share it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io::Write;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use migrate::pack::PackCounts;
 use migrate::window::{Rates, Window};
-use page::HostAddr;
+use page::{EntryId, HostAddr};
 use sys::ProcessMemory;
 
 use crate::link::Bucket;
@@ -42,6 +42,10 @@ pub(crate) struct Stream {
     pub(crate) wire_bytes: AtomicU64,
     counts: Mutex<PackCounts>,
     repaired: AtomicU64,
+    /// Entries of the rack in frames that are not acknowledged, with the frames' ends.
+    carried: Mutex<VecDeque<(u64, Vec<EntryId>)>>,
+    /// QEMU has sent all memory once: what comes is pages that were written since.
+    is_late_round: AtomicBool,
 }
 
 struct Flow {
@@ -78,6 +82,8 @@ impl Stream {
             wire_bytes: AtomicU64::new(0),
             counts: Mutex::new(PackCounts::default()),
             repaired: AtomicU64::new(0),
+            carried: Mutex::default(),
+            is_late_round: AtomicBool::new(false),
         }
     }
 
@@ -177,11 +183,35 @@ impl Stream {
     }
 
     pub(crate) fn count(&self, counts: PackCounts) {
-        let mut sum = lock(&self.counts);
-        sum.zero += counts.zero;
-        sum.fill += counts.fill;
-        sum.literal += counts.literal;
-        sum.reference += counts.reference;
+        *lock(&self.counts) += counts;
+    }
+
+    /// A frame that ends at `position` carries these entries.
+    pub(crate) fn carries(&self, position: u64, entries: Vec<EntryId>) {
+        if !entries.is_empty() {
+            lock(&self.carried).push_back((position, entries));
+        }
+    }
+
+    /// Entries that have reached the target since the last call.
+    pub(crate) fn take_carried(&self) -> Vec<EntryId> {
+        let acked = lock(&self.window).window.acked();
+        let mut carried = lock(&self.carried);
+        let count = carried.partition_point(|(position, _)| *position <= acked);
+        carried
+            .drain(..count)
+            .flat_map(|(_, entries)| entries)
+            .collect()
+    }
+
+    /// Says in which of QEMU's rounds the stream is.
+    pub(crate) fn set_round(&self, round: u64) {
+        self.is_late_round.store(round > 1, Ordering::Relaxed);
+    }
+
+    /// Whether QEMU has sent all memory once.
+    pub(crate) fn is_late_round(&self) -> bool {
+        self.is_late_round.load(Ordering::Relaxed)
     }
 
     pub(crate) fn count_repaired(&self, pages: u64) {

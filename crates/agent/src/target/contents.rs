@@ -1,29 +1,50 @@
-//! Where the target finds contents: newest frames first, then the guests' own memory.
+//! Where the target finds contents: newest frames first, then the guests' own memory; those of
+//! the rack in the store that the group's target hosts share.
 
 use std::sync::Arc;
 
 use migrate::unpack::{Contents, Found};
 use page::{EntryId, PAGE_SIZE};
+use wire::Remote;
 
 use crate::link::Buffer;
 
 use super::session::{TargetSession, lock};
 
-/// The contents of a session.
-pub(crate) struct SessionContents<'a>(pub(crate) &'a TargetSession);
+/// The contents of a session, for one of its VMs.
+pub(crate) struct SessionContents<'a> {
+    pub(crate) session: &'a TargetSession,
+    pub(crate) vm: u16,
+}
 
 impl Contents<Arc<Buffer>> for SessionContents<'_> {
     fn find(
         &mut self,
-        first: EntryId,
-        count: u32,
+        (first, count): (EntryId, u32),
+        remote: Option<&Remote<'_>>,
+        scratch: &mut Vec<u8>,
+        found: &mut Vec<Found<Arc<Buffer>>>,
+    ) {
+        if first.is_local() {
+            return self.find_local((first, count), scratch, found);
+        }
+        if let Some((rack, number)) = self.session.member(self.vm) {
+            rack.find(number, (first, count), remote, scratch, found);
+        }
+    }
+}
+
+impl SessionContents<'_> {
+    fn find_local(
+        &self,
+        (first, count): (EntryId, u32),
         scratch: &mut Vec<u8>,
         found: &mut Vec<Found<Arc<Buffer>>>,
     ) {
         let start = found.len();
         let mut elsewhere = Vec::new();
         {
-            let recent = lock(&self.0.recent);
+            let recent = lock(&self.session.recent);
             for index in 0..count {
                 let entry = first.plus(index);
                 match recent.find(entry) {
@@ -41,7 +62,7 @@ impl Contents<Arc<Buffer>> for SessionContents<'_> {
         debug_assert!(found.len() == start + count as usize);
         let mut wanted = Vec::with_capacity(elsewhere.len());
         {
-            let places = lock(&self.0.places);
+            let places = lock(&self.session.places);
             elsewhere.retain(|(_, entry)| {
                 let place = places.find(*entry);
                 wanted.extend(place);
@@ -50,7 +71,7 @@ impl Contents<Arc<Buffer>> for SessionContents<'_> {
         }
         let at = scratch.len();
         scratch.resize(at + wanted.len() * PAGE_SIZE, 0);
-        let good = self.0.read_checked(&wanted, &mut scratch[at..]);
+        let good = self.session.read_checked(&wanted, &mut scratch[at..]);
         for (((slot, _), good), index) in elsewhere.iter().zip(good).zip(0..) {
             if good {
                 found[*slot] = Found::Scratch(at + index * PAGE_SIZE);

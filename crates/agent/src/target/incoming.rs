@@ -32,6 +32,8 @@ const TOMBSTONE_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
 /// What an incoming move needs of its agent.
 #[derive(Clone)]
 pub(crate) struct TargetContext {
+    /// Name of this host, for messages.
+    pub(crate) host: String,
     pub(crate) run_dir: PathBuf,
     pub(crate) log_dir: PathBuf,
     pub(crate) journal: Journal,

@@ -6,12 +6,15 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use anyhow::Context;
-use page::ContentKey;
+use page::{ContentKey, HostNo};
 use wire::{Channel, ControlReply, ControlRequest, Hello};
 
+use crate::index_host::IndexHost;
 use crate::link::{Link, LinkError, Security};
 
 use super::incoming::Arrivals;
+use super::peer::PeerContext;
+use super::rack::RackStores;
 use super::session::{TargetSession, lock};
 
 /// How long a control connection may be idle: a move's bulk phase, for as long as it takes.
@@ -25,6 +28,8 @@ struct Listener {
     security: Security,
     peer_timeout: Duration,
     sessions: Mutex<HashMap<String, Weak<TargetSession>>>,
+    racks: Arc<RackStores>,
+    index: Arc<IndexHost>,
 }
 
 /// Listens on `address` in threads of its own.
@@ -34,8 +39,8 @@ struct Listener {
 pub(crate) fn listen(
     address: SocketAddr,
     arrivals: Arc<Arrivals>,
-    security: Security,
-    peer_timeout: Duration,
+    index: Arc<IndexHost>,
+    (security, peer_timeout): (Security, Duration),
 ) -> anyhow::Result<()> {
     let socket =
         TcpListener::bind(address).with_context(|| format!("listening for moves on {address}"))?;
@@ -44,6 +49,8 @@ pub(crate) fn listen(
         security,
         peer_timeout,
         sessions: Mutex::default(),
+        racks: Arc::default(),
+        index,
     });
     std::thread::Builder::new()
         .name("gw-listen".into())
@@ -99,6 +106,11 @@ impl Listener {
                 session.end();
                 Ok(result?)
             }
+            Channel::Peer => self.peer(link, &hello),
+            Channel::Index => {
+                link.send(&ControlReply::Welcome)?;
+                Ok(self.index.serve(link)?)
+            }
             Channel::Control => {
                 link.send(&ControlReply::Welcome)?;
                 link.set_timeout(CONTROL_IDLE);
@@ -116,7 +128,20 @@ impl Listener {
             })?);
         }
         let store = self.arrivals.context.store_bytes;
-        let session = Arc::new(TargetSession::new(ContentKey::new(secret), store));
+        let key = ContentKey::new(secret);
+        let rack = match &hello.rack {
+            Some(rack) => {
+                let context = PeerContext {
+                    host: self.arrivals.context.host.clone(),
+                    security: self.security.clone(),
+                    peer_timeout: self.peer_timeout,
+                    compression: hello.compression,
+                };
+                Some(self.racks.join(rack, &key, &context, store)?)
+            }
+            None => None,
+        };
+        let session = Arc::new(TargetSession::new(key, store, rack));
         session.set_forward(link.socket()?);
         {
             let mut sessions = lock(&self.sessions);
@@ -141,6 +166,27 @@ impl Listener {
         match result {
             // The source closes when its last move is over.
             Err(super::receiver::ReceiveError::Link(LinkError::Closed)) => Ok(()),
+            other => Ok(other?),
+        }
+    }
+
+    /// Another target host of a group.
+    fn peer(&self, mut link: Link, hello: &Hello) -> anyhow::Result<()> {
+        let rack = hello.rack.as_ref();
+        let found = rack.and_then(|rack| Some((self.racks.find(&rack.store)?, HostNo(rack.host))));
+        let Some((store, from)) = found else {
+            return Ok(link.send(&ControlReply::Refused {
+                reason: "no VM of that group comes here".into(),
+            })?);
+        };
+        link.send(&ControlReply::Welcome)?;
+        let store = Arc::downgrade(&store);
+        let result = super::peer::receive(link, &store, from, hello.compression);
+        if let Some(store) = store.upgrade() {
+            store.host_gone(from);
+        }
+        match result {
+            Err(LinkError::Closed) => Ok(()),
             other => Ok(other?),
         }
     }

@@ -4,12 +4,15 @@
 //!  source agent ═► receiver (one a session: decrypt, unpack, keep what is new)
 //!                     └─► sink (one a VM: resolve references, write) ─unix─► QEMU (stopped)
 //!  source agent ◄═ answerer (one a session) ◄── return path (one a VM) ◄────────┘
+//!  target agents ◄═► peers (one each way): contents of the rack, pulls, from and to the store
 //!  source agent ◄═► control connection (one a VM: the hand-over machine) ◄─QMP─┘
 //! ```
 
 mod contents;
 mod incoming;
 mod listener;
+mod peer;
+mod rack;
 mod receiver;
 mod session;
 mod sink;

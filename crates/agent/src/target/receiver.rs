@@ -3,10 +3,9 @@
 use std::sync::Arc;
 
 use migrate::unpack::{UnpackError, literal_runs};
-use wire::{FrameHeader, FrameKind, HEADER_LEN, WireCompression, WireError};
-use zstd_safe::{DCtx, DParameter, InBuffer, OutBuffer};
+use wire::{FrameKind, WireCompression, WireError};
 
-use crate::link::{Buffer, Link, LinkError, Pool};
+use crate::link::{Buffer, Decompressor, Link, LinkError, Pool};
 
 use super::session::{TargetSession, lock};
 use super::sink::SinkFrame;
@@ -22,8 +21,6 @@ pub(crate) enum ReceiveError {
     Link(#[from] LinkError),
     #[error("a frame is malformed: {0}")]
     Frame(#[from] UnpackError),
-    #[error("a frame does not unpack: {0}")]
-    Compression(String),
 }
 
 /// Owns the forward connection until it ends.
@@ -34,33 +31,15 @@ pub(crate) fn run(
 ) -> Result<(), ReceiveError> {
     let pool = Pool::new(BODY);
     let mut packed = Vec::new();
-    let mut unpacker = match compression {
-        WireCompression::None => None,
-        WireCompression::Zstd { window_log } => Some(decompressor(window_log)?),
-    };
+    let mut unpacker = Decompressor::new(compression).map_err(LinkError::from)?;
     while !session.is_over() {
-        let mut header = [0; HEADER_LEN];
-        link.read_exact(&mut header)?;
-        let header = FrameHeader::parse(header).map_err(LinkError::from)?;
-        let mut body = pool.take(header.raw_len());
-        if header.is_compressed() {
-            packed.resize(header.body_len(), 0);
-            link.read_exact(&mut packed)?;
-            let context = unpacker
-                .as_mut()
-                .ok_or_else(|| ReceiveError::Compression("none was agreed".into()))?;
-            decompress(context, &packed, &mut body)?;
-        } else {
-            link.read_exact(&mut body)?;
-        }
+        let (header, body) = link.receive_frame(&pool, unpacker.as_mut(), &mut packed)?;
         match header.kind() {
             FrameKind::Heartbeat => {}
             FrameKind::Pages => deliver(session, header.vm(), Arc::new(body), false)?,
             FrameKind::Repair => deliver(session, header.vm(), Arc::new(body), true)?,
             FrameKind::Close => session.remove_sink(header.vm()),
-            other @ (FrameKind::Back | FrameKind::BackHeartbeat) => {
-                return Err(LinkError::from(WireError::UnexpectedKind(other as u8)).into());
-            }
+            other => return Err(LinkError::from(WireError::UnexpectedKind(other as u8)).into()),
         }
     }
     Ok(())
@@ -76,54 +55,15 @@ fn deliver(
 ) -> Result<(), ReceiveError> {
     if !is_repair {
         let runs = literal_runs(&body)?;
-        lock(&session.recent).push(&runs, &body, body.len());
+        let local = runs.iter().filter(|run| run.first.is_local());
+        let local = local.map(|run| (run.first, run.count, run.at));
+        lock(&session.recent).push(local, &body, body.len());
+        if let Some(rack) = &session.rack {
+            rack.brought(&runs, &body);
+        }
     }
     if let Some(sink) = session.sink(vm) {
-        sink.push(SinkFrame { body, is_repair });
+        sink.push(SinkFrame::Frame { body, is_repair });
     }
     Ok(())
-}
-
-fn decompressor(window_log: u8) -> Result<DCtx<'static>, ReceiveError> {
-    let mut context = DCtx::create();
-    // Also what bounds the memory that a hostile source can make us take.
-    let limit = u32::from(window_log.clamp(10, 27));
-    context
-        .set_parameter(DParameter::WindowLogMax(limit))
-        .map_err(failed)?;
-    Ok(context)
-}
-
-fn failed(code: usize) -> ReceiveError {
-    ReceiveError::Compression(zstd_safe::get_error_name(code).into())
-}
-
-/// Unpacks a flushed piece of the stream, which must fill `out`.
-fn decompress(
-    context: &mut DCtx<'static>,
-    packed: &[u8],
-    out: &mut [u8],
-) -> Result<(), ReceiveError> {
-    let expected = out.len();
-    let mut input = InBuffer::around(packed);
-    let mut output = OutBuffer::around(out);
-    loop {
-        let before = (input.pos(), output.pos());
-        context
-            .decompress_stream(&mut output, &mut input)
-            .map_err(failed)?;
-        let stuck = before == (input.pos(), output.pos());
-        if output.pos() == expected && input.pos() == packed.len() {
-            return Ok(());
-        }
-        if stuck {
-            let text = format!(
-                "{} of {} bytes in, {} of {expected} out",
-                input.pos(),
-                packed.len(),
-                output.pos()
-            );
-            return Err(ReceiveError::Compression(text));
-        }
-    }
 }

@@ -14,6 +14,7 @@ use wire::{BackMessage, FrameHeader, FrameKind};
 
 use crate::link::{Buffer, Link, LinkError};
 
+use super::rack::RackStore;
 use super::sink::SinkHandle;
 
 /// How often the back connection says that it lives.
@@ -38,21 +39,27 @@ pub(crate) struct TargetSession {
     pub(crate) key: ContentKey,
     pub(crate) places: Mutex<Places>,
     pub(crate) recent: Mutex<Recent<Arc<Buffer>>>,
+    /// What is shared with the other target hosts of the group.
+    pub(crate) rack: Option<Arc<RackStore>>,
     memories: Mutex<HashMap<u16, Arc<GuestMemory>>>,
     sinks: Mutex<HashMap<u16, SinkHandle>>,
+    /// Numbers of the VMs in the rack's store.
+    members: Mutex<HashMap<u16, u16>>,
     back: (Sender<ToSource>, Receiver<ToSource>),
     over: AtomicBool,
     forward: Mutex<Option<TcpStream>>,
 }
 
 impl TargetSession {
-    pub(crate) fn new(key: ContentKey, store_bytes: usize) -> Self {
+    pub(crate) fn new(key: ContentKey, store_bytes: usize, rack: Option<Arc<RackStore>>) -> Self {
         Self {
             key,
             places: Mutex::default(),
             recent: Mutex::new(Recent::with_limit(store_bytes)),
+            rack,
             memories: Mutex::default(),
             sinks: Mutex::default(),
+            members: Mutex::default(),
             back: bounded(BACK_QUEUE),
             over: AtomicBool::new(false),
             forward: Mutex::new(None),
@@ -67,7 +74,16 @@ impl TargetSession {
     }
 
     pub(crate) fn add_sink(&self, vm: u16, sink: SinkHandle) {
+        if let Some(number) = self.rack.as_ref().and_then(|rack| rack.add(sink.clone())) {
+            lock(&self.members).insert(vm, number);
+        }
         lock(&self.sinks).insert(vm, sink);
+    }
+
+    /// The VM's number in the rack's store.
+    pub(crate) fn member(&self, vm: u16) -> Option<(&Arc<RackStore>, u16)> {
+        let number = lock(&self.members).get(&vm).copied()?;
+        Some((self.rack.as_ref()?, number))
     }
 
     pub(crate) fn sink(&self, vm: u16) -> Option<SinkHandle> {
@@ -75,42 +91,34 @@ impl TargetSession {
     }
 
     pub(crate) fn remove_sink(&self, vm: u16) {
+        if let Some((rack, number)) = self.member(vm) {
+            rack.remove(number);
+        }
         lock(&self.sinks).remove(&vm);
     }
 
     pub(crate) fn add_memory(&self, vm: u16, memory: GuestMemory) {
-        lock(&self.memories).insert(vm, Arc::new(memory));
+        let memory = Arc::new(memory);
+        if let Some((rack, number)) = self.member(vm) {
+            rack.add_memory(number, Arc::clone(&memory));
+        }
+        lock(&self.memories).insert(vm, memory);
     }
 
     pub(crate) fn memory(&self, vm: u16) -> Option<Arc<GuestMemory>> {
         lock(&self.memories).get(&vm).cloned()
     }
 
-    /// Remembers where contents are now.
+    /// Remembers where contents are now; without an id those that are known already. The newest
+    /// place is the likeliest to last.
     pub(crate) fn place(
         &self,
         vm: u16,
-        placed: impl Iterator<Item = (EntryId, ContentId, BlockIndex, page::PageNo)>,
+        placed: impl Iterator<Item = (EntryId, Option<ContentId>, BlockIndex, page::PageNo)>,
     ) {
         let mut places = lock(&self.places);
         for (entry, id, block, page) in placed {
-            places.put(entry, id, Place { vm, block, page });
-        }
-    }
-
-    /// The same for contents that are known already: the newest place is the likeliest to last.
-    pub(crate) fn place_again(
-        &self,
-        vm: u16,
-        placed: impl Iterator<Item = (EntryId, BlockIndex, page::PageNo)>,
-    ) {
-        let mut placed = placed.peekable();
-        if placed.peek().is_none() {
-            return;
-        }
-        let mut places = lock(&self.places);
-        for (entry, block, page) in placed {
-            if let Some((id, _)) = places.find(entry) {
+            if let Some(id) = id.or_else(|| places.id(entry)) {
                 places.put(entry, id, Place { vm, block, page });
             }
         }
@@ -127,11 +135,21 @@ impl TargetSession {
     /// Ends the session: the forward connection is cut, sinks go home when they have nothing
     /// left to do.
     pub(crate) fn end(&self) {
-        self.over.store(true, Ordering::Release);
+        if self.over.swap(true, Ordering::AcqRel) {
+            return;
+        }
         if let Some(socket) = lock(&self.forward).take() {
             let _ = socket.shutdown(std::net::Shutdown::Both);
         }
-        lock(&self.sinks).clear();
+        let sinks = std::mem::take(&mut *lock(&self.sinks));
+        if let Some(rack) = &self.rack {
+            for vm in sinks.keys() {
+                if let Some((_, number)) = self.member(*vm) {
+                    rack.remove(number);
+                }
+            }
+            rack.leave();
+        }
     }
 
     /// The thread that owns the back connection; returns when the session is over.
@@ -154,39 +172,44 @@ impl TargetSession {
         Ok(())
     }
 
-    /// Reads the contents of `places` from guests' memory into `out`, one page each, and checks
-    /// them; says for each whether it is what its id says.
+    /// Reads contents from guests' memory into `out`, one page each, and checks them; says for
+    /// each whether it is what its id says.
     pub(crate) fn read_checked(&self, wanted: &[(ContentId, Place)], out: &mut [u8]) -> Vec<bool> {
-        let mut good = vec![false; wanted.len()];
-        let mut start = 0;
-        // Neighbours are usually of one VM: read them in one go.
-        while start < wanted.len() {
-            let vm = wanted[start].1.vm;
-            let end = wanted[start..]
-                .iter()
-                .position(|(_, p)| p.vm != vm)
-                .map_or(wanted.len(), |n| start + n);
-            self.read_of_one(
-                vm,
-                &wanted[start..end],
-                &mut out[start * PAGE_SIZE..end * PAGE_SIZE],
-                &mut good[start..end],
-            );
-            start = end;
-        }
-        good
+        read_checked(&self.key, |vm| self.memory(vm), wanted, out)
     }
+}
 
-    fn read_of_one(
+/// Reads the contents of places in guests' memory, which `memory` gives by their VMs' numbers.
+pub(crate) fn read_checked(
+    key: &ContentKey,
+    memory: impl Fn(u16) -> Option<Arc<GuestMemory>>,
+    wanted: &[(ContentId, Place)],
+    out: &mut [u8],
+) -> Vec<bool> {
+    let mut good = vec![false; wanted.len()];
+    let mut start = 0;
+    // Neighbours are usually of one VM: read them in one go.
+    for of_one in wanted.chunk_by(|a, b| a.1.vm == b.1.vm) {
+        let end = start + of_one.len();
+        if let Some(guest) = memory(of_one[0].1.vm) {
+            let out = &mut out[start * PAGE_SIZE..end * PAGE_SIZE];
+            guest.read_checked(key, of_one, out, &mut good[start..end]);
+        }
+        start = end;
+    }
+    good
+}
+
+impl GuestMemory {
+    fn read_checked(
         &self,
-        vm: u16,
+        key: &ContentKey,
         wanted: &[(ContentId, Place)],
         out: &mut [u8],
         good: &mut [bool],
     ) {
-        let Some(guest) = self.memory(vm) else { return };
         let address = |place: &Place| {
-            let base = guest
+            let base = self
                 .bases
                 .get(usize::from(place.block.0))
                 .copied()
@@ -198,20 +221,14 @@ impl TargetSession {
             .iter()
             .map_while(|(_, place)| address(place))
             .collect();
-        let read = guest
+        let read = self
             .memory
             .read_pages(&addresses, &mut out[..addresses.len() * PAGE_SIZE])
             .unwrap_or(0);
-        for ((bytes, (id, _)), good) in out
-            .as_chunks::<PAGE_SIZE>()
-            .0
-            .iter()
-            .zip(wanted)
-            .zip(good)
-            .take(read)
-        {
+        let pages = out.as_chunks::<PAGE_SIZE>().0.iter();
+        for ((bytes, (id, _)), good) in pages.zip(wanted).zip(good).take(read) {
             let bytes: &PageBytes = bytes;
-            *good = self.key.id_of(bytes) == *id;
+            *good = key.id_of(bytes) == *id;
         }
     }
 }

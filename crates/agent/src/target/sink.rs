@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
-use migrate::unpack::{Ack, Batch, Segment, UnpackError, Unpacker};
-use page::{PAGE_SIZE, PageBytes};
+use migrate::unpack::{Ack, Arrived, Batch, Segment, UnpackError, Unpacker};
+use page::{EntryId, HostNo, PAGE_SIZE, PageBytes};
 use qstream::{ReturnDecoder, ReturnMessage, ReturnStep};
 use wire::BackMessage;
 
@@ -24,10 +24,27 @@ const MAX_QUEUED: usize = 128 << 20;
 /// Slices of one write: the kernel's limit for one call.
 const MAX_SLICES: usize = 1024;
 
-/// A frame for one VM.
-pub(crate) struct SinkFrame {
-    pub(crate) body: Arc<Buffer>,
-    pub(crate) is_repair: bool,
+/// What comes for one VM.
+pub(crate) enum SinkFrame {
+    /// From its source.
+    Frame { body: Arc<Buffer>, is_repair: bool },
+    /// Contents that it waits for.
+    Arrived(Vec<Arrived<Arc<Buffer>>>),
+    /// Contents that it waits for in vain.
+    NotComing {
+        carrier: HostNo,
+        entries: Vec<EntryId>,
+    },
+}
+
+impl SinkFrame {
+    /// Bytes that count against the queue's limit: contents are bounded by the pages that wait.
+    fn counted(&self) -> usize {
+        match self {
+            Self::Frame { body, .. } => body.len(),
+            Self::Arrived(_) | Self::NotComing { .. } => 0,
+        }
+    }
 }
 
 /// The receiver's end of a sink.
@@ -41,7 +58,7 @@ impl SinkHandle {
     /// The queue is bounded in bytes: above the limit frames are dropped, and the sink fails on
     /// the gap that they leave.
     pub(crate) fn push(&self, frame: SinkFrame) {
-        let len = frame.body.len();
+        let len = frame.counted();
         if self.queued.fetch_add(len, Ordering::Relaxed) + len > MAX_QUEUED {
             tracing::error!("a source sends faster than its window allows; its VM's move fails");
             return;
@@ -73,6 +90,8 @@ pub(crate) struct Sink {
     vm: u16,
     socket: UnixStream,
     memory: Option<MemorySource>,
+    /// Blocks whose contents can be found again, by index.
+    has_memory: Vec<bool>,
 }
 
 /// Finds the guest's memory once the block list is known.
@@ -100,6 +119,7 @@ impl Sink {
             vm,
             socket,
             memory: Some(memory),
+            has_memory: Vec::new(),
         };
         (sink, handle)
     }
@@ -112,81 +132,115 @@ impl Sink {
     pub(crate) fn run(mut self) -> Result<(), SinkError> {
         let mut unpacker = Unpacker::default();
         let mut batch = Batch::default();
-        let mut pages = PagesBySlot::default();
         while let Ok(frame) = self.frames.recv() {
-            let left = self.queued.fetch_sub(frame.body.len(), Ordering::Relaxed);
+            let left = self.queued.fetch_sub(frame.counted(), Ordering::Relaxed);
             if left > MAX_QUEUED {
                 return Err(SinkError::Dropped);
             }
             batch.clear();
-            let mut contents = SessionContents(&self.session);
-            unpacker.apply(&frame.body, frame.is_repair, &mut contents, &mut batch)?;
-            if let (Some(blocks), Some(find)) = (
-                unpacker.blocks(),
-                self.memory.take_if(|_| unpacker.blocks().is_some()),
-            ) {
-                let names: Vec<String> = blocks
-                    .iter()
-                    .map(|(_, block)| block.name.to_string())
-                    .collect();
-                if let Some(memory) = find(&names) {
-                    pages.has_memory = memory.bases.iter().map(Option::is_some).collect();
-                    self.session.add_memory(self.vm, memory);
-                }
+            let body = self.unpack(&mut unpacker, &frame, &mut batch)?;
+            if self.memory.is_some() {
+                self.find_memory(&unpacker);
             }
             if let Some(Ack::OnPong { ping, position }) = batch.ack {
                 lock(&self.pings).push_back((ping, position));
             }
-            write_batch(&mut self.socket, &batch, &frame.body)?;
+            write_batch(&mut self.socket, &batch, body)?;
             if let Some(Ack::OnWrite { position }) = batch.ack {
                 self.session.say(self.vm, BackMessage::Ack { position });
             }
-            if !batch.repair.is_empty() {
-                for runs in batch.repair.chunks(1024) {
-                    self.session
-                        .say(self.vm, BackMessage::RepairRequest(runs.to_vec()));
+            for runs in batch.repair.chunks(1024) {
+                self.session
+                    .say(self.vm, BackMessage::RepairRequest(runs.to_vec()));
+            }
+            self.remember(&batch, body);
+            if let Some((rack, _)) = self.session.member(self.vm) {
+                let mut last = unpacker.last_wanted().peekable();
+                if last.peek().is_some() {
+                    rack.hurry(last);
                 }
             }
-            pages.remember(&self.session, self.vm, &batch, &frame.body);
         }
         Ok(())
     }
-}
 
-/// Which blocks' contents can be found again, and the bookkeeping for it.
-#[derive(Default)]
-struct PagesBySlot {
-    has_memory: Vec<bool>,
-}
+    /// Turns what came into a batch; returns the body that the batch refers to.
+    fn unpack<'a>(
+        &self,
+        unpacker: &mut Unpacker,
+        frame: &'a SinkFrame,
+        batch: &mut Batch<Arc<Buffer>>,
+    ) -> Result<&'a [u8], SinkError> {
+        match frame {
+            SinkFrame::Frame { body, is_repair } => {
+                let mut contents = SessionContents {
+                    session: &self.session,
+                    vm: self.vm,
+                };
+                unpacker.apply(body, *is_repair, &mut contents, batch)?;
+                Ok(body)
+            }
+            SinkFrame::Arrived(contents) => {
+                unpacker.arrived(contents.iter().cloned(), batch);
+                Ok(&[])
+            }
+            SinkFrame::NotComing { carrier, entries } => {
+                unpacker.not_coming(entries, batch);
+                let lost = BackMessage::Lost {
+                    carrier: *carrier,
+                    entries: entries.clone(),
+                };
+                self.session.say(self.vm, lost);
+                Ok(&[])
+            }
+        }
+    }
 
-impl PagesBySlot {
+    /// Once the block list is known, so is where the guest's memory is.
+    fn find_memory(&mut self, unpacker: &Unpacker) {
+        let Some(blocks) = unpacker.blocks() else {
+            return;
+        };
+        let Some(find) = self.memory.take() else {
+            return;
+        };
+        let names: Vec<String> = blocks
+            .iter()
+            .map(|(_, block)| block.name.to_string())
+            .collect();
+        if let Some(memory) = find(&names) {
+            self.has_memory = memory.bases.iter().map(Option::is_some).collect();
+            self.session.add_memory(self.vm, memory);
+        }
+    }
+
     /// Remembers where the batch put contents. Literals are hashed here, by this VM's thread;
     /// a reference moves its entry to the newer place.
-    fn remember(&self, session: &TargetSession, vm: u16, batch: &Batch<Arc<Buffer>>, body: &[u8]) {
+    fn remember(&self, batch: &Batch<Arc<Buffer>>, body: &[u8]) {
         let findable = |block: page::BlockIndex| {
             self.has_memory
                 .get(usize::from(block.0))
                 .copied()
                 .unwrap_or(false)
         };
-        let literals = batch
-            .placed
-            .iter()
-            .filter(|p| findable(p.block))
-            .filter_map(|p| {
-                let at = p.literal_at?;
-                let bytes: &PageBytes = body.get(at..at + PAGE_SIZE)?.try_into().ok()?;
-                Some((p.entry, session.key.id_of(bytes), p.block, p.page))
-            });
-        let hashed: Vec<_> = literals.collect();
-        if !hashed.is_empty() {
-            session.place(vm, hashed.into_iter());
+        let placed = batch.placed.iter().filter(|p| findable(p.block));
+        let placed: Vec<_> = placed
+            .map(|p| {
+                let bytes = p.literal_at.and_then(|at| body.get(at..at + PAGE_SIZE));
+                let bytes: Option<&PageBytes> = bytes.and_then(|bytes| bytes.try_into().ok());
+                let id = bytes.map(|bytes| self.session.key.id_of(bytes));
+                (p.entry, id, p.block, p.page)
+            })
+            .collect();
+        if placed.is_empty() {
+            return;
         }
-        let referred = batch
-            .placed
-            .iter()
-            .filter(|p| p.literal_at.is_none() && findable(p.block));
-        session.place_again(vm, referred.map(|p| (p.entry, p.block, p.page)));
+        let local = placed.iter().filter(|(entry, ..)| entry.is_local());
+        self.session.place(self.vm, local.copied());
+        if let Some((rack, number)) = self.session.member(self.vm) {
+            let of_rack = placed.iter().filter(|(entry, ..)| !entry.is_local());
+            rack.place(number, of_rack.copied());
+        }
     }
 }
 

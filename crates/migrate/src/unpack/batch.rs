@@ -4,6 +4,7 @@
 use std::ops::Range;
 
 use page::{BlockIndex, EntryId, PageNo, PageRun};
+use wire::Remote;
 
 /// Where the bytes of an entry are.
 #[derive(Clone, Debug)]
@@ -12,18 +13,34 @@ pub enum Found<B> {
     Held(B, usize),
     /// In the scratch memory that was passed along, at this offset.
     Scratch(usize),
+    /// Not here yet: it is on its way, or asked for, and will be said to have
+    /// [`arrived`](super::Unpacker::arrived), or not to be
+    /// [`coming`](super::Unpacker::not_coming).
+    Coming,
     /// Nowhere at this host.
     Missing,
 }
 
+/// A content that came for pages that wait for it, checked by its id.
+#[derive(Clone, Debug)]
+pub struct Arrived<B> {
+    /// Its entry.
+    pub entry: EntryId,
+    /// The frame that brought it.
+    pub body: B,
+    /// Where in the body it starts.
+    pub at: usize,
+}
+
 /// The contents that this host has.
 pub trait Contents<B> {
-    /// Finds `run` entries from `first` on, checked by their ids; appends one [`Found`] each.
-    /// Bytes that are not held by a frame are appended to `scratch`.
+    /// Finds `entries` (the first one and how many), checked by their ids; appends one [`Found`] each.
+    /// Bytes that are not held by a frame are appended to `scratch`. `remote` says where to get
+    /// them if another connection brings them.
     fn find(
         &mut self,
-        first: EntryId,
-        count: u32,
+        entries: (EntryId, u32),
+        remote: Option<&Remote<'_>>,
         scratch: &mut Vec<u8>,
         found: &mut Vec<Found<B>>,
     );

@@ -8,19 +8,20 @@ use std::sync::Arc;
 
 use content::{HostTable, Recent};
 use migrate::pack::Packer;
-use migrate::unpack::{Batch, Contents, Found, Unpacker, literal_runs};
+use migrate::unpack::{Batch, Contents, Found, Unpacker};
 use page::{EntryId, PAGE_SIZE};
 use qstream::{Decoder, Item, Step};
+use wire::Remote;
 
-use crate::session::{Body, bytes_written};
+use crate::session::{Body, bytes_written, literals};
 
 struct All<'a>(&'a Recent<Body>);
 
 impl Contents<Body> for All<'_> {
     fn find(
         &mut self,
-        first: EntryId,
-        count: u32,
+        (first, count): (EntryId, u32),
+        _remote: Option<&Remote<'_>>,
         _scratch: &mut Vec<u8>,
         found: &mut Vec<Found<Body>>,
     ) {
@@ -45,12 +46,11 @@ fn carry(stream: &[u8]) -> Vec<u8> {
         let buffer = &rest[..rest.len().min(BUFFER)];
         let used = packer.scan(buffer, 0).expect("QEMU's stream");
         assert!(used > 0);
-        let packed = packer.resolve(buffer, &mut table);
+        let packed = packer.take().resolve(buffer, &mut table, &[]);
         let pages = packed.pages.iter();
         let pages = pages.flat_map(|at| &buffer[*at as usize..][..PAGE_SIZE]);
         let body: Body = packed.front.iter().chain(pages).copied().collect();
-        let runs = literal_runs(&body).expect("an honest frame");
-        recent.push(&runs, &body, body.len());
+        recent.push(literals(&body), &body, body.len());
         let mut batch = Batch::default();
         unpacker
             .apply(&body, false, &mut All(&recent), &mut batch)

@@ -10,7 +10,9 @@ use migrate::pack::{Packer, repair_front};
 use migrate::unpack::{Ack, Batch, Contents, Found, Segment, Unpacker, literal_runs};
 use migrate::window::Window;
 use page::{BlockIndex, ContentKey, EntryId, PAGE_SIZE, PageRun};
-use wire::{BackMessage, FrameHeader, FrameKind, HEADER_LEN, Op, OpReader, split_pages_body};
+use wire::{
+    BackMessage, FrameHeader, FrameKind, HEADER_LEN, Op, OpReader, Remote, split_pages_body,
+};
 
 use crate::guest::{Content, NOT_REPAIRABLE, SourceQemu, bytes_of, content_of};
 use crate::rng::Rng;
@@ -195,7 +197,8 @@ impl Session {
             m.buffer.drain(..used);
             return;
         }
-        let packed = m.packer.resolve(&m.buffer, &mut self.table);
+        let scan = m.packer.take();
+        let packed = scan.resolve(&m.buffer, &mut self.table, &[]);
         let mut body = packed.front.clone();
         for at in &packed.pages {
             body.extend_from_slice(&m.buffer[*at as usize..][..PAGE_SIZE]);
@@ -274,8 +277,7 @@ impl Session {
         };
         let header = FrameHeader::parse(header).unwrap();
         assert_eq!(header.body_len(), body.len());
-        self.recent
-            .push(&literal_runs(&body).unwrap(), &body, body.len());
+        self.recent.push(literals(&body), &body, body.len());
         let vm = usize::from(header.vm());
         self.moves[vm].inbox.push_back((header.kind(), body));
     }
@@ -426,6 +428,12 @@ impl Move {
     }
 }
 
+/// Runs of literals as the stores take them.
+pub(crate) fn literals(body: &[u8]) -> impl Iterator<Item = (EntryId, u32, usize)> {
+    let runs = literal_runs(body).expect("an honest frame");
+    runs.into_iter().map(|run| (run.first, run.count, run.at))
+}
+
 /// The bytes of a batch in the order in which they are written.
 pub(crate) fn bytes_written(batch: &Batch<Body>, own: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
@@ -476,8 +484,8 @@ impl Store<'_> {
 impl Contents<Body> for Store<'_> {
     fn find(
         &mut self,
-        first: EntryId,
-        count: u32,
+        (first, count): (EntryId, u32),
+        _remote: Option<&Remote<'_>>,
         scratch: &mut Vec<u8>,
         found: &mut Vec<Found<Body>>,
     ) {

@@ -1,0 +1,309 @@
+//! Connections from one target host to another: contents, and pulls for them. Each direction has a
+//! connection of its own, which one thread owns.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use page::{EntryId, HostNo, PAGE_SIZE};
+use wire::{
+    Channel, ControlReply, FrameKind, Hello, MAX_ENTRIES, PROTOCOL_VERSION, RackHello,
+    WireCompression, WireError, decode_contents, decode_entries, encode_entries,
+};
+
+use crate::link::{Buffer, Compressor, Decompressor, Link, LinkError, Pool, Security};
+
+use super::rack::RackStore;
+use super::session::lock;
+
+/// Pages of one frame: a buffer like those of the source.
+const FRAME_PAGES: usize = 63;
+
+/// Most page bytes that wait for one host. What comes beyond is not passed on; the host pulls it
+/// later. At 1 Gbit/s it is a quarter of a second.
+const MAX_QUEUED: usize = 32 << 20;
+
+/// How often a silent side says that it lives.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+
+/// A host whose sessions are not there yet refuses; it is asked again so often, for so long.
+const RETRY: Duration = Duration::from_millis(100);
+const RETRY_FOR: Duration = Duration::from_secs(10);
+
+/// What a connection needs of its agent and group.
+#[derive(Clone)]
+pub(crate) struct PeerContext {
+    pub(crate) host: String,
+    pub(crate) security: Security,
+    pub(crate) peer_timeout: Duration,
+    pub(crate) compression: WireCompression,
+}
+
+/// The way to one other target host. A thread runs while there is something to send.
+pub(crate) struct Outgoing {
+    shared: Arc<Shared>,
+    pool: Arc<Pool>,
+}
+
+struct Shared {
+    queue: Mutex<Queue>,
+    filled: Condvar,
+    context: PeerContext,
+    store: Weak<RackStore>,
+    address: String,
+    host: HostNo,
+    me: HostNo,
+}
+
+#[derive(Default)]
+struct Queue {
+    pulls: Vec<EntryId>,
+    missing: Vec<EntryId>,
+    contents: VecDeque<Content>,
+    is_running: bool,
+    is_closed: bool,
+}
+
+/// A page on its way.
+struct Content {
+    entry: EntryId,
+    body: Arc<Buffer>,
+    at: usize,
+}
+
+impl Outgoing {
+    pub(crate) fn new(
+        context: &PeerContext,
+        store: &Weak<RackStore>,
+        (host, address): (HostNo, &str),
+        me: HostNo,
+    ) -> Self {
+        let shared = Shared {
+            queue: Mutex::default(),
+            filled: Condvar::new(),
+            context: context.clone(),
+            store: Weak::clone(store),
+            address: address.to_owned(),
+            host,
+            me,
+        };
+        Self {
+            shared: Arc::new(shared),
+            pool: Pool::new(FRAME_PAGES * PAGE_SIZE),
+        }
+    }
+
+    /// A buffer for pages that are read for this host.
+    pub(crate) fn buffer(&self, len: usize) -> Buffer {
+        self.pool.take(len)
+    }
+
+    /// Queues contents of a body; what does not fit is left out.
+    pub(crate) fn contents(
+        &self,
+        contents: impl Iterator<Item = (EntryId, usize)>,
+        body: &Arc<Buffer>,
+    ) {
+        self.queue(|queue| {
+            for (entry, at) in contents {
+                if queue.contents.len() * PAGE_SIZE < MAX_QUEUED {
+                    let body = Arc::clone(body);
+                    queue.contents.push_back(Content { entry, body, at });
+                }
+            }
+        });
+    }
+
+    /// Asks the host for an entry.
+    pub(crate) fn pull(&self, entry: EntryId) {
+        self.queue(|queue| queue.pulls.push(entry));
+    }
+
+    /// Tells the host that it asked in vain.
+    pub(crate) fn missing(&self, entry: EntryId) {
+        self.queue(|queue| queue.missing.push(entry));
+    }
+
+    /// Ends the connection.
+    pub(crate) fn close(&self) {
+        lock(&self.shared.queue).is_closed = true;
+        self.shared.filled.notify_all();
+    }
+
+    fn queue(&self, put: impl FnOnce(&mut Queue)) {
+        let mut queue = lock(&self.shared.queue);
+        if queue.is_closed {
+            return;
+        }
+        put(&mut queue);
+        if !queue.is_running {
+            let shared = Arc::clone(&self.shared);
+            let started = std::thread::Builder::new()
+                .name("gw-peer-send".into())
+                .spawn(move || shared.run());
+            match started {
+                Ok(_) => queue.is_running = true,
+                Err(error) => tracing::error!(%error, "no thread for another target host"),
+            }
+        }
+        drop(queue);
+        self.shared.filled.notify_one();
+    }
+}
+
+/// What is sent next.
+enum Next {
+    Entries(FrameKind, Vec<EntryId>),
+    Contents(Vec<Content>),
+    Nothing,
+}
+
+impl Shared {
+    /// The thread of the connection; ends with it, and is started again by what is queued later.
+    fn run(&self) {
+        if let Err(error) = self.connect().and_then(|link| self.send_all(link)) {
+            tracing::info!(
+                host = self.host.0,
+                "the way to another target host is gone: {error}"
+            );
+            if let Some(store) = self.store.upgrade() {
+                store.host_gone(self.host);
+            }
+        }
+        let mut queue = lock(&self.queue);
+        queue.is_running = false;
+        queue.pulls.clear();
+        queue.missing.clear();
+        queue.contents.clear();
+    }
+
+    /// The host's own session may be a moment later than ours.
+    fn connect(&self) -> Result<Link, LinkError> {
+        let since = Instant::now();
+        loop {
+            match self.open() {
+                Err(LinkError::Refused(_))
+                    if since.elapsed() < RETRY_FOR && !lock(&self.queue).is_closed =>
+                {
+                    std::thread::sleep(RETRY);
+                }
+                other => return other,
+            }
+        }
+    }
+
+    fn open(&self) -> Result<Link, LinkError> {
+        let context = &self.context;
+        let store = self.store.upgrade().ok_or(LinkError::Closed)?.name.clone();
+        let mut link = Link::connect(&self.address, &context.security, context.peer_timeout)?;
+        link.send_hello(&Hello {
+            version: PROTOCOL_VERSION,
+            session: String::new(),
+            channel: Channel::Peer,
+            source: context.host.clone(),
+            compression: context.compression,
+            domain_key: None,
+            rack: Some(RackHello {
+                store,
+                host: self.me.0,
+                peers: Vec::new(),
+            }),
+        })?;
+        match link.receive()? {
+            ControlReply::Welcome => Ok(link),
+            ControlReply::Refused { reason } => Err(LinkError::Refused(reason)),
+            other => Err(WireError::Control(format!("unexpected answer {other:?}")).into()),
+        }
+    }
+
+    fn send_all(&self, mut link: Link) -> Result<(), LinkError> {
+        let mut compressor = Compressor::new(self.context.compression)?;
+        let mut packed = Vec::new();
+        loop {
+            let Some(next) = self.next() else {
+                return Ok(());
+            };
+            let mut send = |kind, vm, pieces: &[&[u8]], packs: bool| {
+                let compressor = compressor.as_mut().filter(|_| packs);
+                let pieces = pieces.iter().copied();
+                link.send_frame((kind, vm), pieces, compressor, &mut packed)
+            };
+            match next {
+                Next::Entries(kind, entries) => {
+                    send(kind, 0, &[&encode_entries(&entries)], false)?;
+                }
+                Next::Contents(contents) => {
+                    let entries: Vec<_> = contents.iter().map(|c| c.entry).collect();
+                    let front = encode_entries(&entries);
+                    let mut pieces = vec![front.as_slice()];
+                    pieces.extend(contents.iter().map(|c| &c.body[c.at..c.at + PAGE_SIZE]));
+                    send(FrameKind::Contents, 0, &pieces, true)?;
+                }
+                Next::Nothing => {
+                    let Some(store) = self.store.upgrade() else {
+                        return Ok(());
+                    };
+                    send(FrameKind::Heartbeat, store.is_active().into(), &[], false)?;
+                }
+            }
+        }
+    }
+
+    /// Requests first: somebody waits. None: the store is closed.
+    fn next(&self) -> Option<Next> {
+        let mut queue = lock(&self.queue);
+        let is_empty =
+            |q: &Queue| q.pulls.is_empty() && q.missing.is_empty() && q.contents.is_empty();
+        if is_empty(&queue) && !queue.is_closed {
+            let waited = self.filled.wait_timeout(queue, HEARTBEAT);
+            queue = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        if queue.is_closed {
+            return None;
+        }
+        let queue = &mut *queue;
+        for (kind, entries) in [
+            (FrameKind::Pull, &mut queue.pulls),
+            (FrameKind::Missing, &mut queue.missing),
+        ] {
+            if !entries.is_empty() {
+                let count = entries.len().min(MAX_ENTRIES);
+                return Some(Next::Entries(kind, entries.drain(..count).collect()));
+            }
+        }
+        let count = queue.contents.len().min(FRAME_PAGES);
+        if count == 0 {
+            return Some(Next::Nothing);
+        }
+        Some(Next::Contents(queue.contents.drain(..count).collect()))
+    }
+}
+
+/// Owns a connection from another target host until it ends.
+pub(crate) fn receive(
+    mut link: Link,
+    store: &Weak<RackStore>,
+    from: HostNo,
+    compression: WireCompression,
+) -> Result<(), LinkError> {
+    let pool = Pool::new((FRAME_PAGES + 1) * PAGE_SIZE);
+    let mut unpacker = Decompressor::new(compression)?;
+    let mut packed = Vec::new();
+    loop {
+        let (header, body) = link.receive_frame(&pool, unpacker.as_mut(), &mut packed)?;
+        let Some(store) = store.upgrade() else {
+            return Ok(());
+        };
+        match header.kind() {
+            FrameKind::Heartbeat if header.vm() == 1 => store.heard(),
+            FrameKind::Heartbeat => {}
+            FrameKind::Contents => {
+                let (entries, at) = decode_contents(&body)?;
+                store.pushed(&entries, at, &Arc::new(body));
+            }
+            FrameKind::Pull => store.pulled(from, &decode_entries(&body)?),
+            FrameKind::Missing => store.missing(from, &decode_entries(&body)?),
+            other => return Err(WireError::UnexpectedKind(other as u8).into()),
+        }
+    }
+}

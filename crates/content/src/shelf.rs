@@ -1,0 +1,138 @@
+//! A target host's newest contents of the rack, held by the frames that brought them.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use page::{EntryId, PAGE_SIZE};
+
+use crate::RecentPage;
+
+/// Consecutive entries whose bytes stand one after another in a frame's body.
+struct Run<B> {
+    count: u32,
+    body: B,
+    offset: usize,
+    /// Tells the run apart from a later one with the same first entry.
+    number: u64,
+}
+
+/// What one body brought.
+struct Brought {
+    number: u64,
+    held: usize,
+    firsts: Vec<EntryId>,
+}
+
+/// As [`Recent`](crate::Recent), for entries that come in any order: from several source hosts
+/// and from other target hosts.
+pub struct Shelf<B> {
+    /// By first entry.
+    runs: BTreeMap<EntryId, Run<B>>,
+    /// In the order of arrival.
+    brought: VecDeque<Brought>,
+    next_number: u64,
+    held: usize,
+    max_held: usize,
+}
+
+impl<B: Clone> Shelf<B> {
+    /// Keeps at most `max_bytes`, counted in what the bodies take.
+    #[must_use]
+    pub fn with_limit(max_bytes: usize) -> Self {
+        Self {
+            runs: BTreeMap::new(),
+            brought: VecDeque::new(),
+            next_number: 0,
+            held: 0,
+            max_held: max_bytes,
+        }
+    }
+
+    /// Adds the contents of a body of `body_len` bytes: runs of entries, each with its first
+    /// entry, its length and the offset of its first page. The oldest bodies go beyond the limit.
+    pub fn push(
+        &mut self,
+        runs: impl IntoIterator<Item = (EntryId, u32, usize)>,
+        body: &B,
+        body_len: usize,
+    ) {
+        let number = self.next_number;
+        let mut firsts = Vec::new();
+        for (first, count, offset) in runs.into_iter().filter(|(_, count, _)| *count > 0) {
+            let body = body.clone();
+            let run = Run {
+                count,
+                body,
+                offset,
+                number,
+            };
+            self.runs.insert(first, run);
+            firsts.push(first);
+        }
+        if firsts.is_empty() {
+            return;
+        }
+        self.next_number += 1;
+        self.held += body_len;
+        self.brought.push_back(Brought {
+            number,
+            held: body_len,
+            firsts,
+        });
+        while self.held > self.max_held
+            && let Some(oldest) = self.brought.pop_front()
+        {
+            self.held -= oldest.held;
+            for first in oldest.firsts {
+                if self
+                    .runs
+                    .get(&first)
+                    .is_some_and(|run| run.number == oldest.number)
+                {
+                    self.runs.remove(&first);
+                }
+            }
+        }
+    }
+
+    /// The bytes of `entry`, if they are here.
+    #[must_use]
+    pub fn find(&self, entry: EntryId) -> Option<RecentPage<'_, B>> {
+        let (first, run) = self.runs.range(..=entry).next_back()?;
+        let index = entry.0 - first.0;
+        (index < run.count).then(|| RecentPage {
+            body: &run.body,
+            offset: run.offset + index as usize * PAGE_SIZE,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(shelf: &Shelf<char>, entry: u32) -> Option<(char, usize)> {
+        shelf.find(EntryId(entry)).map(|p| (*p.body, p.offset))
+    }
+
+    #[test]
+    fn entries_come_in_any_order_and_the_oldest_body_goes_first() {
+        let mut shelf = Shelf::with_limit(2 * PAGE_SIZE);
+        shelf.push([(EntryId(9), 2, 100)], &'a', PAGE_SIZE);
+        shelf.push([(EntryId(3), 1, 7)], &'b', PAGE_SIZE);
+        assert_eq!(found(&shelf, 10), Some(('a', 100 + PAGE_SIZE)));
+        assert_eq!(found(&shelf, 3), Some(('b', 7)));
+        assert_eq!((found(&shelf, 4), found(&shelf, 11)), (None, None));
+        shelf.push([(EntryId(1), 1, 0)], &'c', PAGE_SIZE);
+        assert_eq!((found(&shelf, 9), found(&shelf, 10)), (None, None));
+        assert_eq!(found(&shelf, 3), Some(('b', 7)));
+    }
+
+    #[test]
+    fn an_entry_that_came_again_stays_as_long_as_its_newest_body() {
+        let mut shelf = Shelf::with_limit(2 * PAGE_SIZE);
+        shelf.push([(EntryId(9), 1, 1)], &'a', PAGE_SIZE);
+        shelf.push([(EntryId(9), 1, 2)], &'b', PAGE_SIZE);
+        shelf.push([(EntryId(5), 1, 3)], &'c', PAGE_SIZE);
+        assert_eq!(found(&shelf, 9), Some(('b', 2)));
+    }
+}

@@ -1,0 +1,358 @@
+//! One VM's stream from its block list on.
+
+use std::sync::Arc;
+
+use page::{BlockIndex, EntryId, PAGE_SIZE, PageNo, PageRun};
+use qstream::{BlockList, Command, Decoder, Encoder, Item, Step, encode_command};
+use wire::Remote;
+
+use super::batch::{Ack, Batch, Contents, Found, Placed, Segment};
+use super::waiting::{Version, Waiting};
+use super::{MAX_HELD_TAIL, MAX_WAITING, OUR_PING, UnpackError};
+
+pub(super) struct Streaming {
+    pub(super) encoder: Encoder,
+    pub(super) blocks: Arc<BlockList>,
+    /// Checks what is forwarded between sections.
+    pub(super) decoder: Decoder,
+    pub(super) waiting: Waiting,
+    pub(super) phase: Phase,
+}
+
+/// Where a frame's pages come from, and how new they are as a position of the source QEMU's
+/// stream.
+#[derive(Clone, Copy)]
+pub(super) enum Origin {
+    /// From the stream, which stands at `position` after this frame.
+    Stream { position: u64 },
+    /// Read again from the source QEMU's memory, when the stream had been read up to `as_of`.
+    Memory { as_of: u64 },
+}
+
+/// What the operations of one frame are applied with.
+pub(super) struct Frame {
+    pub(super) origin: Origin,
+    pub(super) block: BlockIndex,
+    pub(super) bytes: PageCursor,
+}
+
+pub(super) enum Phase {
+    /// PARTs.
+    Parts,
+    /// Inside the END section.
+    End,
+    /// The END section is complete but for pages that wait; device state is held back.
+    Flushing { tail: Vec<u8> },
+    /// Device state.
+    Tail,
+}
+
+impl Streaming {
+    pub(super) fn begin(decoder: Decoder) -> Result<Self, UnpackError> {
+        let none = || UnpackError::OutOfPlace {
+            what: "something else than a block list",
+        };
+        let blocks = Arc::clone(decoder.blocks().ok_or_else(none)?);
+        let section = decoder.ram_section_id().ok_or_else(none)?;
+        let footers = decoder.footers().ok_or_else(none)?;
+        let encoder = Encoder::new(Arc::clone(&blocks), section, footers);
+        Ok(Self {
+            encoder,
+            blocks,
+            decoder,
+            waiting: Waiting::default(),
+            phase: Phase::Parts,
+        })
+    }
+
+    /// After the operations of a frame: what can be flushed is, and what is complete is
+    /// acknowledged.
+    pub(super) fn finish_frame<B>(
+        &mut self,
+        origin: Origin,
+        next_ping: &mut u32,
+        batch: &mut Batch<B>,
+    ) -> Result<(), UnpackError> {
+        if self.waiting.len() > MAX_WAITING {
+            return Err(UnpackError::TooManyWaiting);
+        }
+        if let Origin::Stream { position } = origin {
+            self.waiting.frame_ends(position);
+        }
+        self.flush(next_ping, batch);
+        Ok(())
+    }
+
+    pub(super) fn flush<B>(&mut self, next_ping: &mut u32, batch: &mut Batch<B>) {
+        match &mut self.phase {
+            Phase::Parts => {
+                if let Some(position) = self.waiting.complete() {
+                    self.encoder.close(&mut batch.head);
+                    let ping = *next_ping;
+                    encode_command(Command::Ping(ping), &mut batch.head);
+                    batch.ack = Some(Ack::OnPong { ping, position });
+                    *next_ping = ping.wrapping_add(1) | OUR_PING;
+                }
+                return;
+            }
+            Phase::Flushing { tail } if self.waiting.is_empty() => {
+                self.encoder.close(&mut batch.head);
+                batch.head.append(tail);
+                self.phase = Phase::Tail;
+            }
+            Phase::End | Phase::Flushing { .. } | Phase::Tail => {}
+        }
+        batch.ack = self
+            .waiting
+            .complete()
+            .map(|position| Ack::OnWrite { position });
+    }
+
+    /// Checks that the run may be written now.
+    fn check(&self, frame: &Frame, run: PageRun) -> Result<(), UnpackError> {
+        match (&self.phase, frame.origin) {
+            (Phase::Parts | Phase::End, _) => {}
+            (Phase::Flushing { .. }, Origin::Memory { .. }) => {}
+            // A repair that was overtaken by newer versions of all its pages.
+            (Phase::Tail, Origin::Memory { .. }) => {}
+            (Phase::Flushing { .. } | Phase::Tail, Origin::Stream { .. }) => {
+                return Err(UnpackError::OutOfPlace {
+                    what: "pages after the end of RAM",
+                });
+            }
+        }
+        let (block, last) = (frame.block, run.start.plus(run.count - 1));
+        if self.blocks.holds(block, run.start) && self.blocks.holds(block, last) {
+            Ok(())
+        } else {
+            Err(UnpackError::NoSuchPage { block, page: last })
+        }
+    }
+
+    /// Whether the page is to be written: a new version always, which ends its wait; a repair
+    /// only if the page still waits, and for a version that is not newer than the repair.
+    fn takes(&mut self, frame: &Frame, page: PageNo) -> bool {
+        let key = (frame.block, page);
+        match frame.origin {
+            Origin::Stream { .. } => {
+                self.waiting.replaced(key);
+                true
+            }
+            Origin::Memory { as_of } => self.waiting.repaired(key, as_of),
+        }
+    }
+
+    pub(super) fn pages(
+        &mut self,
+        frame: &Frame,
+        run: PageRun,
+        mut write: impl FnMut(&mut Self, PageNo),
+    ) -> Result<(), UnpackError> {
+        self.check(frame, run)?;
+        for page in run.pages() {
+            if self.takes(frame, page) {
+                write(self, page);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn pages_with_bytes<B>(
+        &mut self,
+        frame: &mut Frame,
+        run: PageRun,
+        first: Option<EntryId>,
+        batch: &mut Batch<B>,
+    ) -> Result<(), UnpackError> {
+        self.check(frame, run)?;
+        let block = frame.block;
+        for (page, index) in run.pages().zip(0..) {
+            let at = frame.bytes.next()?;
+            if !self.takes(frame, page) {
+                continue;
+            }
+            self.encoder.page(block, page, &mut batch.head);
+            batch.push_page(Segment::Own(at));
+            if let Some(first) = first {
+                batch.placed.push(Placed {
+                    entry: first.plus(index),
+                    block,
+                    page,
+                    literal_at: Some(at),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn references<B>(
+        &mut self,
+        frame: &Frame,
+        (run, first): (PageRun, EntryId),
+        remote: Option<&Remote<'_>>,
+        contents: &mut impl Contents<B>,
+        batch: &mut Batch<B>,
+    ) -> Result<(), UnpackError> {
+        self.check(frame, run)?;
+        let Origin::Stream { position } = frame.origin else {
+            return Err(UnpackError::OutOfPlace {
+                what: "a reference as a repair",
+            });
+        };
+        let mut found = std::mem::take(&mut batch.found);
+        contents.find((first, run.count), remote, &mut batch.scratch, &mut found);
+        let version = Version {
+            block: frame.block,
+            position,
+        };
+        self.put_found(version, run, first, &mut found, batch);
+        batch.found = found;
+        Ok(())
+    }
+
+    /// Writes the pages whose contents were found, and has the others wait.
+    fn put_found<B>(
+        &mut self,
+        version: Version,
+        run: PageRun,
+        first: EntryId,
+        found: &mut Vec<Found<B>>,
+        batch: &mut Batch<B>,
+    ) {
+        let block = version.block;
+        found.resize_with(run.count as usize, || Found::Missing);
+        for ((page, index), found) in run.pages().zip(0..).zip(found.drain(..)) {
+            let entry = first.plus(index);
+            let segment = match found {
+                Found::Held(body, at) => Segment::Held(body, at),
+                Found::Scratch(at) => Segment::Scratch(at),
+                Found::Coming => {
+                    self.waiting.wait(version, page, Some(entry));
+                    continue;
+                }
+                Found::Missing => {
+                    self.waiting.wait(version, page, None);
+                    batch.ask_for(block, page);
+                    continue;
+                }
+            };
+            self.waiting.replaced((block, page));
+            self.encoder.page(block, page, &mut batch.head);
+            batch.push_page(segment);
+            batch.placed.push(Placed {
+                entry,
+                block,
+                page,
+                literal_at: None,
+            });
+        }
+    }
+
+    pub(super) fn raw<B>(&mut self, bytes: &[u8], batch: &mut Batch<B>) -> Result<(), UnpackError> {
+        if !matches!(self.phase, Phase::Parts) {
+            return Err(UnpackError::OutOfPlace {
+                what: "a command after the end of RAM",
+            });
+        }
+        feed(&mut self.decoder, bytes, |item| {
+            matches!(item, Item::Command { .. } | Item::Opaque(_))
+        })?;
+        self.encoder.close(&mut batch.head);
+        batch.head.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    pub(super) fn begin_end<B>(&mut self, batch: &mut Batch<B>) -> Result<(), UnpackError> {
+        if !matches!(self.phase, Phase::Parts) {
+            return Err(UnpackError::OutOfPlace {
+                what: "a second end of RAM",
+            });
+        }
+        self.encoder.begin_end(&mut batch.head);
+        self.phase = Phase::End;
+        Ok(())
+    }
+
+    pub(super) fn close_end<B>(&mut self, batch: &mut Batch<B>) -> Result<(), UnpackError> {
+        if !matches!(self.phase, Phase::End) {
+            return Err(UnpackError::OutOfPlace {
+                what: "the end of RAM",
+            });
+        }
+        self.phase = if self.waiting.is_empty() {
+            self.encoder.close(&mut batch.head);
+            Phase::Tail
+        } else {
+            Phase::Flushing { tail: Vec::new() }
+        };
+        Ok(())
+    }
+
+    pub(super) fn tail<B>(
+        &mut self,
+        bytes: &[u8],
+        batch: &mut Batch<B>,
+    ) -> Result<(), UnpackError> {
+        match &mut self.phase {
+            Phase::Tail => batch.head.extend_from_slice(bytes),
+            Phase::Flushing { tail } if tail.len() + bytes.len() <= MAX_HELD_TAIL => {
+                tail.extend_from_slice(bytes)
+            }
+            Phase::Flushing { .. } => return Err(UnpackError::TailTooLong),
+            Phase::Parts | Phase::End => {
+                return Err(UnpackError::OutOfPlace {
+                    what: "device state before the end of RAM",
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Takes page bytes off the end of a body, in order.
+pub(super) struct PageCursor {
+    pub(super) at: usize,
+    pub(super) end: usize,
+}
+
+impl PageCursor {
+    fn next(&mut self) -> Result<usize, UnpackError> {
+        let at = self.at;
+        if self.end - at < PAGE_SIZE {
+            return Err(UnpackError::PageBytes);
+        }
+        self.at += PAGE_SIZE;
+        Ok(at)
+    }
+}
+
+/// Lets the decoder see what is forwarded: it checks it and learns the block list. Only whole
+/// items that are `allowed` here pass, so that no page gets past the checks as raw bytes.
+pub(super) fn feed(
+    decoder: &mut Decoder,
+    bytes: &[u8],
+    allowed: impl Fn(&Item<'_>) -> bool,
+) -> Result<(), UnpackError> {
+    // The decoder looks one byte ahead, for a subsection or a footer; a zero is neither.
+    let mut ahead = bytes.to_vec();
+    ahead.push(0);
+    let mut at = 0;
+    while at < bytes.len() {
+        match decoder.decode(&ahead[at..])? {
+            Step::Item { item, consumed } if allowed(&item) && at + consumed <= bytes.len() => {
+                at += consumed
+            }
+            Step::Item { .. } => {
+                return Err(UnpackError::OutOfPlace {
+                    what: "another section than announced",
+                });
+            }
+            Step::NeedMore { .. } => {
+                return Err(UnpackError::OutOfPlace {
+                    what: "half a section",
+                });
+            }
+        }
+    }
+    Ok(())
+}

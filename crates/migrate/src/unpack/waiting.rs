@@ -1,0 +1,193 @@
+//! The waiting list of one VM: pages whose content is not here yet, and what is complete in spite
+//! of them.
+
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap, VecDeque};
+
+use page::{BlockIndex, EntryId, PageNo};
+
+/// Most ends of frames that are remembered while pages wait: an honest source's window holds a
+/// few hundred frames.
+const MAX_ENDS: usize = 1 << 14;
+
+type PageKey = (BlockIndex, PageNo);
+
+/// Which version of a block's pages a frame has.
+#[derive(Clone, Copy)]
+pub(super) struct Version {
+    pub(super) block: BlockIndex,
+    /// Where the frame ends in the source QEMU's stream.
+    pub(super) position: u64,
+}
+
+/// A page that waits.
+struct Wait {
+    /// End of the frame that has the version.
+    position: u64,
+    /// What it waits for; nothing if the source was asked for the page.
+    entry: Option<EntryId>,
+}
+
+#[derive(Default)]
+pub(super) struct Waiting {
+    pages: HashMap<PageKey, Wait>,
+    /// Pages that waited for an entry at some time; which still do, `pages` says.
+    by_entry: HashMap<EntryId, Vec<PageKey>>,
+    /// How many pages wait for a version of a frame that ends there.
+    by_position: BTreeMap<u64, u32>,
+    /// Ends of frames that are not acknowledged.
+    ends: VecDeque<u64>,
+}
+
+impl Waiting {
+    pub(super) fn len(&self) -> usize {
+        self.pages.len()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.pages.is_empty()
+    }
+
+    /// The page waits for this version, and for no older one.
+    pub(super) fn wait(&mut self, version: Version, page: PageNo, entry: Option<EntryId>) {
+        let key = (version.block, page);
+        let position = version.position;
+        self.replaced(key);
+        self.pages.insert(key, Wait { position, entry });
+        *self.by_position.entry(position).or_default() += 1;
+        if let Some(entry) = entry {
+            self.by_entry.entry(entry).or_default().push(key);
+        }
+    }
+
+    /// A newer version of the page came: it does not wait any more.
+    pub(super) fn replaced(&mut self, key: PageKey) {
+        if self.pages.is_empty() {
+            return;
+        }
+        if let Some(wait) = self.pages.remove(&key) {
+            self.counted_down(wait.position);
+        }
+    }
+
+    /// The page was read again from memory that had everything up to `as_of`. False: it does not
+    /// wait, or for a newer version.
+    pub(super) fn repaired(&mut self, key: PageKey, as_of: u64) -> bool {
+        let position = match self.pages.entry(key) {
+            Entry::Occupied(wait) if wait.get().position <= as_of => wait.remove().position,
+            _ => return false,
+        };
+        self.counted_down(position);
+        true
+    }
+
+    /// The entry came: the pages that wait for it, which do not any more.
+    pub(super) fn take_for(&mut self, entry: EntryId) -> Vec<PageKey> {
+        let mut keys = self.by_entry.remove(&entry).unwrap_or_default();
+        keys.retain(|key| {
+            let position = match self.pages.entry(*key) {
+                Entry::Occupied(wait) if wait.get().entry == Some(entry) => wait.remove().position,
+                _ => return false,
+            };
+            self.counted_down(position);
+            true
+        });
+        keys
+    }
+
+    /// The entry does not come: the pages that wait for it, which wait for a repair from now on.
+    pub(super) fn give_up(&mut self, entry: EntryId) -> Vec<PageKey> {
+        let mut keys = self.by_entry.remove(&entry).unwrap_or_default();
+        keys.retain(|key| match self.pages.get_mut(key) {
+            Some(wait) if wait.entry == Some(entry) => {
+                wait.entry = None;
+                true
+            }
+            _ => false,
+        });
+        keys.sort_unstable();
+        keys
+    }
+
+    /// What pages wait for.
+    pub(super) fn entries(&self) -> impl Iterator<Item = EntryId> {
+        self.pages.values().filter_map(|wait| wait.entry)
+    }
+
+    /// A frame of the stream was applied.
+    pub(super) fn frame_ends(&mut self, position: u64) {
+        if self.ends.len() == MAX_ENDS {
+            // The frames in front are then acknowledged together, later.
+            self.ends.pop_front();
+        }
+        self.ends.push_back(position);
+    }
+
+    /// The newest end of a frame that no page in front of it waits for, if it was not said yet.
+    pub(super) fn complete(&mut self) -> Option<u64> {
+        let first = self.by_position.keys().next().copied();
+        let mut complete = None;
+        while let Some(end) = self.ends.front().copied()
+            && first.is_none_or(|first| end < first)
+        {
+            complete = self.ends.pop_front();
+        }
+        complete
+    }
+
+    fn counted_down(&mut self, position: u64) {
+        if let Some(count) = self.by_position.get_mut(&position) {
+            *count -= 1;
+            if *count == 0 {
+                self.by_position.remove(&position);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BLOCK: BlockIndex = BlockIndex(0);
+
+    fn version(position: u64) -> Version {
+        Version {
+            block: BLOCK,
+            position,
+        }
+    }
+
+    #[test]
+    fn what_is_complete_ends_before_the_first_page_that_waits() {
+        let mut waiting = Waiting::default();
+        waiting.frame_ends(10);
+        waiting.wait(version(20), PageNo(1), Some(EntryId(7)));
+        waiting.frame_ends(20);
+        waiting.wait(version(30), PageNo(2), None);
+        waiting.frame_ends(30);
+        waiting.frame_ends(40);
+        assert_eq!(waiting.complete(), Some(10));
+        assert_eq!(waiting.complete(), None);
+        assert!(!waiting.repaired((BLOCK, PageNo(2)), 29), "read too early");
+        assert!(waiting.repaired((BLOCK, PageNo(2)), 30));
+        assert_eq!(waiting.complete(), None);
+        assert_eq!(waiting.take_for(EntryId(7)), [(BLOCK, PageNo(1))]);
+        assert_eq!(waiting.complete(), Some(40));
+        assert!(waiting.is_empty());
+    }
+
+    #[test]
+    fn a_newer_version_cancels_the_wait_for_an_older_content() {
+        let mut waiting = Waiting::default();
+        let key = (BLOCK, PageNo(1));
+        waiting.wait(version(10), PageNo(1), Some(EntryId(7)));
+        waiting.wait(version(20), PageNo(1), Some(EntryId(8)));
+        assert_eq!(waiting.take_for(EntryId(7)), []);
+        assert_eq!(waiting.give_up(EntryId(8)), [key]);
+        assert_eq!(waiting.take_for(EntryId(8)), []);
+        waiting.replaced(key);
+        waiting.frame_ends(20);
+        assert_eq!(waiting.complete(), Some(20));
+    }
+}
