@@ -400,7 +400,10 @@ fn compressed(
             };
             let addrs: Vec<_> = run.iter().map(|one| one.addr).collect();
             let room = &mut bytes[filled..filled + addrs.len() * PAGE_SIZE];
-            let read = vm.memory.pages(&addrs, room).map_err(JobError::Memory)?;
+            let read = vm
+                .memory
+                .shared_pages(&addrs, room)
+                .map_err(JobError::Memory)?;
             filled += read * PAGE_SIZE;
         }
         let frame_bytes = std::iter::once(&bytes[..filled]);
