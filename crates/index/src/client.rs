@@ -130,6 +130,16 @@ impl Client {
         self.expect(Asked::Entries(ids.len()))
     }
 
+    /// Which of these contents is any other host than `target` registered to need? Answer:
+    /// `Entries`, with those of the ones that are.
+    pub fn shared(&mut self, target: HostNo, ids: &[ContentId], out: &mut Vec<u8>) -> Ticket {
+        for ids in ids.chunks(MAX_IDS) {
+            let ids = Cow::Borrowed(ids);
+            Request::Shared { target, ids }.encode(out);
+        }
+        self.expect(Asked::Entries(ids.len()))
+    }
+
     /// What is in the table? Answer: `Summary`.
     pub fn summary(&mut self, out: &mut Vec<u8>) -> Ticket {
         Request::Summary.encode(out);

@@ -137,6 +137,10 @@ fn apply(
             let ids: &[ContentId] = &ids;
             answer_entries(out, |entries| table.seed(target, ids, entries));
         }
+        Request::Shared { target, ids } => {
+            let ids: &[ContentId] = &ids;
+            answer_entries(out, |entries| table.shared(target, ids, entries));
+        }
         Request::Summary => Answer::Summary(table.summary()).encode(out),
         // Not about the table's contents: answered before.
         Request::Join(_) | Request::EndGroup => {}

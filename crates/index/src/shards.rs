@@ -116,6 +116,14 @@ impl Shards {
         })
     }
 
+    /// As [`Client::shared`].
+    pub fn shared(&mut self, target: HostNo, ids: &[ContentId]) -> Ticket {
+        let (order, parts) = self.split(ids, |id| *id);
+        self.ask(Asked::Entries(ids.len()), order, |client, shard, out| {
+            client.shared(target, &parts[usize::from(shard)], out);
+        })
+    }
+
     /// As [`Client::summary`], summed over the shards.
     pub fn summary(&mut self) -> Ticket {
         let all = self.all();

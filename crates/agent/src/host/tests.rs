@@ -354,6 +354,6 @@ fn real_a_prepared_vm_is_in_the_index_of_another_agent() {
     let id = page::ContentKey::new([0x42; 32]).id_of(&bytes);
     assert!(matches!(
         prepared.lookup(id),
-        Some(crate::prepare::Need::Several(_))
+        Some(crate::prepare::Need::One(page::HostNo(1)))
     ));
 }

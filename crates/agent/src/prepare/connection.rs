@@ -52,12 +52,12 @@ impl Registrar for OverLink {
         Ok(entries)
     }
 
-    /// Not known: the index's protocol has no such question yet.
-    fn needed_elsewhere(
+    fn shared(
         &mut self,
-        _target: HostNo,
-        _batch: &[ContentId],
-    ) -> Result<Option<Vec<bool>>, RegisterError> {
-        Ok(None)
+        target: HostNo,
+        batch: &[ContentId],
+    ) -> Result<Vec<Option<EntryId>>, RegisterError> {
+        let entries = self.0.shared(target, batch.to_vec());
+        entries.ok_or_else(|| RegisterError("it is gone".to_owned()))
     }
 }

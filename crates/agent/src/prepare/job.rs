@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use guest::scan::{Bounds, ContentNo, Distinct, Examined, Pace, Scan, ScanError, VmMemory};
 use guest::{GuestError, SourceGuest};
-use page::{ContentKey, EntryId, HostNo, PAGE_SIZE};
+use page::{ContentKey, EntryId, HostNo, HostSet, PAGE_SIZE};
 use wire::WireCompression;
 
 use super::registrar::BATCH;
@@ -317,17 +317,19 @@ fn needs(
         let found = domain.scan.distinct(|name| goes_to(spec, name, target));
         for batch in found.chunks(BATCH) {
             let ids: Vec<_> = batch.iter().filter_map(|one| contents.id(one.no)).collect();
-            let elsewhere = index.needed_elsewhere(HostNo(target), &ids)?;
-            // Who is not known to be alone must ask.
-            let elsewhere = elsewhere.unwrap_or_else(|| vec![true; ids.len()]);
-            for (one, elsewhere) in batch.iter().zip(elsewhere) {
-                let no = one.no.0 as usize;
-                let entry = registered.entries.get(no).copied().flatten();
-                needs[no] = match entry {
-                    Some(entry) if elsewhere => Some(Need::Several(entry)),
-                    None if elsewhere => None,
-                    _ => Some(Need::One(HostNo(target))),
-                };
+            let shared = if spec.targets <= HostSet::CAPACITY {
+                index.shared(HostNo(target), &ids)?
+            } else {
+                // The index does not remember the needs of so many hosts: all must be claimed.
+                let entry = |one: &Distinct| registered.entries.get(one.no.0 as usize);
+                batch
+                    .iter()
+                    .map(|one| entry(one).copied().flatten())
+                    .collect()
+            };
+            for (one, entry) in batch.iter().zip(shared) {
+                let alone = Need::One(HostNo(target));
+                needs[one.no.0 as usize] = Some(entry.map_or(alone, Need::Several));
             }
         }
     }

@@ -95,6 +95,7 @@ pub(crate) struct IndexLink {
 enum Request {
     Claim(HostNo, Vec<ContentId>, Sender<Vec<Verdict>>),
     Register(HostNo, Vec<Item>, Sender<Vec<Option<EntryId>>>),
+    Shared(HostNo, Vec<ContentId>, Sender<Vec<Option<EntryId>>>),
     Withdraw(HostNo),
     Summary(Sender<Summary>),
     Carried(Vec<EntryId>),
@@ -197,6 +198,18 @@ impl IndexLink {
         entries
     }
 
+    /// The entry of each of these contents that other target hosts than `target` need; nothing if
+    /// the index does not answer.
+    pub(crate) fn shared(
+        &self,
+        target: HostNo,
+        ids: Vec<ContentId>,
+    ) -> Option<Vec<Option<EntryId>>> {
+        let (sender, entries) = bounded(1);
+        self.send(Request::Shared(target, ids, sender));
+        entries.recv_timeout(REGISTER_PATIENCE).ok()
+    }
+
     /// Forgets what was registered for `target`.
     pub(crate) fn withdraw(&self, target: HostNo) {
         self.send(Request::Withdraw(target));
@@ -282,6 +295,10 @@ impl Talk {
             }
             Request::Register(target, items, asker) => {
                 shards.register(target, &items);
+                self.askers.push_back(Asker::Register(asker));
+            }
+            Request::Shared(target, ids, asker) => {
+                shards.shared(target, &ids);
                 self.askers.push_back(Asker::Register(asker));
             }
             Request::Summary(asker) => {

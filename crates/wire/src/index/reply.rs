@@ -111,7 +111,8 @@ pub enum Answer {
         /// Number of this server's shard, below [`EntryId::MAX_SHARDS`].
         shard: u8,
     },
-    /// To `Register` and `Seed`: the entry of each content; none if the table is full.
+    /// To `Register` and `Seed`: the entry of each content; none if the table is full. To
+    /// `Shared`: the entry of each content that another host needs.
     Entries(Vec<Option<EntryId>>),
     /// To `Claim`: one for each content.
     Verdicts(Vec<Verdict>),

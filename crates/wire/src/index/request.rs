@@ -81,6 +81,13 @@ pub enum Request<'a> {
         /// The contents.
         ids: Cow<'a, [ContentId]>,
     },
+    /// Which of these contents is any other host than `target` registered to need?
+    Shared {
+        /// The host that is known to need them.
+        target: HostNo,
+        /// The contents.
+        ids: Cow<'a, [ContentId]>,
+    },
     /// What is in the table?
     Summary,
     /// The group is done: its tables go, those of all domains.
@@ -99,6 +106,7 @@ mod kind {
     pub(super) const SEED: u8 = 8;
     pub(super) const SUMMARY: u8 = 9;
     pub(super) const END_GROUP: u8 = 10;
+    pub(super) const SHARED: u8 = 11;
 }
 
 impl Request<'_> {
@@ -115,7 +123,9 @@ impl Request<'_> {
                 items.iter().for_each(|i| out.extend_from_slice(&i.id.0));
                 items.iter().for_each(|i| varint::put(out, i.pages.into()));
             }
-            Self::Claim { target, ids } | Self::Seed { target, ids } => {
+            Self::Claim { target, ids }
+            | Self::Seed { target, ids }
+            | Self::Shared { target, ids } => {
                 put_host(*target, out);
                 ids.iter().for_each(|id| out.extend_from_slice(&id.0));
             }
@@ -141,6 +151,7 @@ impl Request<'_> {
             Self::Seed { .. } => kind::SEED,
             Self::Summary => kind::SUMMARY,
             Self::EndGroup => kind::END_GROUP,
+            Self::Shared { .. } => kind::SHARED,
         }
     }
 
@@ -175,6 +186,10 @@ impl Request<'_> {
                 host: take_last_host(rest)?,
             },
             kind::SEED => Request::Seed {
+                target: take_host(&mut rest)?,
+                ids: take_ids(rest)?.into(),
+            },
+            kind::SHARED => Request::Shared {
                 target: take_host(&mut rest)?,
                 ids: take_ids(rest)?.into(),
             },
