@@ -37,7 +37,9 @@ fn check_request(request: &Request<'_>) {
         Request::Register { items, .. } => {
             assert!(items.len() <= MAX_IDS && items.iter().all(|item| item.pages > 0));
         }
-        Request::Claim { ids, .. } | Request::Seed { ids, .. } => assert!(ids.len() <= MAX_IDS),
+        Request::Claim { ids, .. } | Request::Seed { ids, .. } | Request::Shared { ids, .. } => {
+            assert!(ids.len() <= MAX_IDS);
+        }
         Request::Carried { entries } | Request::Lost { entries, .. } => check_runs(entries),
         _ => {}
     }

@@ -43,7 +43,6 @@ pub(crate) enum Asked {
     Entries(usize),
     Verdicts(usize),
     Summary,
-    Hosts(usize),
 }
 
 /// An answer that is still missing, at least in part.
@@ -131,13 +130,14 @@ impl Client {
         self.expect(Asked::Entries(ids.len()))
     }
 
-    /// Which target hosts need these contents? Answer: `Hosts`.
-    pub fn needed(&mut self, ids: &[ContentId], out: &mut Vec<u8>) -> Ticket {
+    /// Which of these contents is any other host than `target` registered to need? Answer:
+    /// `Entries`, with those of the ones that are.
+    pub fn shared(&mut self, target: HostNo, ids: &[ContentId], out: &mut Vec<u8>) -> Ticket {
         for ids in ids.chunks(MAX_IDS) {
             let ids = Cow::Borrowed(ids);
-            Request::Needed { ids }.encode(out);
+            Request::Shared { target, ids }.encode(out);
         }
-        self.expect(Asked::Hosts(ids.len()))
+        self.expect(Asked::Entries(ids.len()))
     }
 
     /// What is in the table? Answer: `Summary`.
@@ -209,7 +209,6 @@ pub(crate) fn empty_answer(asked: Asked) -> Option<Answer> {
     match asked {
         Asked::Entries(0) => Some(Answer::Entries(Vec::new())),
         Asked::Verdicts(0) => Some(Answer::Verdicts(Vec::new())),
-        Asked::Hosts(0) => Some(Answer::Hosts(Vec::new())),
         _ => None,
     }
 }
@@ -225,10 +224,6 @@ fn join_parts(part: Option<Answer>, next: Answer) -> Result<Answer, ClientError>
             all.extend(next);
             Ok(Answer::Verdicts(all))
         }
-        (Some(Answer::Hosts(mut all)), Answer::Hosts(next)) => {
-            all.extend(next);
-            Ok(Answer::Hosts(all))
-        }
         _ => Err(ClientError::Unasked),
     }
 }
@@ -239,7 +234,6 @@ fn is_whole(asked: Asked, answer: &Answer) -> Result<bool, ClientError> {
         (Asked::Welcome, Answer::Welcome { .. }) | (Asked::Summary, Answer::Summary(_)) => (1, 1),
         (Asked::Entries(asked), Answer::Entries(entries)) => (asked, entries.len()),
         (Asked::Verdicts(asked), Answer::Verdicts(verdicts)) => (asked, verdicts.len()),
-        (Asked::Hosts(asked), Answer::Hosts(hosts)) => (asked, hosts.len()),
         _ => return Err(ClientError::Unasked),
     };
     if has > asked || has == 0 {

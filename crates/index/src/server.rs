@@ -137,9 +137,9 @@ fn apply(
             let ids: &[ContentId] = &ids;
             answer_entries(out, |entries| table.seed(target, ids, entries));
         }
-        Request::Needed { ids } => {
-            let hosts = ids.iter().map(|id| table.needed_by(*id)).collect();
-            Answer::Hosts(hosts).encode(out);
+        Request::Shared { target, ids } => {
+            let ids: &[ContentId] = &ids;
+            answer_entries(out, |entries| table.shared(target, ids, entries));
         }
         Request::Summary => Answer::Summary(table.summary()).encode(out),
         // Not about the table's contents: answered before.

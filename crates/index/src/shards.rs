@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use page::{ContentId, EntryId, HostNo, HostSet};
+use page::{ContentId, EntryId, HostNo};
 use wire::index::{Answer, EntryRun, Item, Summary, TableKey, Verdict};
 
 use crate::client::{Asked, Client, ClientError, Ticket, empty_answer};
@@ -116,11 +116,11 @@ impl Shards {
         })
     }
 
-    /// As [`Client::needed`].
-    pub fn needed(&mut self, ids: &[ContentId]) -> Ticket {
+    /// As [`Client::shared`].
+    pub fn shared(&mut self, target: HostNo, ids: &[ContentId]) -> Ticket {
         let (order, parts) = self.split(ids, |id| *id);
-        self.ask(Asked::Hosts(ids.len()), order, |client, shard, out| {
-            client.needed(&parts[usize::from(shard)], out);
+        self.ask(Asked::Entries(ids.len()), order, |client, shard, out| {
+            client.shared(target, &parts[usize::from(shard)], out);
         })
     }
 
@@ -311,13 +311,6 @@ impl Gather {
                     _ => Vec::new(),
                 });
                 Answer::Entries(weave(self.order, parts, None))
-            }
-            Asked::Hosts(_) => {
-                let parts = parts.map(|part| match part {
-                    Some(Answer::Hosts(hosts)) => hosts,
-                    _ => Vec::new(),
-                });
-                Answer::Hosts(weave(self.order, parts, HostSet::EMPTY))
             }
             Asked::Verdicts(_) => {
                 let parts = parts.map(|part| match part {

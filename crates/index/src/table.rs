@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use page::{ContentId, EntryId, HostNo, HostSet};
+use page::{ContentId, EntryId, HostNo};
 use wire::index::{EntryRun, Item, Summary, Verdict};
 
 use crate::entries::{Entries, Record, State};
@@ -125,11 +125,16 @@ impl Table {
         }
     }
 
-    /// The target hosts that are registered to need a content.
-    #[must_use]
-    pub fn needed_by(&self, id: ContentId) -> HostSet {
-        let record = self.entries.find(id).and_then(|no| self.entries.get(no));
-        record.map_or(HostSet::EMPTY, |record| self.sets.hosts(record.needed))
+    /// Appends the entry of each of these contents that any other host than `target` is
+    /// registered to need. Hosts beyond [`page::HostSet::CAPACITY`] are not
+    /// remembered.
+    pub fn shared(&self, target: HostNo, ids: &[ContentId], out: &mut Vec<Option<EntryId>>) {
+        out.extend(ids.iter().map(|id| {
+            let number = self.entries.find(*id)?;
+            let hosts = self.sets.hosts(self.entries.get(number)?.needed);
+            let elsewhere = !hosts.without(target).is_empty();
+            elsewhere.then(|| self.entry_id(number)).flatten()
+        }));
     }
 
     /// Forgets what was registered for `target`; see the type's page. Claims stay.

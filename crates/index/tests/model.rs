@@ -136,6 +136,12 @@ impl Model {
         }
     }
 
+    fn shared(&self, host: u16, content: u8) -> Option<EntryId> {
+        let entry = self.entries.get(&content)?;
+        let elsewhere = entry.needed.iter().any(|other| *other != host);
+        elsewhere.then_some(EntryId(entry.number))
+    }
+
     fn summary(&self) -> Summary {
         let mut summary = Summary {
             pages: self.pages.values().sum(),
@@ -222,6 +228,11 @@ fn apply(step: Step, table: &mut Table, model: &mut Model) -> Result<(), TestCas
         }
     }
     prop_assert_eq!(table.summary(), model.summary());
+    let ids: Vec<_> = (0..16).map(id).collect();
+    let mut shared = Vec::new();
+    table.shared(HostNo(1), &ids, &mut shared);
+    let of_model = (0..16).map(|n| model.shared(1, n));
+    prop_assert_eq!(shared, of_model.collect::<Vec<_>>());
     Ok(())
 }
 

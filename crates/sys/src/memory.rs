@@ -1,6 +1,8 @@
 //! Reading pages out of another process.
 
+use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 
 use page::{HostAddr, PAGE_SIZE};
 
@@ -21,6 +23,8 @@ const BATCH_PAGES_MAX: usize = 65_536;
 pub struct ProcessMemory {
     process: Process,
     pid: libc::pid_t,
+    /// `/proc/PID/mem`; none without the right to open it, and then nothing can be read.
+    file: Option<File>,
 }
 
 impl ProcessMemory {
@@ -31,7 +35,8 @@ impl ProcessMemory {
     pub fn open(pid: u32) -> io::Result<Self> {
         let process = Process::open(pid)?;
         let pid = libc::pid_t::try_from(pid).map_err(|_| io::ErrorKind::InvalidInput)?;
-        Ok(Self { process, pid })
+        let file = File::open(format!("/proc/{pid}/mem")).ok();
+        Ok(Self { process, pid, file })
     }
 
     /// Reads the whole pages at `addrs` into `out`, in that order, in as few system calls as
@@ -65,6 +70,37 @@ impl ProcessMemory {
             }
         }
         // The call names a pid, which could have been reused; not while the process lived.
+        if self.process.is_alive() {
+            Ok(done)
+        } else {
+            Err(io::Error::from_raw_os_error(libc::ESRCH))
+        }
+    }
+
+    /// As [`Self::read_pages`], without breaking the sharing of pages: since Linux 6.0 the
+    /// kernel gives a process its own copy of a page that it shares with others (KSM, fork)
+    /// before it lends it to [`Self::read_pages`]. One system call for each run of pages.
+    ///
+    /// # Errors
+    /// As [`Self::read_pages`].
+    pub fn read_shared_pages(&self, addrs: &[HostAddr], out: &mut [u8]) -> io::Result<usize> {
+        if addrs.len().checked_mul(PAGE_SIZE) != Some(out.len()) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let file = self.file.as_ref();
+        let file = file.ok_or_else(|| io::Error::from_raw_os_error(libc::EPERM))?;
+        let follows =
+            |one: &HostAddr, next: &HostAddr| one.0.checked_add(PAGE_SIZE as u64) == Some(next.0);
+        let mut done = 0;
+        for run in addrs.chunk_by(follows) {
+            let from = done * PAGE_SIZE;
+            let room = &mut out[from..from + run.len() * PAGE_SIZE];
+            let read = read_run(file, run[0], room)?;
+            done += read / PAGE_SIZE;
+            if read < room.len() {
+                break;
+            }
+        }
         if self.process.is_alive() {
             Ok(done)
         } else {
@@ -135,6 +171,22 @@ impl ProcessMemory {
         };
         usize::try_from(read).map_err(|_| io::Error::last_os_error())
     }
+}
+
+/// Reads adjacent pages up to the first that is not mapped; returns the bytes read.
+fn read_run(file: &File, start: HostAddr, out: &mut [u8]) -> io::Result<usize> {
+    let mut done = 0;
+    while done < out.len() {
+        match file.read_at(&mut out[done..], start.0.saturating_add(done as u64)) {
+            Ok(0) => break,
+            Ok(read) => done += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            // Not mapped; an address beyond what a file offset can be is not, either.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL)) => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(done)
 }
 
 /// The leading addresses as pieces of memory: at most [`IOVECS_MAX`], at most `pages_max` pages.
@@ -229,6 +281,27 @@ mod tests {
                 .unwrap(),
             0
         );
+    }
+
+    #[test]
+    fn shared_pages_are_read_in_order_up_to_the_first_hole_and_stay_shared() {
+        let file = Memfd::create("shared", ByteLen(8 * PAGE)).unwrap();
+        let mapping = file.map().unwrap();
+        for page in 0..8 {
+            mapping
+                .write(page * PAGE, &[u8::try_from(page).unwrap() + 1; PAGE_SIZE])
+                .unwrap();
+        }
+        let at = |i: u64| HostAddr(mapping.addr().0 + i * PAGE);
+        let addrs = [at(5), at(6), at(1), HostAddr(PAGE), at(0)];
+        let mut out = vec![0; 5 * PAGE_SIZE];
+        let memory = own_memory();
+        assert_eq!(memory.read_shared_pages(&addrs, &mut out).unwrap(), 3);
+        assert_eq!((out[0], out[PAGE_SIZE], out[3 * PAGE_SIZE - 1]), (6, 7, 2));
+        let top = [HostAddr(u64::MAX - 4095)];
+        let read = memory.read_shared_pages(&top, &mut out[..PAGE_SIZE]);
+        assert_eq!(read.unwrap(), 0);
+        assert!(memory.read_shared_pages(&top, &mut out).is_err());
     }
 
     #[test]

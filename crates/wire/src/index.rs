@@ -21,9 +21,9 @@
 //! | 8 | `Seed`: contents that a target host has without having been sent them | 34 `Entries` |
 //! | 9 | `Summary` | 36 `Summary` |
 //! | 10 | `EndGroup`: the group is done, forget it | none |
-//! | 11 | `Needed`: which target hosts need these contents? | 37 `Hosts` |
+//! | 11 | `Shared`: which of these contents do other target hosts need? | 34 `Entries` |
 //!
-//! 0 is invalid; 12..=32 are free for requests, 38.. for answers.
+//! 0 is invalid; 12..=32 are free for requests, 37.. for answers.
 //!
 //! Ledger: version 1 has all of the above.
 //!

@@ -14,10 +14,8 @@ use crate::config::Config;
 use crate::index_host::IndexHost;
 use crate::journal::Journal;
 use crate::link::{Bucket, Hold, Security};
-use crate::prepare::{Connect, Preparations};
-use crate::source::{
-    Entry, ForPreparation, IndexLinks, Input, MoveContext, MoveRun, SessionContext, Sessions,
-};
+use crate::prepare::{OverLinks, Preparations};
+use crate::source::{Entry, IndexLinks, Input, MoveContext, MoveRun, SessionContext, Sessions};
 use crate::target::{self, Arrivals, TargetContext};
 use crate::tls::Tls;
 use crate::types::{Happening, MoveSpec, Phase, PrepareSpec, PrepareStatus, ResolveSpec};
@@ -88,12 +86,11 @@ impl HostMover {
         };
         let window_log = u8::try_from(config.compression_window_bytes.ilog2())?;
         let indexes = Arc::<IndexLinks>::default();
-        let for_preparation = ForPreparation {
+        let index = Arc::new(OverLinks {
             links: Arc::clone(&indexes),
-            context: session.clone(),
-        };
-        let index = Some(Arc::new(for_preparation) as Arc<dyn Connect>);
-        let preparations = Arc::new(Preparations::new(&config.name, window_log, index));
+            session: session.clone(),
+        });
+        let preparations = Arc::new(Preparations::new(&config.name, window_log, Some(index)));
         let context = MoveContext {
             sessions: Arc::new(Sessions::default()),
             indexes: Arc::clone(&indexes),

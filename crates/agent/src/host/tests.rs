@@ -326,3 +326,56 @@ fn two_groups_admitted_at_once_are_not_promised_the_same_memory() {
     assert_eq!(refusal.code, RefusalCode::NoMemory);
     ask("first").expect("a group that asks again has its promise already");
 }
+
+#[test]
+fn real_a_prepared_vm_is_in_the_index_of_another_agent() {
+    use crate::types::{PrepareState, PrepareVm};
+    let agents = agents();
+    let data = agents.dir.path().join("data");
+    let page = |n: u8| [vec![n; 2048], vec![n + 1; 2048]].concat();
+    std::fs::write(&data, (0..100).flat_map(page).collect::<Vec<u8>>()).unwrap();
+    let vm = vm(agents.dir.path(), "v", &data, &[]);
+    let spec = PrepareSpec {
+        group: "g".into(),
+        vms: vec![PrepareVm {
+            vm: vm.name.clone(),
+            qmp: vm.qmp.clone(),
+            domain_key: "42".repeat(32),
+            target: 1,
+        }],
+        index: vec![agents.target_bulk.to_string()],
+        targets: 2,
+        bounds: crate::types::PrepareBounds::default(),
+    };
+    let settled = || {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            let status = agents.source.preparation("g").unwrap();
+            if status.state.is_settled() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "{status:?}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    };
+    agents.source.prepare(spec).unwrap();
+    let status = settled();
+    assert_eq!(status.state, PrepareState::Registered, "{status:?}");
+    assert_eq!(status.message, "");
+    agents
+        .source
+        .resolve_preparation("g", ResolveSpec::default())
+        .unwrap();
+    assert_eq!(settled().state, PrepareState::Ready);
+    let prepared = agents
+        .source
+        .preparations
+        .prepared("g", &[0x42; 32])
+        .unwrap();
+    let bytes: [u8; 4096] = page(7).try_into().unwrap();
+    let id = page::ContentKey::new([0x42; 32]).id_of(&bytes);
+    assert!(matches!(
+        prepared.lookup(id),
+        Some(crate::prepare::Need::One(page::HostNo(1)))
+    ));
+}

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use guest::scan::{Bounds, ContentNo, Distinct, Examined, Pace, Scan, ScanError, VmMemory};
 use guest::{GuestError, SourceGuest};
-use page::{ContentKey, EntryId, HostNo, PAGE_SIZE};
+use page::{ContentKey, EntryId, HostNo, HostSet, PAGE_SIZE};
 use wire::WireCompression;
 
 use super::registrar::BATCH;
@@ -31,7 +31,7 @@ pub(crate) enum JobError {
     Cancelled,
     /// Compression failed.
     #[error("compression failed")]
-    Compression(#[from] SqueezeError),
+    Compression(#[source] SqueezeError),
     /// A VM's memory could not be read.
     #[error("the memory of a VM could not be read")]
     Memory(#[source] std::io::Error),
@@ -317,15 +317,19 @@ fn needs(
         let found = domain.scan.distinct(|name| goes_to(spec, name, target));
         for batch in found.chunks(BATCH) {
             let ids: Vec<_> = batch.iter().filter_map(|one| contents.id(one.no)).collect();
-            let elsewhere = index.needed_elsewhere(HostNo(target), &ids)?;
-            for (one, elsewhere) in batch.iter().zip(elsewhere) {
-                let no = one.no.0 as usize;
-                let entry = registered.entries.get(no).copied().flatten();
-                needs[no] = match entry {
-                    Some(entry) if elsewhere => Some(Need::Several(entry)),
-                    None if elsewhere => None,
-                    _ => Some(Need::One(HostNo(target))),
-                };
+            let shared = if spec.targets <= HostSet::CAPACITY {
+                index.shared(HostNo(target), &ids)?
+            } else {
+                // The index does not remember the needs of so many hosts: all must be claimed.
+                let entry = |one: &Distinct| registered.entries.get(one.no.0 as usize);
+                batch
+                    .iter()
+                    .map(|one| entry(one).copied().flatten())
+                    .collect()
+            };
+            for (one, entry) in batch.iter().zip(shared) {
+                let alone = Need::One(HostNo(target));
+                needs[one.no.0 as usize] = Some(entry.map_or(alone, Need::Several));
             }
         }
     }
@@ -379,8 +383,9 @@ fn compressed(
     window_log: u8,
     pace: &mut Pace<'_>,
 ) -> Result<u64, JobError> {
-    let zstd = WireCompression::Zstd { window_log };
-    let Some(mut compressor) = Compressor::new(zstd)? else {
+    let compression = WireCompression::Zstd { window_log };
+    let compressor = Compressor::new(compression).map_err(JobError::Compression)?;
+    let Some(mut compressor) = compressor else {
         return Ok(0);
     };
     let names: Vec<&str> = domain.scan.names().collect();
@@ -397,12 +402,18 @@ fn compressed(
             };
             let addrs: Vec<_> = run.iter().map(|one| one.addr).collect();
             let room = &mut bytes[filled..filled + addrs.len() * PAGE_SIZE];
-            let read = vm.memory.pages(&addrs, room).map_err(JobError::Memory)?;
+            let read = vm
+                .memory
+                .shared_pages(&addrs, room)
+                .map_err(JobError::Memory)?;
             filled += read * PAGE_SIZE;
         }
-        compressor.frame(std::iter::once(&bytes[..filled]), filled, &mut out)?;
+        let frame_bytes = std::iter::once(&bytes[..filled]);
+        compressor
+            .frame(frame_bytes, filled, &mut out)
+            .map_err(JobError::Compression)?;
         total += out.len() as u64;
-        pace.spent((frame.len() * PAGE_SIZE) as u64)
+        pace.spent(filled as u64)
             .map_err(|_cancelled| JobError::Cancelled)?;
     }
     Ok(total)

@@ -22,6 +22,7 @@
 //! [`guest::scan::CONTENT_BYTES_MAX`] and [`KNOWLEDGE_BYTES`] more. It is freed when the group
 //! ends, or when nobody has asked for it for [`LEASE`].
 
+mod connection;
 mod job;
 mod prepared;
 mod registrar;
@@ -36,6 +37,7 @@ use std::time::{Duration, Instant};
 
 use guest::scan::ScanProgress;
 
+pub(crate) use connection::OverLinks;
 pub use prepared::{Need, Prepared};
 pub use registrar::{Connect, RegisterError, Registrar};
 pub(crate) use report::ids_of;

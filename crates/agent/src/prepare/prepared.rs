@@ -10,7 +10,7 @@ use page::{ContentId, EntryId, HostNo};
 pub enum Need {
     /// This one only, in the whole group: nobody needs to be asked before it is sent there.
     One(HostNo),
-    /// Several: it has this entry in the index, and must be claimed.
+    /// Several, or that is not known: it has this entry in the index, and must be claimed.
     Several(EntryId),
 }
 

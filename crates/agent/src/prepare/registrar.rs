@@ -26,15 +26,16 @@ pub trait Registrar: Send {
         batch: &[(ContentId, u32)],
     ) -> Result<Vec<Option<EntryId>>, RegisterError>;
 
-    /// Which of these contents other target hosts than `target` are registered to need.
+    /// The entry of each of these contents that other target hosts than `target` are registered
+    /// to need.
     ///
     /// # Errors
     /// If the index does not answer.
-    fn needed_elsewhere(
+    fn shared(
         &mut self,
         target: HostNo,
         batch: &[ContentId],
-    ) -> Result<Vec<bool>, RegisterError>;
+    ) -> Result<Vec<Option<EntryId>>, RegisterError>;
 }
 
 /// Connects to the index.

@@ -50,14 +50,14 @@ impl Registrar for InMemory {
         Ok(entries)
     }
 
-    fn needed_elsewhere(
+    fn shared(
         &mut self,
         target: HostNo,
         batch: &[ContentId],
-    ) -> Result<Vec<bool>, RegisterError> {
-        let table = lock(&self.0);
-        let elsewhere = |id: &ContentId| !table.needed_by(*id).without(target).is_empty();
-        Ok(batch.iter().map(elsewhere).collect())
+    ) -> Result<Vec<Option<EntryId>>, RegisterError> {
+        let mut entries = Vec::new();
+        lock(&self.0).shared(target, batch, &mut entries);
+        Ok(entries)
     }
 }
 

@@ -14,12 +14,11 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use index::{Shards, Ticket};
-use page::{ContentId, ContentKey, EntryId, HostNo, HostSet};
+use page::{ContentId, ContentKey, EntryId, HostNo};
 use wire::index::{Answer, EntryRun, Item, TableKey, Verdict, join_runs};
 use wire::{Channel, ControlReply, Hello, PROTOCOL_VERSION, WireCompression, WireError};
 
 use crate::link::{Link, LinkError};
-use crate::prepare::{Connect, RegisterError, Registrar};
 
 use super::session::{SessionContext, spawn};
 
@@ -96,7 +95,7 @@ pub(crate) struct IndexLink {
 enum Request {
     Claim(HostNo, Vec<ContentId>, Sender<Vec<Verdict>>),
     Register(HostNo, Vec<Item>, Sender<Vec<Option<EntryId>>>),
-    Needed(Vec<ContentId>, Sender<Vec<HostSet>>),
+    Shared(HostNo, Vec<ContentId>, Sender<Vec<Option<EntryId>>>),
     Carried(Vec<EntryId>),
     Lost(HostNo, Vec<EntryId>),
     CarrierGone(HostNo),
@@ -106,7 +105,6 @@ enum Request {
 enum Asker {
     Claim(Sender<Vec<Verdict>>),
     Register(Sender<Vec<Option<EntryId>>>),
-    Needed(Sender<Vec<HostSet>>),
 }
 
 /// A claim under way.
@@ -186,23 +184,27 @@ impl IndexLink {
         }
     }
 
-    /// Registers contents of VMs that will run on `target`: the entry of each, none if the index
-    /// is full. None at all if it does not answer.
-    pub(crate) fn register(
-        &self,
-        target: HostNo,
-        items: Vec<Item>,
-    ) -> Option<Vec<Option<EntryId>>> {
+    /// Registers contents of VMs that will run on `target`; the entry of each, none if the index
+    /// is full or gone.
+    pub(crate) fn register(&self, target: HostNo, items: Vec<Item>) -> Vec<Option<EntryId>> {
+        let count = items.len();
         let (sender, entries) = bounded(1);
         self.send(Request::Register(target, items, sender));
-        entries.recv_timeout(REGISTER_PATIENCE).ok()
+        let mut entries = entries.recv_timeout(REGISTER_PATIENCE).unwrap_or_default();
+        entries.resize(count, None);
+        entries
     }
 
-    /// The target hosts that need each of these contents. None if the index does not answer.
-    pub(crate) fn needed(&self, ids: Vec<ContentId>) -> Option<Vec<HostSet>> {
-        let (sender, hosts) = bounded(1);
-        self.send(Request::Needed(ids, sender));
-        hosts.recv_timeout(REGISTER_PATIENCE).ok()
+    /// The entry of each of these contents that other target hosts than `target` need; nothing if
+    /// the index does not answer.
+    pub(crate) fn shared(
+        &self,
+        target: HostNo,
+        ids: Vec<ContentId>,
+    ) -> Option<Vec<Option<EntryId>>> {
+        let (sender, entries) = bounded(1);
+        self.send(Request::Shared(target, ids, sender));
+        entries.recv_timeout(REGISTER_PATIENCE).ok()
     }
 
     /// These entries have reached their carrier.
@@ -280,9 +282,9 @@ impl Talk {
                 shards.register(target, &items);
                 self.askers.push_back(Asker::Register(asker));
             }
-            Request::Needed(ids, asker) => {
-                shards.needed(&ids);
-                self.askers.push_back(Asker::Needed(asker));
+            Request::Shared(target, ids, asker) => {
+                shards.shared(target, &ids);
+                self.askers.push_back(Asker::Register(asker));
             }
             Request::Carried(entries) => shards.carried(&runs_of(&entries)),
             Request::Lost(carrier, entries) => shards.lost(carrier, &runs_of(&entries)),
@@ -300,7 +302,6 @@ impl Talk {
             (Some(Asker::Register(asker)), Answer::Entries(entries)) => {
                 asker.try_send(entries).is_ok()
             }
-            (Some(Asker::Needed(asker)), Answer::Hosts(hosts)) => asker.try_send(hosts).is_ok(),
             _ => false,
         };
     }
@@ -366,62 +367,4 @@ impl Talk {
 
 fn runs_of(entries: &[EntryId]) -> Vec<EntryRun> {
     join_runs(entries.iter().copied())
-}
-
-/// The index as preparation uses it: through the link that the moves use, too.
-pub(crate) struct ForPreparation {
-    pub(crate) links: Arc<IndexLinks>,
-    pub(crate) context: SessionContext,
-}
-
-impl Connect for ForPreparation {
-    fn connect(
-        &self,
-        group: &str,
-        key: &ContentKey,
-        index: &[String],
-    ) -> Result<Box<dyn Registrar>, RegisterError> {
-        let id = IndexKey {
-            group: group.to_owned(),
-            domain_key: hex::encode(key.secret()),
-            shards: index.to_vec(),
-        };
-        let link = self.links.get(&id, key, &self.context);
-        let link = link.map_err(|error| RegisterError(crate::host::chain(&error)))?;
-        Ok(Box::new(link))
-    }
-}
-
-impl Registrar for Arc<IndexLink> {
-    fn epoch(&self) -> u64 {
-        self.epoch
-    }
-
-    fn register(
-        &mut self,
-        target: HostNo,
-        batch: &[(ContentId, u32)],
-    ) -> Result<Vec<Option<EntryId>>, RegisterError> {
-        let item = |(id, pages): &(ContentId, u32)| Item {
-            id: *id,
-            pages: *pages,
-        };
-        IndexLink::register(self, target, batch.iter().map(item).collect()).ok_or_else(silent)
-    }
-
-    fn needed_elsewhere(
-        &mut self,
-        target: HostNo,
-        batch: &[ContentId],
-    ) -> Result<Vec<bool>, RegisterError> {
-        let hosts = self.needed(batch.to_vec()).ok_or_else(silent)?;
-        Ok(hosts
-            .into_iter()
-            .map(|set| !set.without(target).is_empty())
-            .collect())
-    }
-}
-
-fn silent() -> RegisterError {
-    RegisterError("it is silent or gone".to_owned())
 }

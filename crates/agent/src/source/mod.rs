@@ -19,6 +19,6 @@ mod run;
 mod session;
 mod stream;
 
-pub(crate) use index_link::{ForPreparation, IndexLinks};
+pub(crate) use index_link::{IndexKey, IndexLink, IndexLinks};
 pub(crate) use run::{Entry, Input, MoveContext, MoveRun};
 pub(crate) use session::{SessionContext, Sessions};

@@ -17,7 +17,7 @@
 //! That costs bytes, never content: the migration hashes what the stream holds, and a stale id
 //! merely matches nothing.
 //!
-//! Goals: no page of the guest is brought into being; memory is bounded (16 bytes a page of guest
+//! Goals: no page of the guest is brought into being, and none that is shared gets a copy; memory is bounded (16 bytes a page of guest
 //! memory, at most [`CONTENT_BYTES_MAX`] a distinct content); the thread that scans stays within
 //! [`Bounds`]. Non-goals: an exact picture of a running guest, and knowing what a duplicate is
 //! good for.
@@ -44,7 +44,7 @@ pub use pace::{Bounds, Pace, ScanProgress};
 pub use page_state::PageKind;
 pub use process::{Examined, QemuMemory};
 
-use page_state::{PageState, SAMPLE_BYTES, Step, sample_offset, sample_sum};
+use page_state::{PageState, SAMPLE_BYTES, Step, copied_before_writing, sample_offset, sample_sum};
 
 /// Pages looked at in one step: the buffer of 4 MiB stays in the last cache of most processors,
 /// and one system call takes as many samples.
@@ -81,6 +81,12 @@ pub trait VmMemory {
     /// # Errors
     /// As above.
     fn pages(&self, addrs: &[HostAddr], out: &mut [u8]) -> io::Result<usize>;
+
+    /// The same of pages that several processes share, which must stay shared.
+    ///
+    /// # Errors
+    /// As above.
+    fn shared_pages(&self, addrs: &[HostAddr], out: &mut [u8]) -> io::Result<usize>;
 
     /// `piece` bytes at each of these addresses; returns how many leading ones could be read.
     ///
@@ -283,7 +289,18 @@ impl Scan {
         effort.sampled += samples.len() as u64;
         reads.extend(stale);
         reads.sort_unstable();
-        effort.read = self.read(memory, start, &reads, states, &table)?;
+        let (shared, own): (Vec<_>, Vec<_>) = reads
+            .into_iter()
+            .partition(|&at| copied_before_writing(table[at]));
+        let mut batch = Batch {
+            start,
+            table: &table,
+            states: &mut *states,
+        };
+        let read_shared = |addrs: &[HostAddr], out: &mut [u8]| memory.shared_pages(addrs, out);
+        effort.read = self.read(read_shared, &shared, &mut batch)?;
+        let read_own = |addrs: &[HostAddr], out: &mut [u8]| memory.pages(addrs, out);
+        effort.read += self.read(read_own, &own, &mut batch)?;
         for (at, frame) in joins {
             // A page that could not be read leaves its frame unknown to the others, too.
             let kind = self.frames.get(&frame).copied().flatten();
@@ -304,21 +321,23 @@ impl Scan {
     /// Reads and classifies the pages `reads`; returns how many could be read.
     fn read(
         &mut self,
-        memory: &dyn VmMemory,
-        start: HostAddr,
+        from: impl Fn(&[HostAddr], &mut [u8]) -> io::Result<usize>,
         reads: &[usize],
-        states: &mut [PageState],
-        table: &[PagemapEntry],
+        batch: &mut Batch<'_>,
     ) -> Result<u64, ScanError> {
+        let Batch {
+            start,
+            table,
+            states,
+        } = batch;
+        let start = *start;
         let addrs: Vec<_> = reads.iter().map(|&at| address(start, at)).collect();
         let mut bytes = vec![0; addrs.len() * PAGE_SIZE];
         let mut done = 0;
         let mut readable = 0;
         while done < addrs.len() {
             let room = &mut bytes[done * PAGE_SIZE..];
-            let count = memory
-                .pages(&addrs[done..], room)
-                .map_err(ScanError::Read)?;
+            let count = from(&addrs[done..], room).map_err(ScanError::Read)?;
             let (pages, _) = room[..count * PAGE_SIZE].as_chunks::<PAGE_SIZE>();
             for (&at, page) in reads[done..].iter().zip(pages) {
                 let kind = self.classify(page);
@@ -464,6 +483,13 @@ impl Tally {
             }
         }
     }
+}
+
+/// Pages looked at in one step.
+struct Batch<'a> {
+    start: HostAddr,
+    table: &'a [PagemapEntry],
+    states: &'a mut [PageState],
 }
 
 /// Those of `samples` whose line is not what it was.

@@ -115,7 +115,7 @@ impl PageState {
 
 /// Whether the kernel copies this page before it is written. Memory that is shared by all its
 /// users is written in place, however many map it.
-fn copied_before_writing(entry: PagemapEntry) -> bool {
+pub(super) fn copied_before_writing(entry: PagemapEntry) -> bool {
     entry.present() && !entry.exclusive() && !entry.file_or_shared()
 }
 

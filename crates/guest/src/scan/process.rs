@@ -76,6 +76,10 @@ impl VmMemory for QemuMemory {
         self.memory.read_pages(addrs, out)
     }
 
+    fn shared_pages(&self, addrs: &[HostAddr], out: &mut [u8]) -> io::Result<usize> {
+        self.memory.read_shared_pages(addrs, out)
+    }
+
     fn samples(&self, addrs: &[HostAddr], piece: usize, out: &mut [u8]) -> io::Result<usize> {
         self.memory.read_samples(addrs, piece, out)
     }

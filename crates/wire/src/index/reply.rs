@@ -111,15 +111,13 @@ pub enum Answer {
         /// Number of this server's shard, below [`EntryId::MAX_SHARDS`].
         shard: u8,
     },
-    /// To `Register` and `Seed`: the entry of each content; none if the table is full.
+    /// To `Register` and `Seed`: the entry of each content; none if the table is full. To
+    /// `Shared`: the entry of each content that another host needs.
     Entries(Vec<Option<EntryId>>),
     /// To `Claim`: one for each content.
     Verdicts(Vec<Verdict>),
     /// To `Summary`.
     Summary(Summary),
-    /// To `Needed`: the target hosts that need each content. Those beyond
-    /// [`HostSet::CAPACITY`] do not show.
-    Hosts(Vec<HostSet>),
 }
 
 /// The table in the page of [`super`].
@@ -128,7 +126,6 @@ mod kind {
     pub(super) const ENTRIES: u8 = 34;
     pub(super) const VERDICTS: u8 = 35;
     pub(super) const SUMMARY: u8 = 36;
-    pub(super) const HOSTS: u8 = 37;
 }
 
 impl Answer {
@@ -143,12 +140,6 @@ impl Answer {
                 put_entries(entries, out);
             }),
             Self::Verdicts(verdicts) => Self::encode_verdicts(verdicts, out),
-            Self::Hosts(hosts) => put_frame(out, kind::HOSTS, |out| {
-                for run in hosts.chunk_by(|a, b| a == b) {
-                    varint::put(out, run.len() as u64);
-                    varint::put(out, run[0].bits());
-                }
-            }),
             Self::Summary(summary) => put_frame(out, kind::SUMMARY, |out| {
                 let Summary {
                     by_hosts,
@@ -181,7 +172,6 @@ impl Answer {
             kind::ENTRIES => take_entries(body).map(Self::Entries),
             kind::VERDICTS => take_verdicts(body).map(Self::Verdicts),
             kind::SUMMARY => take_summary(body).map(Self::Summary),
-            kind::HOSTS => take_hosts(body).map(Self::Hosts),
             other => Err(WireError::UnexpectedKind(other)),
         }
     }
@@ -195,16 +185,6 @@ fn take_welcome(body: &[u8]) -> Result<Answer, WireError> {
     }
     let epoch = u64::from_le_bytes(*epoch);
     nothing_after(rest).map(|()| Answer::Welcome { epoch, shard })
-}
-
-fn take_hosts(mut rest: &[u8]) -> Result<Vec<HostSet>, WireError> {
-    let mut hosts = Vec::new();
-    while !rest.is_empty() {
-        let count = checked_count(varint::take(&mut rest)?, hosts.len())?;
-        let set = HostSet::from_bits(varint::take(&mut rest)?);
-        hosts.resize(hosts.len() + count as usize, set);
-    }
-    Ok(hosts)
 }
 
 fn take_summary(mut body: &[u8]) -> Result<Summary, WireError> {

@@ -81,8 +81,10 @@ pub enum Request<'a> {
         /// The contents.
         ids: Cow<'a, [ContentId]>,
     },
-    /// Which target hosts are registered to need these contents?
-    Needed {
+    /// Which of these contents is any other host than `target` registered to need?
+    Shared {
+        /// The host that is known to need them.
+        target: HostNo,
         /// The contents.
         ids: Cow<'a, [ContentId]>,
     },
@@ -104,7 +106,7 @@ mod kind {
     pub(super) const SEED: u8 = 8;
     pub(super) const SUMMARY: u8 = 9;
     pub(super) const END_GROUP: u8 = 10;
-    pub(super) const NEEDED: u8 = 11;
+    pub(super) const SHARED: u8 = 11;
 }
 
 impl Request<'_> {
@@ -121,11 +123,12 @@ impl Request<'_> {
                 items.iter().for_each(|i| out.extend_from_slice(&i.id.0));
                 items.iter().for_each(|i| varint::put(out, i.pages.into()));
             }
-            Self::Claim { target, ids } | Self::Seed { target, ids } => {
+            Self::Claim { target, ids }
+            | Self::Seed { target, ids }
+            | Self::Shared { target, ids } => {
                 put_host(*target, out);
                 ids.iter().for_each(|id| out.extend_from_slice(&id.0));
             }
-            Self::Needed { ids } => ids.iter().for_each(|id| out.extend_from_slice(&id.0)),
             Self::Carried { entries } => put_runs(entries, out),
             Self::Lost { carrier, entries } => {
                 put_host(*carrier, out);
@@ -148,7 +151,7 @@ impl Request<'_> {
             Self::Seed { .. } => kind::SEED,
             Self::Summary => kind::SUMMARY,
             Self::EndGroup => kind::END_GROUP,
-            Self::Needed { .. } => kind::NEEDED,
+            Self::Shared { .. } => kind::SHARED,
         }
     }
 
@@ -186,10 +189,11 @@ impl Request<'_> {
                 target: take_host(&mut rest)?,
                 ids: take_ids(rest)?.into(),
             },
-            kind::SUMMARY => nothing_after(rest).map(|()| Request::Summary)?,
-            kind::NEEDED => Request::Needed {
+            kind::SHARED => Request::Shared {
+                target: take_host(&mut rest)?,
                 ids: take_ids(rest)?.into(),
             },
+            kind::SUMMARY => nothing_after(rest).map(|()| Request::Summary)?,
             kind::END_GROUP => nothing_after(rest).map(|()| Request::EndGroup)?,
             other => return Err(WireError::UnexpectedKind(other)),
         })

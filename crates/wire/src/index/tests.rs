@@ -79,6 +79,7 @@ proptest! {
             Request::Lost { carrier: target, entries: (&runs).into() },
             Request::CarrierGone { host: target },
             Request::Seed { target, ids: (&ids).into() },
+            Request::Shared { target, ids: (&ids).into() },
             Request::Summary,
             Request::EndGroup,
         ] {
@@ -203,7 +204,7 @@ fn a_run_cannot_leave_its_shard_or_be_local_or_empty() {
 
 #[test]
 fn numbers_that_are_not_given_out_are_no_messages() {
-    for kind in [0, 11, 32, 33, 255] {
+    for kind in [0, 12, 32, 33, 255] {
         assert_eq!(
             Request::decode(kind, &[]),
             Err(WireError::UnexpectedKind(kind))
