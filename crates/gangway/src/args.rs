@@ -192,7 +192,7 @@ pub(crate) struct Overrides {
     #[arg(long, value_parser = choice::<Scope>(&["none", "host", "rack"]))]
     scope: Option<Scope>,
     /// What becomes of page sharing at the target.
-    #[arg(long, value_parser = choice::<Sharing>(&["off"]))]
+    #[arg(long, value_parser = choice::<Sharing>(&["off", "preserve"]))]
     sharing: Option<Sharing>,
     /// How page bytes are packed.
     #[arg(long, value_parser = choice::<Compression>(&["none", "zstd"]))]
