@@ -186,7 +186,7 @@ impl Bounds {
 #[derive(Debug, Args)]
 pub(crate) struct Overrides {
     /// Technique.
-    #[arg(long, value_parser = choice::<Preset>(&["oc", "gang", "irlm", "full"]))]
+    #[arg(long, value_parser = choice::<Preset>(&["oc", "gang", "irlm", "slm", "full"]))]
     preset: Option<Preset>,
     /// Where duplicates are looked for.
     #[arg(long, value_parser = choice::<Scope>(&["none", "host", "rack"]))]

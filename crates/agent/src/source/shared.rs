@@ -51,9 +51,9 @@ impl FrameScan {
     /// Looks again, unless that was done a moment ago.
     pub(crate) fn refresh(&self) {
         let mut inner = self.lock();
-        let is_due = inner.last.is_none_or(|(ended, took)| {
-            ended.elapsed() >= PAUSE.max(took.saturating_mul(LOAD))
-        });
+        let is_due = inner
+            .last
+            .is_none_or(|(ended, took)| ended.elapsed() >= PAUSE.max(took.saturating_mul(LOAD)));
         if is_due {
             inner.scan();
         }

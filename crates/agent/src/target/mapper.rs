@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use content::pool::{PoolUser, PoolVm, mapping_budget};
 use cow_abi::{BLOCKS_MAX, MapRun, Outcome};
@@ -90,6 +91,7 @@ impl Waiting {
             scarce_below: runs_left / 2,
             last: None,
             mapped: 0,
+            asked: Duration::ZERO,
         };
         Ok(mapper)
     }
@@ -121,6 +123,8 @@ pub(crate) struct Mapper {
     /// The last run: one that goes on where it ended takes no new mapping.
     last: Option<MapRun>,
     mapped: u64,
+    /// How long the library took for what it was asked.
+    asked: Duration,
 }
 
 impl Mapper {
@@ -222,7 +226,10 @@ impl Mapper {
         let Some(library) = self.library.as_mut().filter(|_| !maps.is_empty()) else {
             return Ok(Vec::new());
         };
-        match library.map(&maps, false) {
+        let begin = Instant::now();
+        let answer = library.map(&maps, false);
+        self.asked += begin.elapsed();
+        match answer {
             Err(CowError::Closed) => {
                 // It maps nothing any more, so that plain copies are safe; if its QEMU has ended,
                 // they will not be taken.
@@ -239,8 +246,15 @@ impl Mapper {
         let Some(library) = self.library.take() else {
             return;
         };
+        let begin = Instant::now();
         match library.close() {
-            Ok(statistics) => tracing::debug!(?statistics, "mapping is over"),
+            Ok(statistics) => tracing::debug!(
+                ?statistics,
+                asked = ?self.asked,
+                finish = ?begin.elapsed(),
+                runs_left = self.runs_left,
+                "mapping is over"
+            ),
             // What is mapped stays mapped; it may show in a core dump.
             Err(error) => tracing::warn!("the mapping library did not finish: {error}"),
         }

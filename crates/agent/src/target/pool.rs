@@ -143,23 +143,29 @@ impl HostPool {
         }
     }
 
-    /// Looks after every VM once.
+    /// Looks after every VM once, with the pool locked for one at a time: others are arriving.
     fn sweep(&self) {
-        let mut inner = lock(&self.inner);
-        let numbers: Vec<PoolVm> = inner.vms.keys().copied().collect();
+        let numbers: Vec<PoolVm> = lock(&self.inner).vms.keys().copied().collect();
         for vm in numbers {
-            if inner.vms.get(&vm).is_some_and(Sharer::is_gone) {
-                inner.vms.remove(&vm);
-                let freed = inner.pool.remove_vm(vm);
-                self.give_back(&freed);
-            } else if let Some(left) = inner.privatised(vm) {
-                let freed = inner.pool.sweep(vm, |block, page| {
-                    left.binary_search(&(block, page)).is_err()
-                });
-                self.give_back(&freed);
-            }
+            self.sweep_vm(vm);
         }
+        let inner = lock(&self.inner);
         tracing::trace!(live = %inner.pool.live(), users = inner.pool.users(), "pool");
+    }
+
+    fn sweep_vm(&self, vm: PoolVm) {
+        let mut inner = lock(&self.inner);
+        let freed = if inner.vms.get(&vm).is_some_and(Sharer::is_gone) {
+            inner.vms.remove(&vm);
+            inner.pool.remove_vm(vm)
+        } else if let Some(left) = inner.privatised(vm) {
+            inner.pool.sweep(vm, |block, page| {
+                left.binary_search(&(block, page)).is_err()
+            })
+        } else {
+            return;
+        };
+        self.give_back(&freed);
     }
 }
 

@@ -164,6 +164,10 @@ impl Sink {
                 lock(&self.pings).push_back((ping, position));
             }
             write_batch(&mut self.socket, &batch, body)?;
+            // While QEMU loads its devices: every mapping is through, and the guest waits.
+            if let Some(mapper) = self.mapper.as_mut().filter(|_| unpacker.is_past_memory()) {
+                mapper.finish();
+            }
             if let Some(Ack::OnWrite { position }) = batch.ack {
                 self.session.say(self.vm, BackMessage::Ack { position });
             }
@@ -259,16 +263,12 @@ impl Sink {
             self.place(&placed);
             unpacker.shared_done(&is_mapped, batch);
         }
+        let pages = mapper.mapped();
         let is_over = unpacker.is_past_memory();
-        if is_over {
-            mapper.finish();
-        }
-        let mapped = mapper.mapped();
         self.mapper = Some(mapper);
-        if mapped >= self.mapped_said + SAY_MAPPED || (is_over && mapped > self.mapped_said) {
-            self.mapped_said = mapped;
-            self.session
-                .say(self.vm, BackMessage::Mapped { pages: mapped });
+        if pages >= self.mapped_said + SAY_MAPPED || (is_over && pages > self.mapped_said) {
+            self.mapped_said = pages;
+            self.session.say(self.vm, BackMessage::Mapped { pages });
         }
         Ok(())
     }

@@ -490,7 +490,10 @@ impl Move {
         };
         let mappable = HashMap::from([
             ("pc.ram".to_owned(), pages("pc.ram")),
-            ("dimm0".to_owned(), pages("dimm0") + u32::from(rng.chance(30))),
+            (
+                "dimm0".to_owned(),
+                pages("dimm0") + u32::from(rng.chance(30)),
+            ),
         ]);
         Self {
             source,
