@@ -305,7 +305,7 @@ mod tests {
                 tried += 1;
             }
         }
-        assert_eq!(tried, 11);
+        assert_eq!(tried, 13);
     }
 
     #[test]
