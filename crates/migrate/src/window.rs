@@ -14,6 +14,8 @@ struct Lead {
     time_ms: u64,
     /// Below this the window never closes on time alone.
     floor_bytes: u64,
+    /// Most bytes of the stream that are not loaded, references included.
+    backlog_bytes: u64,
 }
 
 /// Far from its end a migration wants throughput: an answer may take long because both hosts
@@ -22,13 +24,16 @@ struct Lead {
 const FAR: Lead = Lead {
     time_ms: 400,
     floor_bytes: 1 << 20,
+    backlog_bytes: u64::MAX,
 };
 
 /// Near its end the backlog is downtime: a third of QEMU's default limit of 300 ms, and no less
-/// than one read buffer, or nothing would move.
+/// than one read buffer, or nothing would move. Pages that wait for contents of other hosts take no
+/// time on this wire and count by their number: 512 of them at most are left to the switch-over.
 const NEAR: Lead = Lead {
     time_ms: 100,
     floor_bytes: 256 << 10,
+    backlog_bytes: 2 << 20,
 };
 
 /// Interval over which rates are measured; QEMU uses the same.
@@ -116,7 +121,8 @@ impl Window {
     pub fn is_open(&self) -> bool {
         let lead = if self.near_end { NEAR } else { FAR };
         let in_time = self.meter.best.wire.saturating_mul(lead.time_ms) / 1000;
-        self.backlog() < self.limit_bytes && self.wire_in_flight < in_time.max(lead.floor_bytes)
+        self.backlog() < self.limit_bytes.min(lead.backlog_bytes)
+            && self.wire_in_flight < in_time.max(lead.floor_bytes)
     }
 
     /// Whether QEMU may soon stop its guest: the window is smaller then.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use page::{ContentKey, HostNo};
-use wire::{Channel, ControlReply, ControlRequest, Hello};
+use wire::{Channel, ControlReply, ControlRequest, Hello, WireCompression};
 
 use crate::index_host::IndexHost;
 use crate::link::{Link, LinkError, Security};
@@ -135,7 +135,12 @@ impl Listener {
                     host: self.arrivals.context.host.clone(),
                     security: self.security.clone(),
                     peer_timeout: self.peer_timeout,
-                    compression: hello.compression,
+                    compression: match hello.compression {
+                        WireCompression::None => WireCompression::None,
+                        WireCompression::Zstd { window_log } => WireCompression::Zstd {
+                            window_log: window_log.min(super::peer::WINDOW_LOG),
+                        },
+                    },
                 };
                 Some(self.racks.join(rack, &key, &context, store)?)
             }
