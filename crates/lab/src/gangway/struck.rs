@@ -61,7 +61,9 @@ pub(super) fn run(
     let unexpected = fault.expect.and_then(|expect| expect.problem(fault, seen));
     let silences = bench.vms.iter().filter_map(|vm| {
         let track = bench.observer.track(&vm.name);
-        track.longest_gap_ms(began_at)
+        // A VM that waits for a person is still silent.
+        let until_now = UnixMs::now().ms_since(track.0.last()?.at);
+        Some(track.longest_gap_ms(began_at)?.max(until_now))
     });
     let silence = silences.reduce(f64::max);
     let mut figures = vec![
