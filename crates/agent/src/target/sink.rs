@@ -10,7 +10,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use migrate::unpack::{Ack, Arrived, Batch, Segment, UnpackError, Unpacker};
 use page::{EntryId, HostNo, PAGE_SIZE, PageBytes};
 use qstream::{ReturnDecoder, ReturnMessage, ReturnStep};
-use wire::BackMessage;
+use wire::{BackMessage, Reached};
 
 use crate::link::Buffer;
 
@@ -78,8 +78,8 @@ pub(crate) enum SinkError {
     Dropped,
 }
 
-/// Pings on their way, with the positions that they acknowledge.
-type Pings = Arc<Mutex<VecDeque<(u32, u64)>>>;
+/// Pings on their way, with how far the stream is once they are answered.
+type Pings = Arc<Mutex<VecDeque<(u32, Reached)>>>;
 
 /// What feeds one QEMU.
 pub(crate) struct Sink {
@@ -142,12 +142,12 @@ impl Sink {
             if self.memory.is_some() {
                 self.find_memory(&unpacker);
             }
-            if let Some(Ack::OnPong { ping, position }) = batch.ack {
-                lock(&self.pings).push_back((ping, position));
+            if let Some(Ack::OnPong { ping, reached }) = batch.ack {
+                lock(&self.pings).push_back((ping, reached));
             }
             write_batch(&mut self.socket, &batch, body)?;
-            if let Some(Ack::OnWrite { position }) = batch.ack {
-                self.session.say(self.vm, BackMessage::Ack { position });
+            if let Some(Ack::OnWrite { reached }) = batch.ack {
+                self.session.say(self.vm, BackMessage::Ack(reached));
             }
             for runs in batch.repair.chunks(1024) {
                 self.session
@@ -328,16 +328,16 @@ pub(crate) fn read_return_path(
 
 fn acknowledge(session: &TargetSession, vm: u16, pings: &Pings, value: u32) {
     let mut pings = lock(pings);
-    let mut reached = None;
-    while let Some((ping, position)) = pings.front().copied() {
+    let mut answered = None;
+    while let Some((ping, reached)) = pings.front().copied() {
         pings.pop_front();
-        reached = Some(position);
+        answered = Some(reached);
         if ping == value {
             break;
         }
     }
     drop(pings);
-    if let Some(position) = reached {
-        session.say(vm, BackMessage::Ack { position });
+    if let Some(reached) = answered {
+        session.say(vm, BackMessage::Ack(reached));
     }
 }

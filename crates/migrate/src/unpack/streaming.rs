@@ -86,11 +86,11 @@ impl Streaming {
     pub(super) fn flush<B>(&mut self, next_ping: &mut u32, batch: &mut Batch<B>) {
         match &mut self.phase {
             Phase::Parts => {
-                if let Some(position) = self.waiting.complete() {
+                if let Some(reached) = self.waiting.progress() {
                     self.encoder.close(&mut batch.head);
                     let ping = *next_ping;
                     encode_command(Command::Ping(ping), &mut batch.head);
-                    batch.ack = Some(Ack::OnPong { ping, position });
+                    batch.ack = Some(Ack::OnPong { ping, reached });
                     *next_ping = ping.wrapping_add(1) | OUR_PING;
                 }
                 return;
@@ -104,8 +104,8 @@ impl Streaming {
         }
         batch.ack = self
             .waiting
-            .complete()
-            .map(|position| Ack::OnWrite { position });
+            .progress()
+            .map(|reached| Ack::OnWrite { reached });
     }
 
     /// Checks that the run may be written now.
