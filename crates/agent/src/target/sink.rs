@@ -55,6 +55,14 @@ pub(crate) struct SinkHandle {
 }
 
 impl SinkHandle {
+    /// Of no QEMU: what comes is for a test.
+    #[cfg(test)]
+    pub(crate) fn alone() -> (Self, Receiver<SinkFrame>) {
+        let (frames, receiver) = unbounded();
+        let queued = Arc::default();
+        (Self { frames, queued }, receiver)
+    }
+
     /// The queue is bounded in bytes: above the limit frames are dropped, and the sink fails on
     /// the gap that they leave.
     pub(crate) fn push(&self, frame: SinkFrame) {
