@@ -124,7 +124,7 @@ pub async fn run(config: &IndexConfig) -> anyhow::Result<()> {
 }
 
 /// The index as all that a process does.
-struct IndexAlone(Arc<IndexHost>);
+pub(crate) struct IndexAlone(pub(crate) Arc<IndexHost>);
 
 impl Serve for IndexAlone {
     fn serve(&self, mut link: Link, hello: &Hello) -> anyhow::Result<()> {
