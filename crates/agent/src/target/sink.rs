@@ -10,7 +10,7 @@ use crossbeam_channel::{Receiver, Sender, unbounded};
 use migrate::unpack::{Ack, Arrived, Batch, Segment, UnpackError, Unpacker};
 use page::{EntryId, HostNo, PAGE_SIZE, PageBytes};
 use qstream::{ReturnDecoder, ReturnMessage, ReturnStep};
-use wire::{BackMessage, Reached};
+use wire::{BackMessage, MAX_ENTRIES, Reached};
 
 use crate::link::Buffer;
 
@@ -55,6 +55,14 @@ pub(crate) struct SinkHandle {
 }
 
 impl SinkHandle {
+    /// Of no QEMU: what comes is for a test.
+    #[cfg(test)]
+    pub(crate) fn alone() -> (Self, Receiver<SinkFrame>) {
+        let (frames, receiver) = unbounded();
+        let queued = Arc::default();
+        (Self { frames, queued }, receiver)
+    }
+
     /// The queue is bounded in bytes: above the limit frames are dropped, and the sink fails on
     /// the gap that they leave.
     pub(crate) fn push(&self, frame: SinkFrame) {
@@ -186,11 +194,9 @@ impl Sink {
             }
             SinkFrame::NotComing { carrier, entries } => {
                 unpacker.not_coming(entries, batch);
-                let lost = BackMessage::Lost {
-                    carrier: *carrier,
-                    entries: entries.clone(),
-                };
-                self.session.say(self.vm, lost);
+                for lost in losses(*carrier, entries) {
+                    self.session.say(self.vm, lost);
+                }
                 Ok(&[])
             }
         }
@@ -242,6 +248,15 @@ impl Sink {
             rack.place(number, of_rack.copied());
         }
     }
+}
+
+/// What is said of entries that do not come. A carrier that is gone can owe many.
+fn losses(carrier: HostNo, entries: &[EntryId]) -> impl Iterator<Item = BackMessage> {
+    let lost = move |entries: &[EntryId]| BackMessage::Lost {
+        carrier,
+        entries: entries.to_vec(),
+    };
+    entries.chunks(MAX_ENTRIES).map(lost)
 }
 
 fn write_batch(socket: &mut UnixStream, batch: &Batch<Arc<Buffer>>, body: &[u8]) -> io::Result<()> {
@@ -339,5 +354,28 @@ fn acknowledge(session: &TargetSession, vm: u16, pings: &Pings, value: u32) {
     drop(pings);
     if let Some(reached) = answered {
         session.say(vm, BackMessage::Ack(reached));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn however_much_a_carrier_owes_each_message_about_it_can_be_read() {
+        let entries: Vec<_> = (0..2000).map(|n| EntryId(n * 3)).collect();
+        let mut heard = Vec::new();
+        for message in losses(HostNo(2), &entries) {
+            let mut body = Vec::new();
+            message.encode(&mut body);
+            match BackMessage::decode(&body) {
+                Ok(BackMessage::Lost { carrier, entries }) => {
+                    assert_eq!(carrier, HostNo(2));
+                    heard.extend(entries);
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!(heard, entries);
     }
 }
