@@ -7,6 +7,7 @@
 
 #![no_main]
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
@@ -85,6 +86,11 @@ fn apply(
     let outcome = unpacker.apply(body, is_repair, &mut contents, &mut batch);
     assert!(batch.scratch.len() <= 2 * MAX_BODY && batch.head.len() <= 2 * MAX_BODY);
     outcome?;
+    if !batch.shared.is_empty() {
+        // Some are mapped, some are not.
+        let is_mapped: Vec<bool> = batch.shared.iter().map(|s| s.page.0 % 2 == 0).collect();
+        unpacker.shared_done(&is_mapped, &mut batch);
+    }
     let mut out = Vec::new();
     for segment in &batch.segments {
         out.extend_from_slice(match segment {
@@ -106,7 +112,7 @@ fn opening_body() -> Vec<u8> {
 }
 
 fuzz_target!(|input: &[u8]| {
-    let mut unpacker = Unpacker::default();
+    let mut unpacker = Unpacker::mapping(HashMap::from([("pc.ram".to_owned(), 300)]));
     let opening = apply(&mut unpacker, false, Anything(0), &opening_body());
     let (mut decoder, mut stream) = (Decoder::new(), opening.expect("a valid opening"));
     let mut input = input;

@@ -66,6 +66,10 @@ pub struct Config {
     /// Content store of the target role, for each host pair.
     #[serde(default = "default_store_bytes")]
     pub store_bytes: u64,
+    /// The library that maps shared pages into target QEMUs; if absent `libgangway_cow.so` beside
+    /// the program, or in `../lib/gangway` from there.
+    #[serde(default)]
+    pub cow_library: Option<PathBuf>,
     /// zstd window, for each host pair; a power of two.
     #[serde(default = "default_compression_window_bytes")]
     pub compression_window_bytes: u64,
@@ -230,6 +234,7 @@ impl Config {
             ("run_dir", Some(&self.run_dir)),
             ("tls_dir", self.tls_dir.as_ref()),
             ("hold_dir", self.hold_dir.as_ref()),
+            ("cow_library", self.cow_library.as_ref()),
         ];
         for (key, path) in paths {
             if let Some(path) = path.filter(|path| !path.is_absolute()) {

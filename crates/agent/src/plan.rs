@@ -5,7 +5,9 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use crate::types::{MoveSpec, Plan, PlanMove, Preset, RackPeer, RackSpec, Scope, Settings};
+use crate::types::{
+    MoveSpec, Plan, PlanMove, Preset, RackPeer, RackSpec, Scope, Settings, Sharing,
+};
 
 /// Trust domain of a move that names none.
 pub const DEFAULT_DOMAIN: &str = "default";
@@ -98,6 +100,9 @@ pub enum PlanError {
         /// What it holds.
         value: String,
     },
+    /// Settings that do not go together yet.
+    #[error("sharing `preserve` does not go with scope `rack` yet: choose scope `none` or `host`")]
+    SharingInRack,
     /// A command line or a replacement that cannot work.
     #[error("VM `{vm}`: `{key}` {problem}")]
     CommandLine {
@@ -147,6 +152,10 @@ impl Plan {
                 min: 1,
                 max: DOWNTIME_LIMIT_MS_MAX,
             });
+        }
+        let settings = self.settings();
+        if settings.sharing == Sharing::Preserve && settings.scope == Scope::Rack {
+            return Err(PlanError::SharingInRack);
         }
         self.check_hosts()?;
         let mut seen = HashSet::new();
@@ -519,5 +528,20 @@ replace = [{ from = "/run/a", to = "/run/b" }]
         );
         let empty = parse("move = []\n[hosts]\n").unwrap_err();
         assert!(empty.starts_with("the plan has 0 moves"), "{empty}");
+    }
+
+    #[test]
+    fn sharing_in_a_rack_is_refused_in_so_many_words() {
+        let sharing = |preset: &str| {
+            let text = PLAN.replace("preset = \"oc\"", preset);
+            Plan::parse(Path::new("plan.toml"), &text).map(|plan| plan.settings().sharing)
+        };
+        assert_eq!(sharing("preset = \"slm\"").unwrap(), Sharing::Preserve);
+        assert_eq!(
+            sharing("preset = \"gang\"\nsharing = \"preserve\"").unwrap(),
+            Sharing::Preserve
+        );
+        let refused = sharing("preset = \"full\"\nsharing = \"preserve\"");
+        assert!(matches!(refused, Err(PlanError::SharingInRack)));
     }
 }

@@ -32,6 +32,9 @@ pub enum Scope {
 pub enum Sharing {
     /// Every page is private at the target.
     Off,
+    /// Pages that share a frame at the source share one at the target (*sharing-aware live
+    /// migration*), among the VMs of a group and trust domain that move between the same two hosts.
+    Preserve,
 }
 
 /// How page bytes are packed on the wire.
@@ -76,6 +79,9 @@ pub enum Preset {
     Gang,
     /// Inter-rack live migration: each content once for the whole group, no compression.
     Irlm,
+    /// Sharing-aware live migration: what shares memory at the source is sent once and shares it at
+    /// the target; other contents are not compared.
+    Slm,
     /// Each content once for the whole group, and compressed.
     Full,
 }
@@ -88,11 +94,16 @@ impl Preset {
             Self::Oc => (Scope::None, Compression::None),
             Self::Gang => (Scope::Host, Compression::None),
             Self::Irlm => (Scope::Rack, Compression::None),
+            Self::Slm => (Scope::None, Compression::None),
             Self::Full => (Scope::Rack, Compression::Zstd),
+        };
+        let sharing = match self {
+            Self::Slm => Sharing::Preserve,
+            Self::Oc | Self::Gang | Self::Irlm | Self::Full => Sharing::Off,
         };
         Settings {
             scope,
-            sharing: Sharing::Off,
+            sharing,
             compression,
             mode: Mode::PreCopy,
         }
@@ -315,6 +326,9 @@ pub struct PageCounts {
     pub remote_reference: u64,
     /// Pages whose reference could not be served and that were read again from the source.
     pub repaired: u64,
+    /// Pages that are mapped from the target host's pool, with sharing `preserve`.
+    #[serde(default)]
+    pub mapped: u64,
 }
 
 /// A snapshot of how far a move is.

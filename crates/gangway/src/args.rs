@@ -195,13 +195,13 @@ impl Bounds {
 #[derive(Debug, Args)]
 pub(crate) struct Overrides {
     /// Technique.
-    #[arg(long, value_parser = choice::<Preset>(&["oc", "gang", "irlm", "full"]))]
+    #[arg(long, value_parser = choice::<Preset>(&["oc", "gang", "irlm", "slm", "full"]))]
     preset: Option<Preset>,
     /// Where duplicates are looked for.
     #[arg(long, value_parser = choice::<Scope>(&["none", "host", "rack"]))]
     scope: Option<Scope>,
     /// What becomes of page sharing at the target.
-    #[arg(long, value_parser = choice::<Sharing>(&["off"]))]
+    #[arg(long, value_parser = choice::<Sharing>(&["off", "preserve"]))]
     sharing: Option<Sharing>,
     /// How page bytes are packed.
     #[arg(long, value_parser = choice::<Compression>(&["none", "zstd"]))]

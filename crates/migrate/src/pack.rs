@@ -17,10 +17,15 @@
 //!                 └─ not asked, or no answer ────► literal of this session
 //! ```
 //!
+//! Pages that share their frame with others at the source ([`SharedPages`]) are marked on the way, so
+//! that the target can have them share again. What is said of frames is a hint that is old when it
+//! is used: whether two pages are the same is decided by their content here, too.
+//!
 //! Succeeds or fails, the source VM is untouched: this machine only reads.
 
 use std::collections::HashSet;
 use std::ops::Range;
+use std::sync::Arc;
 
 use content::{Claim, HostTable};
 use page::{BlockIndex, ContentId, ContentKey, EntryId, PAGE_SIZE, PageNo, fill_byte};
@@ -36,6 +41,7 @@ enum Piece {
         page: PageNo,
         at: u32,
         id: Option<ContentId>,
+        is_shared: bool,
     },
     Zero {
         block: BlockIndex,
@@ -45,6 +51,7 @@ enum Piece {
         block: BlockIndex,
         page: PageNo,
         byte: u8,
+        is_shared: bool,
     },
     Raw(Range<usize>),
     RamStart(Range<usize>),
@@ -110,6 +117,53 @@ impl Packed {
     }
 }
 
+/// Which pages of a VM share their frame with another page that moves along, as far as is known.
+#[derive(Debug, Default)]
+pub struct SharedPages {
+    /// By block: its name, and a bit for each page.
+    blocks: Vec<(String, Vec<u64>)>,
+}
+
+impl SharedPages {
+    /// None yet, of blocks with these names and numbers of pages.
+    #[must_use]
+    pub fn of_blocks<'a>(blocks: impl Iterator<Item = (&'a str, u32)>) -> Self {
+        let words = |pages: u32| vec![0; pages.div_ceil(u64::BITS) as usize];
+        Self {
+            blocks: blocks
+                .map(|(name, pages)| (name.to_owned(), words(pages)))
+                .collect(),
+        }
+    }
+
+    /// Marks a page of a block, which is given by its position in the list.
+    pub fn mark(&mut self, position: usize, page: PageNo) {
+        let words = self.blocks.get_mut(position).map(|(_, words)| words);
+        if let Some(word) = words.and_then(|words| words.get_mut(word_of(page))) {
+            *word |= bit_of(page);
+        }
+    }
+
+    fn has(&self, position: usize, page: PageNo) -> bool {
+        let words = self.blocks.get(position).map(|(_, words)| words);
+        words
+            .and_then(|words| words.get(word_of(page)))
+            .is_some_and(|word| word & bit_of(page) != 0)
+    }
+
+    fn position_of(&self, name: &str) -> Option<usize> {
+        self.blocks.iter().position(|(known, _)| known == name)
+    }
+}
+
+fn word_of(page: PageNo) -> usize {
+    (page.0 / u64::BITS) as usize
+}
+
+fn bit_of(page: PageNo) -> u64 {
+    1 << (page.0 % u64::BITS)
+}
+
 /// Turns one VM's stream into operations.
 pub struct Packer {
     decoder: Decoder,
@@ -120,6 +174,11 @@ pub struct Packer {
     repairable: HashSet<String>,
     /// By block index, filled when the block list is known.
     enters_table: Vec<bool>,
+    /// Whether only pages that share their frame are hashed: the others go plain.
+    shared_only: bool,
+    shared: Arc<SharedPages>,
+    /// By block index, the block's position in `shared`.
+    shared_at: Vec<Option<usize>>,
     pieces: Vec<Piece>,
     milestones: Milestones,
 }
@@ -141,9 +200,25 @@ impl Packer {
             key,
             repairable,
             enters_table: Vec::new(),
+            shared_only: false,
+            shared: Arc::default(),
+            shared_at: Vec::new(),
             pieces: Vec::new(),
             milestones: Milestones::default(),
         }
+    }
+
+    /// Hashes only pages that share their frame: no content of any other page is compared.
+    #[must_use]
+    pub fn shared_only(mut self) -> Self {
+        self.shared_only = true;
+        self
+    }
+
+    /// Takes over what is known of shared frames, for the pages that are scanned from now on.
+    pub fn set_shared(&mut self, shared: Arc<SharedPages>) {
+        self.shared = shared;
+        self.find_shared();
     }
 
     /// Decodes as much of `input` as there is and hashes its pages. Returns the bytes used; the
@@ -161,16 +236,14 @@ impl Packer {
                     let range = at..at + consumed;
                     let piece = match item {
                         Item::Page { block, page, bytes } => {
+                            let key = self
+                                .key
+                                .as_ref()
+                                .filter(|_| self.enters_table[usize::from(block.0)]);
+                            let is_shared = key.is_some() && self.shares(block, page);
+                            let key = key.filter(|_| is_shared || !self.shared_only);
                             let at = range.end - PAGE_SIZE;
-                            Some(piece_of_page(
-                                self.key
-                                    .as_ref()
-                                    .filter(|_| self.enters_table[usize::from(block.0)]),
-                                block,
-                                page,
-                                bytes,
-                                at,
-                            ))
+                            Some(piece_of_page((key, is_shared), block, page, bytes, at))
                         }
                         Item::Zero { block, page } => Some(Piece::Zero { block, page }),
                         Item::Header { .. } | Item::Command { .. } | Item::Opaque(_) => {
@@ -207,6 +280,22 @@ impl Packer {
             .iter()
             .map(|(_, block)| self.repairable.contains(&*block.name))
             .collect();
+        self.find_shared();
+    }
+
+    fn find_shared(&mut self) {
+        let Some(blocks) = self.decoder.blocks() else {
+            return;
+        };
+        self.shared_at = blocks
+            .iter()
+            .map(|(_, block)| self.shared.position_of(&block.name))
+            .collect();
+    }
+
+    fn shares(&self, block: BlockIndex, page: PageNo) -> bool {
+        let position = self.shared_at.get(usize::from(block.0)).copied().flatten();
+        position.is_some_and(|position| self.shared.has(position, page))
     }
 
     /// Whether a scan found something that has not been taken.
@@ -286,13 +375,20 @@ impl Scan {
                     page,
                     at,
                     id,
-                } => out.page(block, page, at, id),
+                    is_shared,
+                } => out.page((block, page), at, id, is_shared),
                 Piece::Zero { block, page } => {
                     out.counts.zero += 1;
                     out.ops.zero(block, page);
                 }
-                Piece::Fill { block, page, byte } => {
+                Piece::Fill {
+                    block,
+                    page,
+                    byte,
+                    is_shared,
+                } => {
                     out.counts.fill += 1;
+                    out.ops.shared(is_shared);
                     out.ops.fill(block, page, byte);
                 }
                 Piece::Raw(range) => out.ops.raw(&input[range]),
@@ -323,13 +419,20 @@ struct Resolver<'a> {
 }
 
 impl Resolver<'_> {
-    fn page(&mut self, block: BlockIndex, page: PageNo, at: u32, id: Option<ContentId>) {
+    fn page(
+        &mut self,
+        (block, page): (BlockIndex, PageNo),
+        at: u32,
+        id: Option<ContentId>,
+        is_shared: bool,
+    ) {
         let Some(id) = id else {
             self.counts.literal += 1;
             self.pages.push(at);
             self.ops.plain(block, page);
             return;
         };
+        self.ops.shared(is_shared);
         let known = self.table.find(id);
         match (self.answer(id), known) {
             // Nobody else sends the bytes, even if another VM of this session has named the
@@ -389,7 +492,7 @@ impl Resolver<'_> {
 }
 
 fn piece_of_page(
-    key: Option<&ContentKey>,
+    (key, is_shared): (Option<&ContentKey>, bool),
     block: BlockIndex,
     page: PageNo,
     bytes: &page::PageBytes,
@@ -397,7 +500,12 @@ fn piece_of_page(
 ) -> Piece {
     match fill_byte(bytes) {
         Some(0) => Piece::Zero { block, page },
-        Some(byte) => Piece::Fill { block, page, byte },
+        Some(byte) => Piece::Fill {
+            block,
+            page,
+            byte,
+            is_shared,
+        },
         None => {
             #[expect(
                 clippy::cast_possible_truncation,
@@ -409,6 +517,7 @@ fn piece_of_page(
                 page,
                 at,
                 id: key.map(|key| key.id_of(bytes)),
+                is_shared,
             }
         }
     }

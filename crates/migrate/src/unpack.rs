@@ -15,12 +15,18 @@
 //!                                           └─ pages wait ─► Flushing ─last one came─► Tail
 //! ```
 //!
+//! Pages that share their frame at the source can be mapped from the host's pool instead of being
+//! written (SLM section III-B). They stand in [`Batch::shared`] and wait, like any other, until the
+//! caller says how it went: in between, device state is held back and nothing is acknowledged.
+//!
 //! Succeeds or fails, the target QEMU stays stopped: this machine only feeds it.
 
 mod batch;
+mod mapping;
 mod streaming;
 mod waiting;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use page::{BlockIndex, EntryId, HostSet, PAGE_SIZE, PageNo};
@@ -28,6 +34,7 @@ use qstream::{BlockList, Decoder, Item, StreamError};
 use wire::{MAX_BODY, Op, OpReader, Remote, WireError, split_pages_body};
 
 pub use batch::{Ack, Arrived, Batch, Contents, Found, Placed, Segment};
+pub use mapping::SharedPage;
 use streaming::{Frame, Origin, PageCursor, Phase, Streaming, feed};
 
 /// Most device state that is held back while pages wait: large guests have a few MiB.
@@ -101,6 +108,7 @@ enum State {
 pub struct Unpacker {
     state: State,
     next_ping: u32,
+    mappable: HashMap<String, u32>,
 }
 
 impl Default for Unpacker {
@@ -108,11 +116,28 @@ impl Default for Unpacker {
         Self {
             state: State::Opening(Decoder::new()),
             next_ping: OUR_PING,
+            mappable: HashMap::new(),
         }
     }
 }
 
 impl Unpacker {
+    /// One for a VM in which pages can be mapped, of blocks with these names and numbers of pages,
+    /// as the target QEMU has them.
+    #[must_use]
+    pub fn mapping(mappable: HashMap<String, u32>) -> Self {
+        Self {
+            mappable,
+            ..Self::default()
+        }
+    }
+
+    /// Whether all memory is through: what is written next is device state.
+    #[must_use]
+    pub fn is_past_memory(&self) -> bool {
+        matches!(&self.state, State::Streaming(s) if matches!(s.phase, Phase::Tail))
+    }
+
     /// Whether a return-path PONG answers one of our pings; the source must not see those.
     #[must_use]
     pub fn is_our_ping(value: u32) -> bool {
@@ -158,6 +183,7 @@ impl Unpacker {
                 Origin::Stream { position }
             },
             block: BlockIndex(0),
+            is_shared: false,
             bytes: PageCursor {
                 at: body.len() - parts.pages.len(),
                 end: body.len(),
@@ -166,6 +192,7 @@ impl Unpacker {
         for op in OpReader::new(parts.ops) {
             match op? {
                 Op::Block(block) => frame.block = block,
+                Op::Shared(is_shared) => frame.is_shared = is_shared,
                 op => self.apply_op(op, &mut frame, contents, batch)?,
             }
         }
@@ -177,6 +204,28 @@ impl Unpacker {
         }
         batch.close_head();
         Ok(())
+    }
+
+    /// Says how it went with the pages of [`Batch::shared`], in their order: those that were not
+    /// mapped are written, unless a newer version came in the meantime.
+    ///
+    /// To be called before anything of the batch is written, and before the next frame is applied:
+    /// a newer copy of a page may be forwarded only when its mapping is through, and device state
+    /// only when all are.
+    pub fn shared_done<B>(&mut self, is_mapped: &[bool], batch: &mut Batch<B>) {
+        let State::Streaming(streaming) = &mut self.state else {
+            return;
+        };
+        let shared = std::mem::take(&mut batch.shared);
+        let mut is_mapped = is_mapped.iter().copied();
+        for page in shared {
+            let is_mapped = is_mapped.next().unwrap_or(false);
+            if streaming.waiting.mapping_done((page.block, page.page)) && !is_mapped {
+                streaming.put(page.block, page.page, page.bytes, batch);
+            }
+        }
+        streaming.flush(&mut self.next_ping, batch);
+        batch.close_head();
     }
 
     /// Contents came, from another connection or another host: pages that wait for them are
@@ -193,8 +242,7 @@ impl Unpacker {
         };
         for Arrived { entry, body, at } in contents {
             for (block, page) in streaming.waiting.take_for(entry) {
-                streaming.encoder.page(block, page, &mut batch.head);
-                batch.push_page(Segment::Held(body.clone(), at));
+                streaming.put(block, page, Segment::Held(body.clone(), at), batch);
                 batch.placed.push(Placed {
                     entry,
                     block,
@@ -252,21 +300,22 @@ impl Unpacker {
                 })?;
                 batch.head.extend_from_slice(bytes);
                 if matches!(op, Op::RamStart(_)) {
-                    self.state = State::Streaming(Streaming::begin(std::mem::take(decoder))?);
+                    let begun = Streaming::begin(std::mem::take(decoder), &self.mappable)?;
+                    self.state = State::Streaming(begun);
                 }
                 return Ok(());
             }
         };
         match op {
             Op::Zero(run) => streaming.pages(frame, run, |s, page| {
+                s.untouched.touch(frame.block, page);
                 s.encoder.zero(frame.block, page, &mut batch.head)
             }),
             Op::Fill(run, byte) => {
                 let at = batch.scratch.len();
                 batch.scratch.resize(at + PAGE_SIZE, byte);
                 streaming.pages(frame, run, |s, page| {
-                    s.encoder.page(frame.block, page, &mut batch.head);
-                    batch.push_page(Segment::Scratch(at));
+                    s.share_or_put(frame, page, (None, Segment::Scratch(at)), batch);
                 })
             }
             Op::Plain(run) => streaming.pages_with_bytes(frame, run, None, batch),
@@ -284,7 +333,7 @@ impl Unpacker {
             Op::EndBegin => streaming.begin_end(batch),
             Op::EndClosed => streaming.close_end(batch),
             Op::Tail(bytes) => streaming.tail(bytes, batch),
-            Op::RamStart(_) | Op::Block(_) => Err(UnpackError::OutOfPlace {
+            Op::RamStart(_) | Op::Block(_) | Op::Shared(_) => Err(UnpackError::OutOfPlace {
                 what: "a second block list",
             }),
         }

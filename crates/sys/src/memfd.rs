@@ -96,6 +96,23 @@ impl Memfd {
         Ok(())
     }
 
+    /// Reads `out.len()` bytes at `offset`, without mapping it.
+    ///
+    /// # Errors
+    /// `UnexpectedEof` if they do not all lie before its end.
+    pub fn read_at(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        let mut done = 0;
+        while let Some(rest) = out.get_mut(done..).filter(|rest| !rest.is_empty()) {
+            let at = offset.saturating_add(done as u64);
+            let read = rustix::io::retry_on_intr(|| rustix::io::pread(&self.fd, &mut *rest, at))?;
+            if read == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            done += read;
+        }
+        Ok(())
+    }
+
     /// Gives the memory of `len` bytes at `offset` back; whole pages of it read as zeros then,
     /// also where they are mapped.
     ///
@@ -293,6 +310,10 @@ mod tests {
         let mut byte = [0];
         rustix::io::pread(&reader, &mut byte, 8191).unwrap();
         assert_eq!(byte, [7]);
+        let mut bytes = [0; 2];
+        file.read_at(4095, &mut bytes).unwrap();
+        assert_eq!(bytes, [0, 7]);
+        assert!(file.read_at(8191, &mut bytes).is_err());
         file.set_len(ByteLen(1 << 30)).unwrap();
     }
 

@@ -113,6 +113,8 @@ pub struct OpenMove {
     pub resume: bool,
     /// Memory of the guest, bytes.
     pub memory_bytes: u64,
+    /// Whether pages that share their frames at the source shall share them at the target.
+    pub share: bool,
 }
 
 /// What the source asks of the target, about the move `id`.
@@ -174,6 +176,8 @@ pub enum ControlReply {
     Ready {
         /// Its process id on the target host.
         pid: u32,
+        /// What a person should know: why pages cannot be shared here.
+        note: Option<String>,
     },
     /// Not done; nothing was left behind.
     Refused {

@@ -240,6 +240,11 @@ pub enum BackMessage {
         /// Which.
         entries: Vec<EntryId>,
     },
+    /// So many of the VM's pages are mapped from the target host's pool, from its beginning on.
+    Mapped {
+        /// Pages.
+        pages: u64,
+    },
 }
 
 impl BackMessage {
@@ -274,6 +279,10 @@ impl BackMessage {
                 varint::put(out, carrier.0.into());
                 crate::entries::put(out, entries);
             }
+            Self::Mapped { pages } => {
+                out.push(7);
+                varint::put(out, *pages);
+            }
         }
     }
 
@@ -301,6 +310,9 @@ impl BackMessage {
                         .map_err(|_| WireError::NumberTooLarge)?,
                 ),
                 entries: crate::entries::take(&mut rest)?,
+            },
+            7 => Self::Mapped {
+                pages: varint::take(&mut rest)?,
             },
             other => return Err(WireError::UnknownOp(other)),
         };
@@ -393,6 +405,7 @@ mod tests {
                 BackMessage::ReturnPath(text.clone().into_bytes()),
                 BackMessage::RepairRequest(vec![(BlockIndex(block), run); 3]),
                 BackMessage::Loaded,
+                BackMessage::Mapped { pages: position },
                 BackMessage::LoadFailed(text.clone()),
                 BackMessage::Lost {
                     carrier: HostNo(block),

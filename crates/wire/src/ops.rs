@@ -34,6 +34,9 @@ pub enum Op<'a> {
     /// Literals that follow in this body are to be passed on to these target hosts, until
     /// another operation of this kind; at the start of a body to none.
     Forward(HostSet),
+    /// Whether the pages of the fills, literals and references that follow in this body share their
+    /// frame with other pages at the source (SLM section III-B); at the start of a body they do not.
+    Shared(bool),
     /// Pages with their bytes, which become the entries from this one on.
     Literal(PageRun, EntryId),
     /// Pages whose bytes are those of the entries from this one on.
@@ -114,6 +117,8 @@ mod tag {
     pub(super) const REMOTE: u8 = 13;
     /// As `REMOTE`, of contents that the carrier passes on by itself.
     pub(super) const REMOTE_PUSHED: u8 = 14;
+    pub(super) const SHARED: u8 = 15;
+    pub(super) const NOT_SHARED: u8 = 16;
 }
 
 /// Kinds of page operations that extend a run.
@@ -160,6 +165,8 @@ pub struct OpWriter {
     open_ids: Vec<u8>,
     /// Whom literals are passed on to.
     forward: HostSet,
+    /// Whether the pages share their frames at the source.
+    is_shared: bool,
     block: Option<BlockIndex>,
     /// End of the run before, as in the module's page.
     last_end: u32,
@@ -213,6 +220,19 @@ impl OpWriter {
             self.forward = hosts;
         }
         self.page(block, page, RunKind::Literal(entry));
+    }
+
+    /// Says whether the pages that are not plain and follow share their frames at the source.
+    pub fn shared(&mut self, is_shared: bool) {
+        if is_shared != self.is_shared {
+            self.close_run();
+            self.out.push(if is_shared {
+                tag::SHARED
+            } else {
+                tag::NOT_SHARED
+            });
+            self.is_shared = is_shared;
+        }
     }
 
     /// A page whose content another connection brings.
@@ -496,6 +516,8 @@ impl<'a> OpReader<'a> {
                 Op::Reference(run, self.entries(run)?)
             }
             tag::FORWARD => Op::Forward(HostSet::from_bits(varint::take(&mut self.rest)?)),
+            tag::SHARED => Op::Shared(true),
+            tag::NOT_SHARED => Op::Shared(false),
             tag::REMOTE => Op::Remote(self.remote(false)?),
             tag::REMOTE_PUSHED => Op::Remote(self.remote(true)?),
             tag::END_BEGIN => Op::EndBegin,
@@ -598,6 +620,7 @@ mod tests {
         Reference(u32),
         LiteralFor(u32, u64),
         Remote(u32, u16, bool),
+        Shared(bool),
         Raw(Vec<u8>),
         End,
     }
@@ -611,6 +634,7 @@ mod tests {
             (0_u32..50).prop_map(Step::Reference),
             (0_u32..50, 0_u64..3).prop_map(|(e, hosts)| Step::LiteralFor(e, hosts)),
             (0_u32..50, 0_u16..2, any::<bool>()).prop_map(|(e, c, p)| Step::Remote(e, c, p)),
+            any::<bool>().prop_map(Step::Shared),
             proptest::collection::vec(any::<u8>(), 0..20).prop_map(Step::Raw),
             Just(Step::End),
         ]
@@ -626,11 +650,13 @@ mod tests {
         /// Whom it is passed on to, or who has it and whether it is pushed.
         hosts: u64,
         id: [u8; 16],
+        is_shared: bool,
     }
 
     /// Pages one by one, whatever the runs.
     fn flat(ops: &[Op<'_>]) -> Vec<Flat> {
         let (mut block, mut forward, mut out) = (0, 0, Vec::new());
+        let mut is_shared = false;
         for op in ops {
             let (run, kind, value, hosts) = match *op {
                 Op::Block(b) => {
@@ -639,6 +665,10 @@ mod tests {
                 }
                 Op::Forward(hosts) => {
                     forward = hosts.bits();
+                    continue;
+                }
+                Op::Shared(shared) => {
+                    is_shared = shared;
                     continue;
                 }
                 Op::Zero(run) => (run, 0, 0, 0),
@@ -663,6 +693,7 @@ mod tests {
                     value,
                     hosts,
                     id,
+                    is_shared,
                 });
             }
         }
@@ -687,10 +718,14 @@ mod tests {
         fn what_was_written_is_read(steps in proptest::collection::vec((step(), 0_u16..3, 0_u32..6), 0..60)) {
             let mut w = OpWriter::new();
             let mut expected = Vec::new();
+            let mut is_shared = false;
             for (step, block, page) in &steps {
                 let (b, p) = (BlockIndex(*block), PageNo(*page));
+                if let Step::Shared(shared) = step {
+                    is_shared = *shared;
+                }
                 let mut is = |kind, value, hosts, id| {
-                    expected.push(Flat { block: *block, page: *page, kind, value, hosts, id });
+                    expected.push(Flat { block: *block, page: *page, kind, value, hosts, id, is_shared });
                 };
                 let none = [0; 16];
                 match step {
@@ -709,6 +744,7 @@ mod tests {
                         w.remote(b, p, &RemoteContent { entry: entry(*e), id: ContentId(id), carrier, pushed });
                         is(5, entry(*e).0, hosts_of(carrier.0, pushed), id);
                     }
+                    Step::Shared(shared) => w.shared(*shared),
                     Step::Raw(bytes) => w.raw(bytes),
                     Step::End => w.end_begin(),
                 }

@@ -46,10 +46,10 @@ impl Control {
         }
     }
 
-    /// Has the target QEMU started; returns its process id.
-    pub(crate) fn open(&mut self, request: OpenMove) -> Result<u32, LinkError> {
+    /// Has the target QEMU started; returns what a person should know of it.
+    pub(crate) fn open(&mut self, request: OpenMove) -> Result<Option<String>, LinkError> {
         match self.ask(&ControlRequest::Open(request), OPEN_TIMEOUT)? {
-            ControlReply::Ready { pid } => Ok(pid),
+            ControlReply::Ready { note, .. } => Ok(note),
             ControlReply::Refused { reason } => Err(LinkError::Refused(reason)),
             other => Err(unexpected(&other)),
         }

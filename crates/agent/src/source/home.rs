@@ -7,7 +7,9 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
-use guest::{MigrationInfo, MigrationParameters, RunState, SavedSettings, SourceGuest};
+use guest::{
+    MemoryBlock, MigrationInfo, MigrationParameters, RunState, SavedSettings, SourceGuest, VmMemory,
+};
 use sys::ProcessMemory;
 
 use super::run::Input;
@@ -173,6 +175,18 @@ impl Home {
 pub(crate) fn guest_memory(guest: &SourceGuest) -> anyhow::Result<GuestMemory> {
     let memory = ProcessMemory::open(guest.pid())?;
     let blocks = guest.ram_blocks()?;
+    let mut names = Vec::new();
+    let mut layout = VmMemory {
+        pid: guest.pid(),
+        blocks: Vec::new(),
+    };
+    for block in &blocks {
+        let pages = u32::try_from(block.used_len.pages());
+        if let (Some(addr), Ok(pages)) = (block.hva, pages) {
+            names.push(block.name.clone());
+            layout.blocks.push(MemoryBlock { addr, pages });
+        }
+    }
     let addresses = blocks
         .into_iter()
         .filter_map(|block| Some((block.name, block.hva?)))
@@ -181,6 +195,7 @@ pub(crate) fn guest_memory(guest: &SourceGuest) -> anyhow::Result<GuestMemory> {
         memory,
         addresses,
         bases: std::sync::Mutex::default(),
+        layout: (layout, names),
     })
 }
 

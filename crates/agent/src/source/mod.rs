@@ -17,6 +17,7 @@ mod progress;
 mod reader;
 mod run;
 mod session;
+mod shared;
 mod stream;
 
 pub(crate) use index_link::{IndexKey, IndexLink, IndexLinks};

@@ -71,6 +71,7 @@ impl ProgressMeter {
             reference: counts.reference,
             remote_reference: counts.remote,
             repaired,
+            mapped: stream.mapped.load(Ordering::Relaxed),
         };
         if let Some(info) = info {
             self.current.round = info.dirty_sync_count;

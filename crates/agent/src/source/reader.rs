@@ -89,6 +89,9 @@ pub(crate) fn run(
             Received::Bytes(n) => n,
         };
         filled += n;
+        if let Some(shared) = stream.take_shared() {
+            packer.set_shared(shared);
+        }
         scanned = packer.scan(&buffer[..filled], scanned)?;
         if !blocks_known {
             blocks_known = learn_blocks(&packer, stream);

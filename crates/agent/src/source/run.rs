@@ -16,7 +16,7 @@ use wire::OpenMove;
 use crate::api::mover::EventSink;
 use crate::journal::Journal;
 use crate::prepare::{Preparations, Prepared};
-use crate::types::{Happening, MoveSpec, Phase, Scope};
+use crate::types::{Happening, MoveSpec, Phase, Scope, Sharing};
 
 use super::control::Control;
 use super::home::{Home, guest_memory};
@@ -229,6 +229,7 @@ impl Run {
             window_log: matches!(spec.settings.compression, crate::types::Compression::Zstd)
                 .then_some(self.context.window_log),
             index: spec.rack.as_ref().map(|rack| rack.index.clone()),
+            is_sharing: spec.settings.sharing == Sharing::Preserve,
         };
         let rack = self.rack_of(&spec)?;
         let session = self
@@ -262,10 +263,16 @@ impl Run {
             argv,
             resume,
             memory_bytes,
+            share: spec.settings.sharing == Sharing::Preserve,
         };
-        self.control
+        let note = self
+            .control
             .open(open)
             .map_err(|e| anyhow!("the target cannot receive it: {}", plain(&e)))?;
+        if let Some(message) = note {
+            tracing::warn!(vm = spec.vm, message);
+            (self.events)(Happening::Note { message });
+        }
         Ok(())
     }
 
@@ -384,6 +391,11 @@ impl Run {
         stream.set_round(progress.round);
         stream
             .set_near_end(progress.round > 1 || progress.eta_s.is_some_and(|eta| eta < NEAR_END_S));
+        if progress.round <= 1
+            && let Some(frames) = self.session.as_ref().and_then(|s| s.frames.as_ref())
+        {
+            frames.refresh();
+        }
         (self.events)(Happening::Progress { progress });
         let (_, _, _, able) = stream.flow();
         if let Some(guest) = self
@@ -486,11 +498,15 @@ impl Run {
         let path = self.context.run_dir.join(socket_name);
         let socket = self.home.migrate(&path, &parameters(&self.spec))?;
         stream.attach(socket.try_clone()?);
-        let key = match self.spec.settings.scope {
-            Scope::None => None,
-            Scope::Host | Scope::Rack => Some(content_key(&self.spec.domain_key)?),
+        let settings = self.spec.settings;
+        let key = match (settings.scope, settings.sharing) {
+            (Scope::None, Sharing::Off) => None,
+            _ => Some(content_key(&self.spec.domain_key)?),
         };
-        let packer = Packer::new(key, stream.memory.addresses.keys().cloned().collect());
+        let mut packer = Packer::new(key, stream.memory.addresses.keys().cloned().collect());
+        if settings.scope == Scope::None {
+            packer = packer.shared_only();
+        }
         let way = Way {
             outbox: Arc::clone(&session.outbox),
             rack: session.rack.clone(),

@@ -21,6 +21,7 @@ use super::index_link::IndexLink;
 use super::outbox::{OutFrame, Outbox};
 use super::reader::{BUFFER, RackWay};
 use super::run::Input;
+use super::shared::FrameScan;
 use super::stream::Stream;
 
 /// How often a silent side says that it lives.
@@ -40,6 +41,8 @@ pub(crate) struct SessionKey {
     pub(crate) window_log: Option<u8>,
     /// Addresses of the index, with scope `rack`.
     pub(crate) index: Option<Vec<String>>,
+    /// Whether pages that share frames are looked for.
+    pub(crate) is_sharing: bool,
 }
 
 /// The sessions under way, kept by the moves that use them.
@@ -117,6 +120,8 @@ pub(crate) struct Session {
     pub(crate) outbox: Arc<Outbox>,
     /// Absent: contents are compared inside the session only.
     pub(crate) rack: Option<RackWay>,
+    /// Which pages of its VMs share frames; absent if nobody wants to know.
+    pub(crate) frames: Option<FrameScan>,
     shared: Arc<Shared>,
     next_vm: AtomicU16,
     sockets: [TcpStream; 2],
@@ -164,6 +169,7 @@ impl Session {
             id,
             outbox: Arc::clone(&outbox),
             rack,
+            frames: key.is_sharing.then(FrameScan::default),
             shared: Arc::clone(&shared),
             next_vm: AtomicU16::new(0),
             sockets,
@@ -192,6 +198,9 @@ impl Session {
     /// Adds a VM's stream. If the session is over, it is told at once.
     pub(crate) fn add(&self, stream: &Arc<Stream>) {
         self.shared.streams().insert(stream.vm, Arc::clone(stream));
+        if let Some(frames) = &self.frames {
+            frames.add(stream);
+        }
         let over = self
             .shared
             .over
@@ -206,6 +215,9 @@ impl Session {
     /// Takes a VM's stream out; the target forgets what it holds for it.
     pub(crate) fn remove(&self, stream: &Arc<Stream>) {
         self.shared.streams().remove(&stream.vm);
+        if let Some(frames) = &self.frames {
+            frames.remove(stream.vm);
+        }
         self.outbox.push(OutFrame {
             kind: FrameKind::Close,
             stream: Arc::clone(stream),
@@ -381,6 +393,7 @@ fn receive(mut link: Link, shared: &Shared, outbox: &Outbox, hold: &Hold) -> Lin
             }
             BackMessage::ReturnPath(message) => stream.write_return_path(&message),
             BackMessage::RepairRequest(runs) => repair(&stream, &runs, outbox, &pool),
+            BackMessage::Mapped { pages } => stream.mapped.store(pages, Ordering::Relaxed),
             BackMessage::Loaded => {
                 hold.at("sent", &stream.name);
                 stream.tell(Input::Loaded);

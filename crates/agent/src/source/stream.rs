@@ -5,10 +5,11 @@ use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use migrate::pack::PackCounts;
+use guest::VmMemory;
+use migrate::pack::{PackCounts, SharedPages};
 use migrate::window::{Rates, Window};
 use page::{EntryId, HostAddr};
 use sys::ProcessMemory;
@@ -25,6 +26,8 @@ pub(crate) struct GuestMemory {
     pub(crate) addresses: HashMap<String, HostAddr>,
     /// By block index, once the stream has opened.
     pub(crate) bases: Mutex<Vec<Option<HostAddr>>>,
+    /// The process and its blocks, and their names.
+    pub(crate) layout: (VmMemory, Vec<String>),
 }
 
 /// One VM's stream.
@@ -41,6 +44,10 @@ pub(crate) struct Stream {
     socket: Mutex<Option<UnixStream>>,
     mover: Mutex<Sender<Input>>,
     pub(crate) wire_bytes: AtomicU64,
+    /// Pages that the target has mapped.
+    pub(crate) mapped: AtomicU64,
+    /// What is known of shared frames, until the reader takes it.
+    shared: Mutex<Option<Arc<SharedPages>>>,
     counts: Mutex<PackCounts>,
     repaired: AtomicU64,
     /// Entries of the rack in frames that are not acknowledged, with the frames' ends.
@@ -81,6 +88,8 @@ impl Stream {
             socket: Mutex::new(None),
             mover: Mutex::new(mover),
             wire_bytes: AtomicU64::new(0),
+            mapped: AtomicU64::new(0),
+            shared: Mutex::default(),
             counts: Mutex::new(PackCounts::default()),
             repaired: AtomicU64::new(0),
             carried: Mutex::default(),
@@ -213,6 +222,16 @@ impl Stream {
     /// Whether QEMU has sent all memory once.
     pub(crate) fn is_late_round(&self) -> bool {
         self.is_late_round.load(Ordering::Relaxed)
+    }
+
+    /// Has the reader know what is known of shared frames.
+    pub(crate) fn set_shared(&self, pages: SharedPages) {
+        *lock(&self.shared) = Some(Arc::new(pages));
+    }
+
+    /// What has become known of shared frames since the last call.
+    pub(crate) fn take_shared(&self) -> Option<Arc<SharedPages>> {
+        lock(&self.shared).take()
     }
 
     pub(crate) fn count_repaired(&self, pages: u64) {

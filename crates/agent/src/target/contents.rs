@@ -3,18 +3,22 @@
 
 use std::sync::Arc;
 
+use content::Place;
 use migrate::unpack::{Contents, Found};
-use page::{EntryId, PAGE_SIZE};
+use page::{ContentId, EntryId, PAGE_SIZE};
 use wire::Remote;
 
 use crate::link::Buffer;
 
+use super::pool::HostPool;
 use super::session::{TargetSession, lock};
 
 /// The contents of a session, for one of its VMs.
 pub(crate) struct SessionContents<'a> {
     pub(crate) session: &'a TargetSession,
     pub(crate) vm: u16,
+    /// What the VMs of this host share, if this VM shares.
+    pub(crate) pool: Option<&'a HostPool>,
 }
 
 impl Contents<Arc<Buffer>> for SessionContents<'_> {
@@ -69,6 +73,9 @@ impl SessionContents<'_> {
                 place.is_some()
             });
         }
+        if let Some(pool) = self.pool {
+            read_pool(pool, &mut elsewhere, &mut wanted, (scratch, found));
+        }
         let at = scratch.len();
         scratch.resize(at + wanted.len() * PAGE_SIZE, 0);
         let good = self.session.read_checked(&wanted, &mut scratch[at..]);
@@ -78,4 +85,25 @@ impl SessionContents<'_> {
             }
         }
     }
+}
+
+/// Reads what is in the pool, and takes it off the lists. It was hashed before it got there.
+fn read_pool(
+    pool: &HostPool,
+    elsewhere: &mut Vec<(usize, EntryId)>,
+    wanted: &mut Vec<(ContentId, Place)>,
+    (scratch, found): (&mut Vec<u8>, &mut [Found<Arc<Buffer>>]),
+) {
+    let mut left = Vec::new();
+    for ((slot, entry), (id, place)) in elsewhere.drain(..).zip(wanted.drain(..)) {
+        let at = scratch.len();
+        scratch.resize(at + PAGE_SIZE, 0);
+        if pool.read(id, &mut scratch[at..]) {
+            found[slot] = Found::Scratch(at);
+        } else {
+            scratch.truncate(at);
+            left.push(((slot, entry), (id, place)));
+        }
+    }
+    (*elsewhere, *wanted) = left.into_iter().unzip();
 }

@@ -16,6 +16,8 @@ use crate::journal::{Journal, file_name};
 use crate::link::Hold;
 
 use super::entry::Entry;
+use super::mapper::{self, Mapper};
+use super::pool::HostPool;
 use super::promises::Promises;
 use super::session::{GuestMemory, TargetSession, lock};
 use super::sink::{ReturnEnd, Sink, read_return_path};
@@ -40,6 +42,10 @@ pub(crate) struct TargetContext {
     pub(crate) journal: Journal,
     pub(crate) hold: Hold,
     pub(crate) store_bytes: usize,
+    /// What VMs of this host share.
+    pub(crate) pool: Arc<HostPool>,
+    /// The library that maps it, if not where it is expected.
+    pub(crate) cow_library: Option<PathBuf>,
 }
 
 /// One incoming move.
@@ -121,16 +127,16 @@ impl Arrivals {
         });
     }
 
-    /// Starts the target QEMU of a move; returns its process id.
+    /// Starts the target QEMU of a move; returns its process id, and what a person should know.
     pub(crate) fn open(
         &self,
         session: &Arc<TargetSession>,
         request: OpenMove,
-    ) -> anyhow::Result<u32> {
+    ) -> anyhow::Result<(u32, Option<String>)> {
         let _reserved = self.reserve(&request)?;
         let started = Incoming::start(session, &request, &self.context, self.clock);
-        let incoming = match started {
-            Ok(incoming) => incoming,
+        let (incoming, note) = match started {
+            Ok(started) => started,
             Err(error) => {
                 lock(&self.promises).redeem(&request.id);
                 return Err(error);
@@ -143,7 +149,7 @@ impl Arrivals {
             // It ended while QEMU was started, when the move was not yet known here.
             self.session_lost(session);
         }
-        Ok(pid)
+        Ok((pid, note))
     }
 
     /// Promises memory to the VMs of a group if it fits into `available`, beside what others were
@@ -283,11 +289,18 @@ impl Incoming {
         request: &OpenMove,
         context: &TargetContext,
         clock: Instant,
-    ) -> anyhow::Result<Arc<Self>> {
+    ) -> anyhow::Result<(Arc<Self>, Option<String>)> {
         let log = context
             .log_dir
             .join(format!("{}.log", file_name(&request.id)));
-        let guest = TargetGuest::start(&request.argv, &log).context("starting the target QEMU")?;
+        let (guest, mapper) = start_qemu(request, &log, context)?;
+        let (mapper, note) = match mapper.transpose() {
+            Ok(mapper) => (mapper, None),
+            Err(why) => (None, Some(format!("its pages are not shared there: {why}"))),
+        };
+        if let Some(note) = &note {
+            tracing::warn!(vm = request.vm_name, note);
+        }
         let entry = Entry {
             id: request.id.clone(),
             vm_name: request.vm_name.clone(),
@@ -308,12 +321,12 @@ impl Incoming {
         });
         let fed = incoming
             .write_journal(TargetJournal::Loading)
-            .and_then(|()| incoming.feed(session, request.vm));
+            .and_then(|()| incoming.feed(session, request.vm, mapper));
         if let Err(error) = fed {
             incoming.handle(TargetEvent::Failed(format!("{error:#}")));
             return Err(error);
         }
-        Ok(incoming)
+        Ok((incoming, note))
     }
 
     /// Takes up what the journal says, and what is there of it.
@@ -369,7 +382,12 @@ impl Incoming {
     }
 
     /// Has QEMU listen, connects to it, and starts the threads that feed and hear it.
-    fn feed(self: &Arc<Self>, session: &Arc<TargetSession>, vm: u16) -> anyhow::Result<()> {
+    fn feed(
+        self: &Arc<Self>,
+        session: &Arc<TargetSession>,
+        vm: u16,
+        mapper: Option<Mapper>,
+    ) -> anyhow::Result<()> {
         let guest = self.guest()?;
         let name = file_name(&lock(&self.entry).id);
         // Paths of unix sockets are short; the process id makes it unique on this host.
@@ -394,7 +412,7 @@ impl Incoming {
                 .collect();
             Some(GuestMemory { memory, bases })
         });
-        let (sink, handle) = Sink::new(session, vm, socket.try_clone()?, find);
+        let (sink, handle) = Sink::new(session, vm, socket.try_clone()?, (find, mapper));
         session.add_sink(vm, handle);
         let pings = sink.pings();
         let incoming = Arc::clone(self);
@@ -580,6 +598,29 @@ impl Incoming {
     fn is_ended(&self) -> bool {
         !matches!(self.answer(), MoveState::Loading | MoveState::Loaded)
     }
+}
+
+/// Starts a QEMU; with it what maps its pages, if they are to be shared, or why they cannot be.
+fn start_qemu(
+    request: &OpenMove,
+    log: &std::path::Path,
+    context: &TargetContext,
+) -> anyhow::Result<(TargetGuest, Option<Result<Mapper, String>>)> {
+    let library = context.cow_library.as_deref();
+    let prepare =
+        || mapper::Waiting::prepare(&request.argv, &context.run_dir, library, &context.pool);
+    let waiting = request.share.then(prepare).transpose();
+    let environment = match &waiting {
+        Ok(Some(waiting)) => waiting.environment(),
+        _ => &[],
+    };
+    let guest = TargetGuest::start_with(&request.argv, log, environment)
+        .context("starting the target QEMU")?;
+    let mapper = match waiting {
+        Ok(waiting) => waiting.map(|waiting| waiting.ready(&guest)),
+        Err(why) => Some(Err(why)),
+    };
+    Ok((guest, mapper))
 }
 
 impl std::fmt::Debug for Incoming {

@@ -182,7 +182,7 @@ impl Listener {
                         reason: "there is no such session".into(),
                     },
                     Some(session) => match self.arrivals.open(&session, request) {
-                        Ok(pid) => ControlReply::Ready { pid },
+                        Ok((pid, note)) => ControlReply::Ready { pid, note },
                         Err(error) => ControlReply::Refused {
                             reason: format!("{error:#}"),
                         },

@@ -12,7 +12,9 @@ mod contents;
 mod entry;
 mod incoming;
 mod listener;
+mod mapper;
 mod peer;
+mod pool;
 mod promises;
 mod rack;
 mod receiver;
@@ -21,3 +23,4 @@ mod sink;
 
 pub(crate) use incoming::{Arrivals, TargetContext};
 pub(crate) use listener::listen;
+pub(crate) use pool::HostPool;

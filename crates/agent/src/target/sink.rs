@@ -1,20 +1,22 @@
 //! Feeds one target QEMU: frames in, QEMU's stream out; acknowledgements back.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::io::{self, IoSlice, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
+use guest::CowError;
 use migrate::unpack::{Ack, Arrived, Batch, Segment, UnpackError, Unpacker};
-use page::{EntryId, HostNo, PAGE_SIZE, PageBytes};
+use page::{BlockIndex, ContentId, EntryId, HostNo, PAGE_SIZE, PageBytes, PageNo};
 use qstream::{ReturnDecoder, ReturnMessage, ReturnStep};
 use wire::{BackMessage, MAX_ENTRIES, Reached};
 
 use crate::link::Buffer;
 
 use super::contents::SessionContents;
+use super::mapper::{Mapper, Wanted};
 use super::session::{GuestMemory, TargetSession, lock};
 
 /// Most bytes that wait for one QEMU. The source's window keeps far below it (8 MiB of QEMU's
@@ -23,6 +25,9 @@ const MAX_QUEUED: usize = 128 << 20;
 
 /// Slices of one write: the kernel's limit for one call.
 const MAX_SLICES: usize = 1024;
+
+/// The source hears of so many more pages that were mapped: 16 MiB.
+const SAY_MAPPED: u64 = 4096;
 
 /// What comes for one VM.
 pub(crate) enum SinkFrame {
@@ -84,6 +89,8 @@ pub(crate) enum SinkError {
     Unpack(#[from] UnpackError),
     #[error("frames were dropped")]
     Dropped,
+    #[error("it is not known which pages were mapped: {0}")]
+    Mapping(#[source] CowError),
 }
 
 /// Pings on their way, with how far the stream is once they are answered.
@@ -100,6 +107,12 @@ pub(crate) struct Sink {
     memory: Option<MemorySource>,
     /// Blocks whose contents can be found again, by index.
     has_memory: Vec<bool>,
+    /// Maps pages that are shared.
+    mapper: Option<Mapper>,
+    /// Mapped pages that the source was told of.
+    mapped_said: u64,
+    /// Ids of fill pages, by their byte.
+    fills: HashMap<u8, ContentId>,
 }
 
 /// Finds the guest's memory once the block list is known.
@@ -110,7 +123,7 @@ impl Sink {
         session: &Arc<TargetSession>,
         vm: u16,
         socket: UnixStream,
-        memory: MemorySource,
+        (memory, mapper): (MemorySource, Option<Mapper>),
     ) -> (Self, SinkHandle) {
         let (sender, frames) = unbounded();
         let queued = Arc::new(AtomicUsize::new(0));
@@ -128,6 +141,9 @@ impl Sink {
             socket,
             memory: Some(memory),
             has_memory: Vec::new(),
+            mapper,
+            mapped_said: 0,
+            fills: HashMap::new(),
         };
         (sink, handle)
     }
@@ -138,7 +154,8 @@ impl Sink {
 
     /// Feeds QEMU until the source closes the VM's stream or the session ends.
     pub(crate) fn run(mut self) -> Result<(), SinkError> {
-        let mut unpacker = Unpacker::default();
+        let mappable = self.mapper.as_ref().map(Mapper::mappable);
+        let mut unpacker = Unpacker::mapping(mappable.unwrap_or_default());
         let mut batch = Batch::default();
         while let Ok(frame) = self.frames.recv() {
             let left = self.queued.fetch_sub(frame.counted(), Ordering::Relaxed);
@@ -150,10 +167,15 @@ impl Sink {
             if self.memory.is_some() {
                 self.find_memory(&unpacker);
             }
+            self.share(&mut unpacker, &mut batch, body)?;
             if let Some(Ack::OnPong { ping, reached }) = batch.ack {
                 lock(&self.pings).push_back((ping, reached));
             }
             write_batch(&mut self.socket, &batch, body)?;
+            // While QEMU loads its devices: every mapping is through, and the guest waits.
+            if let Some(mapper) = self.mapper.as_mut().filter(|_| unpacker.is_past_memory()) {
+                mapper.finish();
+            }
             if let Some(Ack::OnWrite { reached }) = batch.ack {
                 self.session.say(self.vm, BackMessage::Ack(reached));
             }
@@ -184,6 +206,7 @@ impl Sink {
                 let mut contents = SessionContents {
                     session: &self.session,
                     vm: self.vm,
+                    pool: self.mapper.as_ref().map(|mapper| &*mapper.pool),
                 };
                 unpacker.apply(body, *is_repair, &mut contents, batch)?;
                 Ok(body)
@@ -214,16 +237,52 @@ impl Sink {
             .iter()
             .map(|(_, block)| block.name.to_string())
             .collect();
+        if let Some(mapper) = &mut self.mapper {
+            mapper.learn_blocks(blocks);
+        }
         if let Some(memory) = find(&names) {
             self.has_memory = memory.bases.iter().map(Option::is_some).collect();
             self.session.add_memory(self.vm, memory);
         }
     }
 
+    /// Maps the pages of a batch that are shared, before any of it is written. Device state comes only
+    /// when all are through.
+    fn share(
+        &mut self,
+        unpacker: &mut Unpacker,
+        batch: &mut Batch<Arc<Buffer>>,
+        body: &[u8],
+    ) -> Result<(), SinkError> {
+        let Some(mut mapper) = self.mapper.take() else {
+            return Ok(());
+        };
+        if !batch.shared.is_empty() {
+            let wanted = wanted(&self.session, &mut self.fills, batch, body);
+            let is_mapped = mapper.map(&wanted).map_err(SinkError::Mapping)?;
+            let entries = batch.shared.iter().zip(&wanted);
+            let placed = entries.filter_map(|(shared, wanted)| {
+                let id = Some(wanted.content);
+                Some((shared.entry?, id, wanted.block, wanted.page))
+            });
+            let placed: Vec<_> = placed.collect();
+            self.place(&placed);
+            unpacker.shared_done(&is_mapped, batch);
+        }
+        let pages = mapper.mapped();
+        let is_over = unpacker.is_past_memory();
+        self.mapper = Some(mapper);
+        if pages >= self.mapped_said + SAY_MAPPED || (is_over && pages > self.mapped_said) {
+            self.mapped_said = pages;
+            self.session.say(self.vm, BackMessage::Mapped { pages });
+        }
+        Ok(())
+    }
+
     /// Remembers where the batch put contents. Literals are hashed here, by this VM's thread;
     /// a reference moves its entry to the newer place.
     fn remember(&self, batch: &Batch<Arc<Buffer>>, body: &[u8]) {
-        let findable = |block: page::BlockIndex| {
+        let findable = |block: BlockIndex| {
             self.has_memory
                 .get(usize::from(block.0))
                 .copied()
@@ -238,6 +297,10 @@ impl Sink {
                 (p.entry, id, p.block, p.page)
             })
             .collect();
+        self.place(&placed);
+    }
+
+    fn place(&self, placed: &[(EntryId, Option<ContentId>, BlockIndex, PageNo)]) {
         if placed.is_empty() {
             return;
         }
@@ -259,18 +322,55 @@ fn losses(carrier: HostNo, entries: &[EntryId]) -> impl Iterator<Item = BackMess
     entries.chunks(MAX_ENTRIES).map(lost)
 }
 
+/// The pages of a batch that are to be mapped, with the ids of their contents.
+fn wanted<'a>(
+    session: &TargetSession,
+    fills: &mut HashMap<u8, ContentId>,
+    batch: &'a Batch<Arc<Buffer>>,
+    body: &'a [u8],
+) -> Vec<Wanted<'a>> {
+    let pages = batch.shared.iter().filter_map(|shared| {
+        let bytes = bytes_of(&shared.bytes, batch, body);
+        let bytes: &PageBytes = bytes.try_into().ok()?;
+        // What somebody else could map must be hashed here: the source's word is not enough.
+        let content = match shared.entry {
+            None => *fills
+                .entry(bytes[0])
+                .or_insert_with(|| session.key.id_of(bytes)),
+            Some(_) => session.key.id_of(bytes),
+        };
+        Some(Wanted {
+            block: shared.block,
+            page: shared.page,
+            content,
+            bytes,
+        })
+    });
+    pages.collect()
+}
+
+fn bytes_of<'a>(
+    segment: &'a Segment<Arc<Buffer>>,
+    batch: &'a Batch<Arc<Buffer>>,
+    body: &'a [u8],
+) -> &'a [u8] {
+    match segment {
+        Segment::Head(range) => &batch.head[range.clone()],
+        Segment::Own(at) => &body[*at..*at + PAGE_SIZE],
+        Segment::Held(held, at) => &held[*at..*at + PAGE_SIZE],
+        Segment::Scratch(at) => &batch.scratch[*at..*at + PAGE_SIZE],
+    }
+}
+
 fn write_batch(socket: &mut UnixStream, batch: &Batch<Arc<Buffer>>, body: &[u8]) -> io::Result<()> {
     let mut slices = Vec::with_capacity(batch.segments.len().min(MAX_SLICES));
     for chunk in batch.segments.chunks(MAX_SLICES) {
         slices.clear();
-        slices.extend(chunk.iter().map(|segment| {
-            IoSlice::new(match segment {
-                Segment::Head(range) => &batch.head[range.clone()],
-                Segment::Own(at) => &body[*at..*at + PAGE_SIZE],
-                Segment::Held(held, at) => &held[*at..*at + PAGE_SIZE],
-                Segment::Scratch(at) => &batch.scratch[*at..*at + PAGE_SIZE],
-            })
-        }));
+        slices.extend(
+            chunk
+                .iter()
+                .map(|segment| IoSlice::new(bytes_of(segment, batch, body))),
+        );
         let mut rest = slices.as_mut_slice();
         while !rest.is_empty() {
             match socket.write_vectored(rest) {

@@ -6,6 +6,8 @@ use std::ops::Range;
 use page::{BlockIndex, EntryId, PageNo, PageRun};
 use wire::{Reached, Remote};
 
+use super::mapping::SharedPage;
+
 /// Where the bytes of an entry are.
 #[derive(Clone, Debug)]
 pub enum Found<B> {
@@ -83,6 +85,9 @@ pub struct Batch<B> {
     pub scratch: Vec<u8>,
     /// Contents and where they are now.
     pub placed: Vec<Placed>,
+    /// Pages to be mapped before anything of this batch is written; see
+    /// [`shared_done`](super::Unpacker::shared_done).
+    pub shared: Vec<SharedPage<B>>,
     /// Pages to ask the source for.
     pub repair: Vec<(BlockIndex, PageRun)>,
     /// To be acknowledged once the batch is loaded.
@@ -116,6 +121,7 @@ impl<B> Default for Batch<B> {
             segments: Vec::new(),
             scratch: Vec::new(),
             placed: Vec::new(),
+            shared: Vec::new(),
             repair: Vec::new(),
             ack: None,
             found: Vec::new(),
@@ -131,6 +137,7 @@ impl<B> Batch<B> {
         self.segments.clear();
         self.scratch.clear();
         self.placed.clear();
+        self.shared.clear();
         self.repair.clear();
         self.found.clear();
         self.ack = None;

@@ -1,5 +1,6 @@
 //! One VM's stream from its block list on.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use page::{BlockIndex, EntryId, PAGE_SIZE, PageNo, PageRun};
@@ -7,7 +8,8 @@ use qstream::{BlockList, Command, Decoder, Encoder, Item, Step, encode_command};
 use wire::Remote;
 
 use super::batch::{Ack, Batch, Contents, Found, Placed, Segment};
-use super::waiting::{Version, Waiting};
+use super::mapping::{SharedPage, Untouched};
+use super::waiting::{Cause, Version, Waiting};
 use super::{MAX_HELD_TAIL, MAX_WAITING, OUR_PING, UnpackError};
 
 pub(super) struct Streaming {
@@ -16,6 +18,7 @@ pub(super) struct Streaming {
     /// Checks what is forwarded between sections.
     pub(super) decoder: Decoder,
     pub(super) waiting: Waiting,
+    pub(super) untouched: Untouched,
     pub(super) phase: Phase,
 }
 
@@ -33,6 +36,8 @@ pub(super) enum Origin {
 pub(super) struct Frame {
     pub(super) origin: Origin,
     pub(super) block: BlockIndex,
+    /// The pages share their frames at the source.
+    pub(super) is_shared: bool,
     pub(super) bytes: PageCursor,
 }
 
@@ -48,7 +53,10 @@ pub(super) enum Phase {
 }
 
 impl Streaming {
-    pub(super) fn begin(decoder: Decoder) -> Result<Self, UnpackError> {
+    pub(super) fn begin(
+        decoder: Decoder,
+        mappable: &HashMap<String, u32>,
+    ) -> Result<Self, UnpackError> {
         let none = || UnpackError::OutOfPlace {
             what: "something else than a block list",
         };
@@ -58,6 +66,7 @@ impl Streaming {
         let encoder = Encoder::new(Arc::clone(&blocks), section, footers);
         Ok(Self {
             encoder,
+            untouched: Untouched::new(&blocks, mappable),
             blocks,
             decoder,
             waiting: Waiting::default(),
@@ -79,7 +88,10 @@ impl Streaming {
         if let Origin::Stream { position } = origin {
             self.waiting.frame_ends(position);
         }
-        self.flush(next_ping, batch);
+        // Else when they are mapped.
+        if batch.shared.is_empty() {
+            self.flush(next_ping, batch);
+        }
         Ok(())
     }
 
@@ -102,10 +114,50 @@ impl Streaming {
             }
             Phase::End | Phase::Flushing { .. } | Phase::Tail => {}
         }
-        batch.ack = self
-            .waiting
-            .progress()
-            .map(|reached| Ack::OnWrite { reached });
+        if let Some(reached) = self.waiting.progress() {
+            batch.ack = Some(Ack::OnWrite { reached });
+        }
+    }
+
+    /// Writes a page.
+    pub(super) fn put<B>(
+        &mut self,
+        block: BlockIndex,
+        page: PageNo,
+        bytes: Segment<B>,
+        batch: &mut Batch<B>,
+    ) {
+        self.untouched.touch(block, page);
+        self.encoder.page(block, page, &mut batch.head);
+        batch.push_page(bytes);
+    }
+
+    /// Has a page mapped if it shared its frame and nothing was written to it yet; else writes it.
+    /// False: it is to be mapped.
+    pub(super) fn share_or_put<B>(
+        &mut self,
+        frame: &Frame,
+        page: PageNo,
+        (entry, bytes): (Option<EntryId>, Segment<B>),
+        batch: &mut Batch<B>,
+    ) -> bool {
+        let block = frame.block;
+        if let Origin::Stream { position } = frame.origin
+            && frame.is_shared
+            && self.untouched.touch(block, page)
+        {
+            let version = Version { block, position };
+            self.waiting.wait(version, page, Cause::Mapping);
+            batch.shared.push(SharedPage {
+                entry,
+                block,
+                page,
+                bytes,
+            });
+            return false;
+        }
+        self.put(block, page, bytes, batch);
+        true
     }
 
     /// Checks that the run may be written now.
@@ -171,11 +223,18 @@ impl Streaming {
             if !self.takes(frame, page) {
                 continue;
             }
-            self.encoder.page(block, page, &mut batch.head);
-            batch.push_page(Segment::Own(at));
-            if let Some(first) = first {
+            let entry = first.map(|first| first.plus(index));
+            let bytes = Segment::Own(at);
+            let is_written = match entry {
+                Some(_) => self.share_or_put(frame, page, (entry, bytes), batch),
+                None => {
+                    self.put(block, page, bytes, batch);
+                    true
+                }
+            };
+            if let Some(entry) = entry.filter(|_| is_written) {
                 batch.placed.push(Placed {
-                    entry: first.plus(index),
+                    entry,
                     block,
                     page,
                     literal_at: Some(at),
@@ -205,7 +264,7 @@ impl Streaming {
             block: frame.block,
             position,
         };
-        self.put_found(version, run, first, &mut found, batch);
+        self.put_found(frame, version, (run, first), &mut found, batch);
         batch.found = found;
         Ok(())
     }
@@ -213,9 +272,9 @@ impl Streaming {
     /// Writes the pages whose contents were found, and has the others wait.
     fn put_found<B>(
         &mut self,
+        frame: &Frame,
         version: Version,
-        run: PageRun,
-        first: EntryId,
+        (run, first): (PageRun, EntryId),
         found: &mut Vec<Found<B>>,
         batch: &mut Batch<B>,
     ) {
@@ -227,24 +286,24 @@ impl Streaming {
                 Found::Held(body, at) => Segment::Held(body, at),
                 Found::Scratch(at) => Segment::Scratch(at),
                 Found::Coming => {
-                    self.waiting.wait(version, page, Some(entry));
+                    self.waiting.wait(version, page, Cause::Entry(entry));
                     continue;
                 }
                 Found::Missing => {
-                    self.waiting.wait(version, page, None);
+                    self.waiting.wait(version, page, Cause::Repair);
                     batch.ask_for(block, page);
                     continue;
                 }
             };
             self.waiting.replaced((block, page));
-            self.encoder.page(block, page, &mut batch.head);
-            batch.push_page(segment);
-            batch.placed.push(Placed {
-                entry,
-                block,
-                page,
-                literal_at: None,
-            });
+            if self.share_or_put(frame, page, (Some(entry), segment), batch) {
+                batch.placed.push(Placed {
+                    entry,
+                    block,
+                    page,
+                    literal_at: None,
+                });
+            }
         }
     }
 

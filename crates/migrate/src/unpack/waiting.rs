@@ -21,12 +21,22 @@ pub(super) struct Version {
     pub(super) position: u64,
 }
 
+/// What a page waits for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Cause {
+    /// This content.
+    Entry(EntryId),
+    /// The source was asked for the page.
+    Repair,
+    /// It is being mapped.
+    Mapping,
+}
+
 /// A page that waits.
 struct Wait {
     /// End of the frame that has the version.
     position: u64,
-    /// What it waits for; nothing if the source was asked for the page.
-    entry: Option<EntryId>,
+    cause: Cause,
 }
 
 #[derive(Default)]
@@ -54,13 +64,13 @@ impl Waiting {
     }
 
     /// The page waits for this version, and for no older one.
-    pub(super) fn wait(&mut self, version: Version, page: PageNo, entry: Option<EntryId>) {
+    pub(super) fn wait(&mut self, version: Version, page: PageNo, cause: Cause) {
         let key = (version.block, page);
         let position = version.position;
         self.replaced(key);
-        self.pages.insert(key, Wait { position, entry });
+        self.pages.insert(key, Wait { position, cause });
         *self.by_position.entry(position).or_default() += 1;
-        if let Some(entry) = entry {
+        if let Cause::Entry(entry) = cause {
             self.by_entry.entry(entry).or_default().push(key);
         }
     }
@@ -86,12 +96,25 @@ impl Waiting {
         true
     }
 
+    /// Whether the mapping of the page still counts, which has been tried: no newer version came.
+    /// It does not wait any more then.
+    pub(super) fn mapping_done(&mut self, key: PageKey) -> bool {
+        let position = match self.pages.entry(key) {
+            Entry::Occupied(wait) if wait.get().cause == Cause::Mapping => wait.remove().position,
+            _ => return false,
+        };
+        self.counted_down(position);
+        true
+    }
+
     /// The entry came: the pages that wait for it, which do not any more.
     pub(super) fn take_for(&mut self, entry: EntryId) -> Vec<PageKey> {
         let mut keys = self.by_entry.remove(&entry).unwrap_or_default();
         keys.retain(|key| {
             let position = match self.pages.entry(*key) {
-                Entry::Occupied(wait) if wait.get().entry == Some(entry) => wait.remove().position,
+                Entry::Occupied(wait) if wait.get().cause == Cause::Entry(entry) => {
+                    wait.remove().position
+                }
                 _ => return false,
             };
             self.counted_down(position);
@@ -104,8 +127,8 @@ impl Waiting {
     pub(super) fn give_up(&mut self, entry: EntryId) -> Vec<PageKey> {
         let mut keys = self.by_entry.remove(&entry).unwrap_or_default();
         keys.retain(|key| match self.pages.get_mut(key) {
-            Some(wait) if wait.entry == Some(entry) => {
-                wait.entry = None;
+            Some(wait) if wait.cause == Cause::Entry(entry) => {
+                wait.cause = Cause::Repair;
                 true
             }
             _ => false,
@@ -116,7 +139,10 @@ impl Waiting {
 
     /// What pages wait for.
     pub(super) fn entries(&self) -> impl Iterator<Item = EntryId> {
-        self.pages.values().filter_map(|wait| wait.entry)
+        self.pages.values().filter_map(|wait| match wait.cause {
+            Cause::Entry(entry) => Some(entry),
+            Cause::Repair | Cause::Mapping => None,
+        })
     }
 
     /// A frame of the stream was applied.
@@ -179,9 +205,9 @@ mod tests {
     fn what_is_complete_ends_before_the_first_page_that_waits() {
         let mut waiting = Waiting::default();
         waiting.frame_ends(10);
-        waiting.wait(version(20), PageNo(1), Some(EntryId(7)));
+        waiting.wait(version(20), PageNo(1), Cause::Entry(EntryId(7)));
         waiting.frame_ends(20);
-        waiting.wait(version(30), PageNo(2), None);
+        waiting.wait(version(30), PageNo(2), Cause::Repair);
         waiting.frame_ends(30);
         waiting.frame_ends(40);
         assert_eq!(complete(&mut waiting), Some(10));
@@ -198,13 +224,29 @@ mod tests {
     fn a_newer_version_cancels_the_wait_for_an_older_content() {
         let mut waiting = Waiting::default();
         let key = (BLOCK, PageNo(1));
-        waiting.wait(version(10), PageNo(1), Some(EntryId(7)));
-        waiting.wait(version(20), PageNo(1), Some(EntryId(8)));
+        waiting.wait(version(10), PageNo(1), Cause::Entry(EntryId(7)));
+        waiting.wait(version(20), PageNo(1), Cause::Entry(EntryId(8)));
         assert_eq!(waiting.take_for(EntryId(7)), []);
         assert_eq!(waiting.give_up(EntryId(8)), [key]);
         assert_eq!(waiting.take_for(EntryId(8)), []);
         waiting.replaced(key);
         waiting.frame_ends(20);
         assert_eq!(complete(&mut waiting), Some(20));
+    }
+
+    #[test]
+    fn a_newer_version_cancels_a_mapping_and_nothing_else_does() {
+        let mut waiting = Waiting::default();
+        let key = (BLOCK, PageNo(1));
+        waiting.wait(version(10), PageNo(1), Cause::Mapping);
+        waiting.frame_ends(10);
+        assert_eq!(waiting.take_for(EntryId(7)), []);
+        assert_eq!(complete(&mut waiting), None);
+        assert!(waiting.mapping_done(key));
+        assert_eq!(complete(&mut waiting), Some(10));
+        waiting.wait(version(20), PageNo(1), Cause::Mapping);
+        waiting.wait(version(30), PageNo(1), Cause::Repair);
+        assert!(!waiting.mapping_done(key));
+        assert_eq!(waiting.len(), 1);
     }
 }

@@ -11,6 +11,7 @@ mod opening;
 #[path = "../round_trip/rng.rs"]
 mod rng;
 #[path = "../round_trip/target.rs"]
+#[expect(dead_code, reason = "nothing is mapped here")]
 mod target;
 
 mod host;

@@ -18,7 +18,7 @@ use page::ContentKey;
 
 use guest::is_fill;
 use rng::Rng;
-use session::{Faults, Session};
+use session::{Faults, Session, Sharing};
 
 fn key() -> Option<ContentKey> {
     Some(ContentKey::new([7; 32]))
@@ -28,7 +28,7 @@ fn key() -> Option<ContentKey> {
 /// nothing is acknowledged that is not in the target QEMU, and that it gets a valid stream.
 #[test]
 fn every_vm_arrives_as_it_was_at_its_stop_whatever_is_lost() {
-    let mut repaired = 0;
+    let (mut repaired, mut mapped) = (0, 0);
     for seed in 0..1500 {
         let mut rng = Rng::new(!seed);
         let key = key().filter(|_| !rng.chance(10));
@@ -36,11 +36,13 @@ fn every_vm_arrives_as_it_was_at_its_stop_whatever_is_lost() {
         println!("seed {seed}");
         session.run();
         repaired += session.repaired_pages;
+        mapped += session.mapped_pages;
     }
     assert!(
         repaired > 10_000,
         "{repaired} pages are too few to prove it"
     );
+    assert!(mapped > 10_000, "{mapped} pages are too few to prove it");
 }
 
 #[test]
@@ -57,6 +59,26 @@ fn each_content_crosses_as_bytes_once_when_nothing_is_lost() {
         let crossed: HashSet<_> = literals.map(|(content, _)| *content).collect();
         assert_eq!(crossed, expected);
         assert_eq!(session.repaired_pages, 0);
+    }
+}
+
+#[test]
+fn only_contents_of_shared_frames_are_compared_and_all_of_them_are_mapped() {
+    for (marked_percent, only) in [(100, true), (0, true), (100, false)] {
+        let sharing = Sharing {
+            marked_percent,
+            only,
+            refused_percent: 0,
+        };
+        let faults = Faults {
+            sharing,
+            ..Faults::NONE
+        };
+        let mut session = Session::new(3, 3, key(), faults);
+        session.run();
+        assert_eq!(session.literals.is_empty(), marked_percent == 0);
+        assert_eq!(session.mapped_pages == 0, marked_percent == 0);
+        assert!(session.literals.values().all(|times| *times == 1));
     }
 }
 

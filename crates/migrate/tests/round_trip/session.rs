@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use content::{HostTable, Place, Places, Recent};
-use migrate::pack::{Packer, repair_front};
+use migrate::pack::{Packer, SharedPages, repair_front};
 use migrate::unpack::{Ack, Batch, Contents, Found, Segment, Unpacker, literal_runs};
 use migrate::window::Window;
 use page::{BlockIndex, ContentKey, EntryId, PAGE_SIZE, PageRun};
@@ -15,7 +15,7 @@ use wire::{
     split_pages_body,
 };
 
-use crate::guest::{Content, NOT_REPAIRABLE, SourceQemu, bytes_of, content_of};
+use crate::guest::{Content, NOT_REPAIRABLE, SourceQemu, bytes_of, content_of, is_fill};
 use crate::rng::Rng;
 use crate::target::TargetQemu;
 
@@ -35,6 +35,34 @@ pub(crate) struct Faults {
     pub(crate) recent_bytes: usize,
     /// Room in the source's table.
     pub(crate) max_entries: u32,
+    pub(crate) sharing: Sharing,
+}
+
+/// What is said of shared frames, and what becomes of their pages.
+#[derive(Clone, Copy)]
+pub(crate) struct Sharing {
+    /// Of 100 pages, so many are said to share their frame, truly or not.
+    pub(crate) marked_percent: usize,
+    /// Only their contents are compared.
+    pub(crate) only: bool,
+    /// Of 100 pages that are to be mapped, so many cannot be.
+    pub(crate) refused_percent: usize,
+}
+
+impl Sharing {
+    const OFF: Self = Self {
+        marked_percent: 0,
+        only: false,
+        refused_percent: 0,
+    };
+
+    fn random(rng: &mut Rng) -> Self {
+        Self {
+            marked_percent: [0, 30, 100][rng.below(3)],
+            only: rng.chance(50),
+            refused_percent: [0, 20, 100][rng.below(3)],
+        }
+    }
 }
 
 impl Faults {
@@ -43,6 +71,7 @@ impl Faults {
         corrupt_percent: 0,
         recent_bytes: 1 << 30,
         max_entries: 1 << 20,
+        sharing: Sharing::OFF,
     };
 
     pub(crate) fn random(rng: &mut Rng) -> Self {
@@ -51,6 +80,7 @@ impl Faults {
             corrupt_percent: [0, 20][rng.below(2)],
             recent_bytes: rng.below(16) * PAGE_SIZE,
             max_entries: if rng.chance(20) { 10 } else { 1 << 20 },
+            sharing: Sharing::random(rng),
         }
     }
 }
@@ -104,12 +134,15 @@ pub(crate) struct Session {
     /// How often each content went as bytes that become an entry.
     pub(crate) literals: HashMap<Content, u32>,
     pub(crate) repaired_pages: u64,
+    pub(crate) mapped_pages: u64,
 }
 
 impl Session {
     pub(crate) fn new(seed: u64, vms: usize, key: Option<ContentKey>, faults: Faults) -> Self {
         let mut rng = Rng::new(seed);
-        let moves: Vec<_> = (0..vms).map(|_| Move::new(&key, &mut rng)).collect();
+        let moves: Vec<_> = (0..vms)
+            .map(|_| Move::new(&key, faults.sharing.only, &mut rng))
+            .collect();
         let target = |m: &Move| TargetQemu::new(Arc::clone(&m.source.layout));
         Self {
             targets: moves.iter().map(target).collect(),
@@ -125,6 +158,7 @@ impl Session {
             frames: Vec::new(),
             literals: HashMap::new(),
             repaired_pages: 0,
+            mapped_pages: 0,
         }
     }
 
@@ -193,6 +227,10 @@ impl Session {
         m.buffer
             .extend_from_slice(&m.source.stream[m.read..m.read + count]);
         m.read += count;
+        if self.rng.chance(30) {
+            let marked = self.faults.sharing.marked_percent;
+            m.packer.set_shared(marks(&m.source, marked, &mut self.rng));
+        }
         let used = m.packer.scan(&m.buffer, 0).expect("QEMU's stream");
         if !m.packer.has_pieces() {
             m.buffer.drain(..used);
@@ -301,6 +339,7 @@ impl Session {
         m.unpacker
             .apply(&body, kind == FrameKind::Repair, &mut store, &mut batch)
             .expect("an honest frame");
+        self.map(vm, &mut batch, &body);
         let position = split_pages_body(&body).unwrap().position;
         let repair_as_of = (kind == FrameKind::Repair).then_some(position);
         self.targets[vm].write(&bytes_written(&batch, &body), repair_as_of);
@@ -316,6 +355,34 @@ impl Session {
                 self.acknowledge(vm, reached);
             }
         }
+    }
+
+    /// Maps the pages that are to be mapped, but for some.
+    fn map(&mut self, vm: usize, batch: &mut Batch<Body>, body: &[u8]) {
+        if batch.shared.is_empty() {
+            return;
+        }
+        let refused = self.faults.sharing.refused_percent;
+        let (m, target) = (&mut self.moves[vm], &mut self.targets[vm]);
+        let mut is_mapped = Vec::new();
+        for shared in &batch.shared {
+            let bytes = bytes_of_segment(&shared.bytes, batch, body);
+            let content = content_of(bytes.try_into().unwrap());
+            assert!(shared.entry.is_some() || is_fill(content));
+            let row = m.source.layout.row(shared.block, shared.page);
+            is_mapped.push(!self.rng.chance(refused));
+            if is_mapped.last() == Some(&true) {
+                target.map(row, content, &m.source);
+                self.mapped_pages += 1;
+            }
+            if let (Some(entry), Some(key)) = (shared.entry, &self.key) {
+                let id = key.id_of(bytes.try_into().unwrap());
+                let vm = u16::try_from(vm).unwrap();
+                let (block, page) = (shared.block, shared.page);
+                self.places.put(entry, id, Place { vm, block, page });
+            }
+        }
+        m.unpacker.shared_done(&is_mapped, batch);
     }
 
     fn remember_places(&mut self, vm: usize, batch: &Batch<Body>, body: &[u8]) {
@@ -407,23 +474,40 @@ impl Session {
 }
 
 impl Move {
-    fn new(key: &Option<ContentKey>, rng: &mut Rng) -> Self {
+    fn new(key: &Option<ContentKey>, shared_only: bool, rng: &mut Rng) -> Self {
         let source = SourceQemu::new(rng);
         let blocks = source.layout.blocks.iter();
         let repairable: HashSet<_> = blocks
             .filter(|(index, _)| *index != NOT_REPAIRABLE)
             .map(|(_, block)| block.name.to_string())
             .collect();
+        let mut packer = Packer::new(key.clone(), repairable);
+        if shared_only {
+            packer = packer.shared_only();
+        }
+        // Main memory is as large at the target; of another block that may be wrong.
+        let pages = |name: &str| {
+            let index = source.layout.blocks.index_of(name).unwrap();
+            let block = source.layout.blocks.get(index).unwrap();
+            u32::try_from(block.used_len.pages()).unwrap()
+        };
+        let mappable = HashMap::from([
+            ("pc.ram".to_owned(), pages("pc.ram")),
+            (
+                "dimm0".to_owned(),
+                pages("dimm0") + u32::from(rng.chance(30)),
+            ),
+        ]);
         Self {
             source,
             read: 0,
             buffer: Vec::new(),
-            packer: Packer::new(key.clone(), repairable),
+            packer,
             window: Window::new(50_000 + rng.next() % 1_000_000),
             requests: VecDeque::new(),
             answers: VecDeque::new(),
             inbox: VecDeque::new(),
-            unpacker: Unpacker::default(),
+            unpacker: Unpacker::mapping(mappable),
             pings: VecDeque::new(),
             pongs_seen: 0,
             asked: HashMap::new(),
@@ -441,14 +525,38 @@ pub(crate) fn literals(body: &[u8]) -> impl Iterator<Item = (EntryId, u32, usize
 pub(crate) fn bytes_written(batch: &Batch<Body>, own: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
     for segment in &batch.segments {
-        out.extend_from_slice(match segment {
-            Segment::Head(range) => &batch.head[range.clone()],
-            Segment::Own(at) => &own[*at..][..PAGE_SIZE],
-            Segment::Held(body, at) => &body[*at..][..PAGE_SIZE],
-            Segment::Scratch(at) => &batch.scratch[*at..][..PAGE_SIZE],
-        });
+        out.extend_from_slice(bytes_of_segment(segment, batch, own));
     }
     out
+}
+
+fn bytes_of_segment<'a>(
+    segment: &'a Segment<Body>,
+    batch: &'a Batch<Body>,
+    own: &'a [u8],
+) -> &'a [u8] {
+    match segment {
+        Segment::Head(range) => &batch.head[range.clone()],
+        Segment::Own(at) => &own[*at..][..PAGE_SIZE],
+        Segment::Held(body, at) => &body[*at..][..PAGE_SIZE],
+        Segment::Scratch(at) => &batch.scratch[*at..][..PAGE_SIZE],
+    }
+}
+
+/// Says of some pages that they share their frame.
+fn marks(source: &SourceQemu, percent: usize, rng: &mut Rng) -> Arc<SharedPages> {
+    let blocks: Vec<_> = source.layout.blocks.iter().collect();
+    let pages = |len: page::ByteLen| u32::try_from(len.pages()).unwrap();
+    let shapes = blocks.iter().map(|(_, b)| (&*b.name, pages(b.used_len)));
+    let mut marks = SharedPages::of_blocks(shapes);
+    for (position, (_, block)) in blocks.iter().enumerate() {
+        for page in 0..pages(block.used_len) {
+            if rng.chance(percent) {
+                marks.mark(position, page::PageNo(page));
+            }
+        }
+    }
+    Arc::new(marks)
 }
 
 /// The contents of the target host, which loses some.

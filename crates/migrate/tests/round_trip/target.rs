@@ -1,6 +1,6 @@
 //! The target QEMU: loads a stream, and checks what it is given against the source's history.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use page::{BlockIndex, PageBytes, PageNo};
@@ -25,6 +25,8 @@ pub(crate) struct TargetQemu {
     pieces: VecDeque<(u64, Option<u64>)>,
     written: u64,
     pages: Vec<Option<Page>>,
+    /// For each page that was mapped, how much had been written before.
+    mapped: HashMap<usize, u64>,
     pub(crate) tail: Vec<u8>,
     /// Pings that it has answered, oldest first.
     pub(crate) pongs: Vec<u32>,
@@ -38,6 +40,7 @@ impl TargetQemu {
             pieces: VecDeque::new(),
             written: 0,
             pages: vec![None; layout.len()],
+            mapped: HashMap::new(),
             tail: Vec::new(),
             pongs: Vec::new(),
             layout,
@@ -64,6 +67,7 @@ impl TargetQemu {
     /// Puts `content` into a page: it must be a version that is not older than what the stream
     /// has put there before, and a repair not older than what the stream had before it was read.
     fn put(&mut self, row: usize, content: Content, source: &SourceQemu) {
+        self.is_written(row);
         let as_of = self.repair_as_of();
         let page = self.pages[row];
         let mut oldest = page.map_or(0, |page| page.version);
@@ -79,6 +83,29 @@ impl TargetQemu {
             content,
             version: oldest + if as_of.is_some() { 0 } else { index },
         });
+    }
+
+    /// Maps a page from the pool: nothing may have been written to it, nor any device state.
+    pub(crate) fn map(&mut self, row: usize, content: Content, source: &SourceQemu) {
+        assert!(self.tail.is_empty(), "device state came before a mapping");
+        assert!(self.pages[row].is_none(), "page {row} was written already");
+        assert_ne!(content, 0, "zero pages take no memory");
+        let versions = source.versions_from(row, 0);
+        let version = versions.iter().position(|version| *version == content);
+        let version = version.expect("a content that the page never had");
+        self.pages[row] = Some(Page { content, version });
+        let twice = self.mapped.insert(row, self.written);
+        assert_eq!(twice, None, "page {row} is mapped twice");
+    }
+
+    /// Writing to a page that was mapped gives it memory of its own; what is older than the mapping
+    /// would have been lost under it.
+    fn is_written(&self, row: usize) {
+        let mapped = self.mapped.get(&row);
+        assert!(
+            mapped.is_none_or(|before| self.decoder.position() > *before),
+            "page {row} was mapped over a copy on its way"
+        );
     }
 
     pub(crate) fn unread(&self) -> usize {

@@ -1,0 +1,340 @@
+//! Maps shared pages of one target QEMU from the pool of this host (SLM section III-B).
+//!
+//! Everything that goes wrong before or between requests ends in plain copies. Only a request whose
+//! answer is not known ends the move: its pages could be mapped at any later moment, over newer ones.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use content::pool::{PoolUser, PoolVm, mapping_budget};
+use cow_abi::{BLOCKS_MAX, MapRun, Outcome};
+use guest::{CowError, CowLibrary, CowListener, TargetGuest, mapping_obstacle};
+use page::{BlockIndex, ByteLen, ContentId, HostAddr, PageBytes, PageNo};
+use qstream::BlockList;
+
+use super::pool::HostPool;
+
+/// Blocks of fewer pages are not worth a mapping: firmware and video memory. 64 MiB guests are the
+/// smallest that anybody moves.
+const MIN_BLOCK_PAGES: u64 = 4096;
+
+/// Tells the sockets of this agent apart.
+static NEXT_SOCKET: AtomicU64 = AtomicU64::new(0);
+
+/// Where the library in a QEMU that is about to be started will call.
+pub(crate) struct Waiting {
+    listener: CowListener,
+    pool: Arc<HostPool>,
+}
+
+impl Waiting {
+    /// Prepares for a QEMU with this command line; else says why its pages cannot be shared.
+    pub(crate) fn prepare(
+        argv: &[String],
+        run_dir: &Path,
+        library: Option<&Path>,
+        pool: &Arc<HostPool>,
+    ) -> Result<Self, String> {
+        if let Some(obstacle) = mapping_obstacle(argv) {
+            return Err(obstacle.to_string());
+        }
+        let library = guest::find_cow_library(library)
+            .ok_or_else(|| format!("{} is not installed here", cow_abi::LIBRARY_FILE))?;
+        let number = NEXT_SOCKET.fetch_add(1, Ordering::Relaxed);
+        let socket = run_dir.join(format!("c-{}-{number}.sock", std::process::id()));
+        let listener = CowListener::bind(&socket, &library)
+            .map_err(|error| format!("no socket for the mapping library: {error}"))?;
+        let pool = Arc::clone(pool);
+        Ok(Self { listener, pool })
+    }
+
+    pub(crate) fn environment(&self) -> &[(std::ffi::OsString, std::ffi::OsString)] {
+        self.listener.environment()
+    }
+
+    /// Gets ready to map; else says why the pages of this QEMU cannot be shared.
+    pub(crate) fn ready(self, guest: &TargetGuest) -> Result<Mapper, String> {
+        let text = |error: &dyn std::error::Error| crate::host::chain(error);
+        let mut library = self.listener.accept(guest.pid()).map_err(|e| text(&e))?;
+        match guest.mapping_obstacle() {
+            Ok(None) => {}
+            Ok(Some(obstacle)) => return Err(obstacle.to_string()),
+            Err(error) => return Err(text(&error)),
+        }
+        let blocks = guest.ram_blocks().map_err(|e| text(&e))?;
+        let mut names = Vec::new();
+        let mut offered = Vec::new();
+        let large = |len: ByteLen| len.pages() >= MIN_BLOCK_PAGES;
+        for block in blocks.iter().filter(|block| large(block.used_len)) {
+            let index = u16::try_from(names.len()).map_err(|e| text(&e))?;
+            if names.len() == BLOCKS_MAX {
+                break;
+            }
+            let addr = library.add_block(index, block).map_err(|e| text(&e))?;
+            names.push(block.name.clone());
+            offered.push((addr, block.used_len));
+        }
+        library.set_pool(&self.pool.file).map_err(|e| text(&e))?;
+        let vm = self.pool.join(guest.pid(), &offered);
+        let vm = vm.map_err(|e| text(&e))?;
+        let runs_left = mapping_budget(max_map_count(), mappings_of(guest.pid()));
+        let mapper = Mapper {
+            library: Some(library),
+            pool: self.pool,
+            vm,
+            blocks: names.into_iter().zip(offered).collect(),
+            numbers: Vec::new(),
+            runs_left,
+            scarce_below: runs_left / 2,
+            last: None,
+            mapped: 0,
+            asked: Duration::ZERO,
+        };
+        Ok(mapper)
+    }
+}
+
+/// A page to be mapped.
+pub(crate) struct Wanted<'a> {
+    pub(crate) block: BlockIndex,
+    pub(crate) page: PageNo,
+    pub(crate) content: ContentId,
+    pub(crate) bytes: &'a PageBytes,
+}
+
+/// Maps pages of one QEMU.
+pub(crate) struct Mapper {
+    /// Gone when it closed, or when all memory is through.
+    library: Option<CowLibrary>,
+    pub(crate) pool: Arc<HostPool>,
+    vm: PoolVm,
+    /// Name, address and length, by their numbers in the library and the pool.
+    blocks: Vec<(String, (HostAddr, ByteLen))>,
+    /// By the stream's block index, the number in `blocks`.
+    numbers: Vec<Option<u16>>,
+    /// How many more mappings the process may get.
+    runs_left: usize,
+    /// With fewer left, single pages get none: half of the pages were seen to lie in a few dozen
+    /// runs, and nine of ten runs to be single pages.
+    scarce_below: usize,
+    /// The last run: one that goes on where it ended takes no new mapping.
+    last: Option<MapRun>,
+    mapped: u64,
+    /// How long the library took for what it was asked.
+    asked: Duration,
+}
+
+impl Mapper {
+    /// The blocks in which pages can be mapped, by name, and how many pages they have.
+    pub(crate) fn mappable(&self) -> HashMap<String, u32> {
+        let blocks = self.blocks.iter();
+        let pages = |len: &ByteLen| u32::try_from(len.pages()).ok();
+        blocks
+            .filter_map(|(name, (_, len))| Some((name.clone(), pages(len)?)))
+            .collect()
+    }
+
+    /// Learns how the stream numbers the blocks.
+    pub(crate) fn learn_blocks(&mut self, blocks: &BlockList) {
+        let number = |name: &str| self.blocks.iter().position(|(known, _)| known == name);
+        let numbers = blocks.iter().map(|(_, block)| number(&block.name));
+        self.numbers = numbers
+            .map(|number| number.and_then(|number| u16::try_from(number).ok()))
+            .collect();
+    }
+
+    /// Pages that are mapped.
+    pub(crate) fn mapped(&self) -> u64 {
+        self.mapped
+    }
+
+    /// Maps pages, which are in the order of blocks and pages; says which of them are.
+    ///
+    /// # Errors
+    /// If it is not known whether pages are mapped, or will be: the QEMU cannot be used any more.
+    pub(crate) fn map(&mut self, wanted: &[Wanted<'_>]) -> Result<Vec<bool>, CowError> {
+        let mut is_mapped = vec![false; wanted.len()];
+        if self.library.is_none() {
+            return Ok(is_mapped);
+        }
+        let runs = self.runs_of(wanted);
+        let (chosen, left_out): (Vec<_>, Vec<_>) =
+            runs.into_iter().partition(|run| self.affords(&run.map));
+        let outcomes = self.ask(&chosen)?;
+        for (run, outcome) in chosen.iter().zip(outcomes) {
+            let pages = run.first..run.first + run.map.pages as usize;
+            match outcome {
+                Outcome::Mapped => self.mapped += u64::from(run.map.pages),
+                // Its QEMU has the bytes, in memory of its own.
+                Outcome::Copied => self.release(run, wanted),
+                Outcome::Refused(_) => {
+                    self.release(run, wanted);
+                    continue;
+                }
+            }
+            is_mapped[pages].fill(true);
+        }
+        for run in &left_out {
+            self.release(run, wanted);
+        }
+        Ok(is_mapped)
+    }
+
+    /// Places the contents in the pool, and joins neighbours.
+    fn runs_of(&self, wanted: &[Wanted<'_>]) -> Vec<Run> {
+        let mut runs: Vec<Run> = Vec::new();
+        for (index, page) in wanted.iter().enumerate() {
+            let Some(number) = self.number(page.block) else {
+                continue;
+            };
+            let user = self.user(number, page.page);
+            let Some(at) = self.pool.place(user, page.content, page.bytes) else {
+                continue;
+            };
+            let map = MapRun {
+                block: number,
+                page: page.page.0,
+                pages: 1,
+                pool_page: at.0,
+            };
+            match runs.last_mut() {
+                Some(run) if goes_on(&run.map, &map) => run.map.pages += 1,
+                _ => runs.push(Run { map, first: index }),
+            }
+        }
+        runs
+    }
+
+    /// Whether the process may get this run, which is counted then.
+    fn affords(&mut self, run: &MapRun) -> bool {
+        let takes_none = self.last.is_some_and(|last| goes_on(&last, run));
+        if !takes_none {
+            if self.runs_left == 0 || (run.pages == 1 && self.runs_left < self.scarce_below) {
+                return false;
+            }
+            self.runs_left -= 1;
+        }
+        self.last = Some(*run);
+        true
+    }
+
+    fn ask(&mut self, runs: &[Run]) -> Result<Vec<Outcome>, CowError> {
+        let maps: Vec<MapRun> = runs.iter().map(|run| run.map).collect();
+        let Some(library) = self.library.as_mut().filter(|_| !maps.is_empty()) else {
+            return Ok(Vec::new());
+        };
+        let begin = Instant::now();
+        let answer = library.map(&maps, false);
+        self.asked += begin.elapsed();
+        match answer {
+            Err(CowError::Closed) => {
+                // It maps nothing any more, so that plain copies are safe; if its QEMU has ended,
+                // they will not be taken.
+                tracing::warn!("the mapping library has closed; pages are copied from now on");
+                self.library = None;
+                Ok(vec![Outcome::Refused(0); maps.len()])
+            }
+            other => other,
+        }
+    }
+
+    /// All memory is through: QEMU's advice about it is given again, and the library is let go.
+    pub(crate) fn finish(&mut self) {
+        let Some(library) = self.library.take() else {
+            return;
+        };
+        let begin = Instant::now();
+        match library.close() {
+            Ok(statistics) => tracing::debug!(
+                ?statistics,
+                asked = ?self.asked,
+                finish = ?begin.elapsed(),
+                runs_left = self.runs_left,
+                "mapping is over"
+            ),
+            // What is mapped stays mapped; it may show in a core dump.
+            Err(error) => tracing::warn!("the mapping library did not finish: {error}"),
+        }
+        self.pool.complete(self.vm);
+    }
+
+    fn user(&self, number: u16, page: PageNo) -> PoolUser {
+        PoolUser {
+            vm: self.vm,
+            block: BlockIndex(number),
+            page,
+        }
+    }
+
+    fn number(&self, block: BlockIndex) -> Option<u16> {
+        self.numbers.get(usize::from(block.0)).copied().flatten()
+    }
+
+    fn release(&self, run: &Run, wanted: &[Wanted<'_>]) {
+        let pages = run.first..run.first + run.map.pages as usize;
+        for page in wanted.get(pages).unwrap_or_default() {
+            self.pool.release(self.user(run.map.block, page.page));
+        }
+    }
+}
+
+/// Neighbours in QEMU's memory and in the pool.
+struct Run {
+    map: MapRun,
+    /// Position of its first page in what is wanted.
+    first: usize,
+}
+
+/// Whether `next` begins where `run` ends.
+fn goes_on(run: &MapRun, next: &MapRun) -> bool {
+    run.block == next.block
+        && run.page.checked_add(run.pages) == Some(next.page)
+        && run.pool_page.checked_add(u64::from(run.pages)) == Some(next.pool_page)
+}
+
+/// Mappings that a process may have; what the kernel takes if it does not say.
+fn max_map_count() -> u64 {
+    let text = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap_or_default();
+    text.trim().parse().unwrap_or(65_530)
+}
+
+/// Mappings that a process has.
+fn mappings_of(pid: u32) -> u64 {
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+    maps.lines().count() as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_goes_on_only_if_both_its_ends_meet() {
+        let run = MapRun {
+            block: 0,
+            page: 10,
+            pages: 2,
+            pool_page: 100,
+        };
+        let next = MapRun {
+            block: 0,
+            page: 12,
+            pages: 1,
+            pool_page: 102,
+        };
+        assert!(goes_on(&run, &next));
+        for other in [
+            MapRun { block: 1, ..next },
+            MapRun { page: 13, ..next },
+            MapRun {
+                pool_page: 101,
+                ..next
+            },
+        ] {
+            assert!(!goes_on(&run, &other));
+        }
+    }
+}
