@@ -31,6 +31,7 @@ pub(super) fn page(moves: &Moves) -> String {
             ("kind=\"literal\"", pages.literal),
             ("kind=\"reference\"", pages.reference),
             ("kind=\"repaired\"", pages.repaired),
+            ("kind=\"mapped\"", pages.mapped),
         ],
     );
     page.counter(

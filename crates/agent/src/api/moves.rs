@@ -365,6 +365,7 @@ impl Totals {
         sum.literal += pages.literal;
         sum.reference += pages.reference;
         sum.repaired += pages.repaired;
+        sum.mapped += pages.mapped;
         match status.phase {
             Phase::Moved => self.ended[0] += 1,
             Phase::Stayed => self.ended[1] += 1,

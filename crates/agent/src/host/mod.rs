@@ -16,7 +16,7 @@ use crate::journal::Journal;
 use crate::link::{Bucket, Hold, Security, Terms};
 use crate::prepare::{OverLinks, Preparations};
 use crate::source::{Entry, IndexLinks, Input, MoveContext, MoveRun, SessionContext, Sessions};
-use crate::target::{self, Arrivals, HostPool, TargetContext};
+use crate::target::{self, Arrivals, Pools, TargetContext};
 use crate::tls::Tls;
 use crate::types::{Happening, MoveSpec, Phase, PrepareSpec, PrepareStatus, ResolveSpec};
 
@@ -64,7 +64,7 @@ impl HostMover {
             journal: journal("incoming")?,
             hold: hold.clone(),
             store_bytes: usize::try_from(config.store_bytes)?,
-            pool: HostPool::start().context("making the pool of shared pages")?,
+            pools: Pools::start().context("starting the pools of shared pages")?,
             cow_library: config.cow_library.clone(),
         })?;
         target::listen(

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow};
 use guest::{RunState, TargetGuest};
 use migrate::handover::{FoundQemu, TargetAction, TargetEvent, TargetJournal, TargetMove};
+use page::ContentKey;
 use sys::{Process, ProcessMemory};
 use wire::{BackMessage, MoveState, OpenMove};
 
@@ -17,7 +18,7 @@ use crate::link::Hold;
 
 use super::entry::Entry;
 use super::mapper::{self, Mapper};
-use super::pool::HostPool;
+use super::pool::Pools;
 use super::promises::Promises;
 use super::session::{GuestMemory, TargetSession, lock};
 use super::sink::{ReturnEnd, Sink, read_return_path};
@@ -43,7 +44,7 @@ pub(crate) struct TargetContext {
     pub(crate) hold: Hold,
     pub(crate) store_bytes: usize,
     /// What VMs of this host share.
-    pub(crate) pool: Arc<HostPool>,
+    pub(crate) pools: Arc<Pools>,
     /// The library that maps it, if not where it is expected.
     pub(crate) cow_library: Option<PathBuf>,
 }
@@ -293,7 +294,7 @@ impl Incoming {
         let log = context
             .log_dir
             .join(format!("{}.log", file_name(&request.id)));
-        let (guest, mapper) = start_qemu(request, &log, context)?;
+        let (guest, mapper) = start_qemu((request, &session.key), &log, context)?;
         let (mapper, note) = match mapper.transpose() {
             Ok(mapper) => (mapper, None),
             Err(why) => (None, Some(format!("its pages are not shared there: {why}"))),
@@ -602,13 +603,18 @@ impl Incoming {
 
 /// Starts a QEMU; with it what maps its pages, if they are to be shared, or why they cannot be.
 fn start_qemu(
-    request: &OpenMove,
+    (request, domain): (&OpenMove, &ContentKey),
     log: &std::path::Path,
     context: &TargetContext,
 ) -> anyhow::Result<(TargetGuest, Option<Result<Mapper, String>>)> {
     let library = context.cow_library.as_deref();
-    let prepare =
-        || mapper::Waiting::prepare(&request.argv, &context.run_dir, library, &context.pool);
+    let prepare = || {
+        let pool = context
+            .pools
+            .of(domain)
+            .map_err(|error| format!("no pool of shared pages: {error}"))?;
+        mapper::Waiting::prepare(&request.argv, &context.run_dir, library, &pool)
+    };
     let waiting = request.share.then(prepare).transpose();
     let environment = match &waiting {
         Ok(Some(waiting)) => waiting.environment(),

@@ -23,4 +23,4 @@ mod sink;
 
 pub(crate) use incoming::{Arrivals, TargetContext};
 pub(crate) use listener::listen;
-pub(crate) use pool::HostPool;
+pub(crate) use pool::Pools;

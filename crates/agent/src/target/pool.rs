@@ -1,4 +1,5 @@
-//! The pool of this host: contents that its VMs share, in one file that their QEMUs map.
+//! The pools of this host: contents that its VMs share, in one file for each trust domain, which their
+//! QEMUs map. A QEMU can read the whole file, so that it holds nothing of another domain.
 //!
 //! Contents are placed by whoever brings them first, and stay as they are while a page may use them.
 //! A thread looks from time to time which pages were written since, and gives back what nobody uses
@@ -10,8 +11,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use content::pool::{Pool, PoolPage, PoolRun, PoolUser, PoolVm, uses_pool};
-use guest::HostMemory;
-use page::{BlockIndex, ByteLen, ContentId, HostAddr, PageBytes, PageNo};
+use page::{BlockIndex, ByteLen, ContentId, ContentKey, HostAddr, PageBytes, PageNo};
 use sys::{Memfd, Pagemap, PagemapEntry, Process};
 
 use super::session::lock;
@@ -26,7 +26,48 @@ const NAME: &str = "gangway-pool";
 /// Pages of one read of a page table.
 const SWEEP_PAGES: usize = 4096;
 
-/// The pool.
+/// The pools of all trust domains.
+#[derive(Default)]
+pub(crate) struct Pools {
+    /// By what names the domain. A pool stays while a VM may use it.
+    open: Mutex<HashMap<[u8; 16], Arc<HostPool>>>,
+}
+
+impl Pools {
+    /// No pools yet, and the thread that looks after them.
+    pub(crate) fn start() -> io::Result<Arc<Self>> {
+        let pools = Arc::new(Self::default());
+        let weak = Arc::downgrade(&pools);
+        std::thread::Builder::new()
+            .name("gw-pools".into())
+            .spawn(move || look_after(&weak))?;
+        Ok(pools)
+    }
+
+    /// The pool of the trust domain with this secret.
+    pub(super) fn of(&self, domain: &ContentKey) -> io::Result<Arc<HostPool>> {
+        let name = domain.name("pool", &[]);
+        let mut open = lock(&self.open);
+        if let Some(pool) = open.get(&name) {
+            return Ok(Arc::clone(pool));
+        }
+        let pool = Arc::new(HostPool::new()?);
+        open.insert(name, Arc::clone(&pool));
+        Ok(pool)
+    }
+
+    /// Looks after every VM once, and lets go of pools that nobody uses.
+    fn sweep(&self) {
+        let pools: Vec<_> = lock(&self.open).values().cloned().collect();
+        for pool in pools {
+            pool.sweep();
+        }
+        // Whoever wants a pool gets it with the list locked, too.
+        lock(&self.open).retain(|_, pool| Arc::strong_count(pool) > 1 || !pool.is_unused());
+    }
+}
+
+/// The pool of a trust domain.
 pub(crate) struct HostPool {
     pub(super) file: Memfd,
     inner: Mutex<Inner>,
@@ -49,22 +90,21 @@ struct Sharer {
 }
 
 impl HostPool {
-    /// An empty pool, and the thread that looks after it. It holds at most what this host has for
-    /// guests now: its contents stand in the place of guests' own pages.
-    pub(crate) fn start() -> io::Result<Arc<Self>> {
-        let pool = Arc::new(Self {
+    /// An empty pool. It holds no more than its VMs have memory, because a content goes with the last
+    /// page that uses it.
+    fn new() -> io::Result<Self> {
+        Ok(Self {
             file: Memfd::create_growing(NAME)?,
             inner: Mutex::new(Inner {
-                pool: Pool::new(HostMemory::now().for_guests()),
+                pool: Pool::new(ByteLen(u64::MAX)),
                 next_vm: 0,
                 vms: HashMap::new(),
             }),
-        });
-        let weak = Arc::downgrade(&pool);
-        std::thread::Builder::new()
-            .name("gw-pool".into())
-            .spawn(move || look_after(&weak))?;
-        Ok(pool)
+        })
+    }
+
+    fn is_unused(&self) -> bool {
+        lock(&self.inner).vms.is_empty()
     }
 
     /// Gives a VM, whose QEMU is process `pid` and has blocks of these addresses and lengths, its
@@ -207,10 +247,10 @@ impl Inner {
 }
 
 /// Until the agent ends. What QEMUs have mapped stays mapped then.
-fn look_after(pool: &Weak<HostPool>) {
-    while let Some(pool) = pool.upgrade() {
-        pool.sweep();
-        drop(pool);
+fn look_after(pools: &Weak<Pools>) {
+    while let Some(pools) = pools.upgrade() {
+        pools.sweep();
+        drop(pools);
         std::thread::sleep(SWEEP);
     }
 }
@@ -224,7 +264,7 @@ mod tests {
     /// This process stands for a QEMU: it maps the pool, writes a page, and the page is given back.
     #[test]
     fn a_content_is_given_back_when_its_last_sharer_has_written_its_page() {
-        let pool = HostPool::start().unwrap();
+        let pool = HostPool::new().unwrap();
         let arriving = pool.join(std::process::id(), &[(HostAddr(0), ByteLen(4096))]);
         let user = |vm, page| PoolUser {
             vm,
@@ -253,5 +293,22 @@ mod tests {
         assert!(!pool.read(left, &mut out));
         assert!(pool.read(kept, &mut out) && out == bytes);
         assert_eq!(pool.file.allocated().unwrap(), ByteLen(4096));
+    }
+
+    #[test]
+    fn domains_have_pools_of_their_own_which_go_when_nobody_uses_them() {
+        let pools = Pools::default();
+        let domains = [1, 2].map(|n| ContentKey::new([n; 32]));
+        let [one, other] = domains.each_ref().map(|domain| pools.of(domain).unwrap());
+        assert!(!Arc::ptr_eq(&one, &other));
+        assert!(Arc::ptr_eq(&one, &pools.of(&domains[0]).unwrap()));
+        let length = [(HostAddr(0), ByteLen(4096))];
+        one.join(std::process::id(), &length).unwrap();
+        let inode = one.file.inode().unwrap();
+        drop((one, other));
+        pools.sweep();
+        assert_eq!(lock(&pools.open).len(), 1);
+        let one = pools.of(&domains[0]).unwrap();
+        assert_eq!(one.file.inode().unwrap(), inode);
     }
 }

@@ -260,7 +260,8 @@ impl Sink {
         if !batch.shared.is_empty() {
             let wanted = wanted(&self.session, &mut self.fills, batch, body);
             let is_mapped = mapper.map(&wanted).map_err(SinkError::Mapping)?;
-            let entries = batch.shared.iter().zip(&wanted);
+            let pages = batch.shared.iter().zip(&wanted);
+            let entries = pages.filter(|(_, wanted)| self.is_findable(wanted.block));
             let placed = entries.filter_map(|(shared, wanted)| {
                 let id = Some(wanted.content);
                 Some((shared.entry?, id, wanted.block, wanted.page))
@@ -282,13 +283,7 @@ impl Sink {
     /// Remembers where the batch put contents. Literals are hashed here, by this VM's thread;
     /// a reference moves its entry to the newer place.
     fn remember(&self, batch: &Batch<Arc<Buffer>>, body: &[u8]) {
-        let findable = |block: BlockIndex| {
-            self.has_memory
-                .get(usize::from(block.0))
-                .copied()
-                .unwrap_or(false)
-        };
-        let placed = batch.placed.iter().filter(|p| findable(p.block));
+        let placed = batch.placed.iter().filter(|p| self.is_findable(p.block));
         let placed: Vec<_> = placed
             .map(|p| {
                 let bytes = p.literal_at.and_then(|at| body.get(at..at + PAGE_SIZE));
@@ -298,6 +293,12 @@ impl Sink {
             })
             .collect();
         self.place(&placed);
+    }
+
+    /// Whether contents of the block can be read again.
+    fn is_findable(&self, block: BlockIndex) -> bool {
+        let has_memory = self.has_memory.get(usize::from(block.0));
+        has_memory.copied().unwrap_or(false)
     }
 
     fn place(&self, placed: &[(EntryId, Option<ContentId>, BlockIndex, PageNo)]) {
