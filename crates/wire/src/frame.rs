@@ -36,7 +36,7 @@ pub enum FrameKind {
     Heartbeat = 3,
     /// The VM's move is over for the stream: drop what is held for it.
     Close = 4,
-    /// Contents for another target host: [`EntryRuns`](crate::EntryRuns) and page bytes.
+    /// Contents for another target host: a list of entries and page bytes.
     Contents = 5,
     /// Entries that the sender waits for and the receiver carries.
     Pull = 6,
