@@ -1,4 +1,6 @@
-//! The agent's configuration file: TOML, unknown keys are errors, every number is bounded.
+//! The configuration files: TOML, unknown keys are errors, every number is bounded.
+
+mod index;
 
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
@@ -6,8 +8,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
 use crate::plan::position;
+
+pub use index::IndexConfig;
 
 const MIB: u64 = 1024 * 1024;
 
@@ -133,31 +138,46 @@ pub enum ConfigError {
     },
 }
 
+/// A value out of its range: key, value, what it must be.
+type Problem = (&'static str, String, String);
+
+fn read(path: &Path) -> Result<String, ConfigError> {
+    std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Parses the text of the file `path`, and refuses what has a problem.
+fn parse<T: DeserializeOwned>(
+    path: &Path,
+    text: &str,
+    problem: impl FnOnce(&T) -> Option<Problem>,
+) -> Result<T, ConfigError> {
+    let config: T = toml::from_str(text).map_err(|error| ConfigError::Syntax {
+        at: position(path, text, error.span()),
+        message: error.message().to_owned(),
+    })?;
+    match problem(&config) {
+        None => Ok(config),
+        Some((key, value, must)) => Err(ConfigError::Value {
+            path: path.to_owned(),
+            key,
+            value,
+            must,
+        }),
+    }
+}
+
 impl Config {
     /// Reads and checks a file.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
-            path: path.to_owned(),
-            source,
-        })?;
-        Self::parse(path, &text)
+        Self::parse(path, &read(path)?)
     }
 
     /// Parses and checks the text of the file `path`.
     pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
-        let config: Self = toml::from_str(text).map_err(|error| ConfigError::Syntax {
-            at: position(path, text, error.span()),
-            message: error.message().to_owned(),
-        })?;
-        match config.problem() {
-            None => Ok(config),
-            Some((key, value, must)) => Err(ConfigError::Value {
-                path: path.to_owned(),
-                key,
-                value,
-                must,
-            }),
-        }
+        parse(path, text, Self::problem)
     }
 
     /// The unix socket of the control API.
@@ -172,8 +192,8 @@ impl Config {
         Duration::from_secs(self.peer_timeout_s)
     }
 
-    /// The first value out of its range: key, value, what it must be.
-    fn problem(&self) -> Option<(&'static str, String, String)> {
+    /// The first value out of its range.
+    fn problem(&self) -> Option<Problem> {
         let numbers = [
             ("peer_timeout_s", self.peer_timeout_s, PEER_TIMEOUT_S),
             (
@@ -203,13 +223,12 @@ impl Config {
                 "a power of two".to_owned(),
             ));
         }
-        if let Err(must) = crate::plan::check_name(&self.name) {
-            return Some(("name", format!("{:?}", self.name), must.to_owned()));
-        }
-        self.problem_of_paths().or_else(|| self.problem_of_tls())
+        problem_of_name(&self.name)
+            .or_else(|| self.problem_of_paths())
+            .or_else(|| problem_of_tls(self.tls_dir.as_deref(), self.insecure_plaintext))
     }
 
-    fn problem_of_paths(&self) -> Option<(&'static str, String, String)> {
+    fn problem_of_paths(&self) -> Option<Problem> {
         let paths = [
             ("state_dir", Some(&self.state_dir)),
             ("run_dir", Some(&self.run_dir)),
@@ -232,20 +251,25 @@ impl Config {
             ("run_dir", self.run_dir.display().to_string(), must)
         })
     }
+}
 
-    fn problem_of_tls(&self) -> Option<(&'static str, String, String)> {
-        match (&self.tls_dir, self.insecure_plaintext) {
-            (None, false) => {
-                let must = "given, unless `insecure_plaintext = true` says that anyone who reaches \
-                            this host's ports may read and move its VMs";
-                Some(("tls_dir", "absent".to_owned(), must.to_owned()))
-            }
-            (Some(_), true) => {
-                let must = "false if `tls_dir` is given: use TLS or not, not both";
-                Some(("insecure_plaintext", "true".to_owned(), must.to_owned()))
-            }
-            _ => None,
+fn problem_of_name(name: &str) -> Option<Problem> {
+    let must = crate::plan::check_name(name).err()?;
+    Some(("name", format!("{name:?}"), must.to_owned()))
+}
+
+fn problem_of_tls(dir: Option<&Path>, insecure_plaintext: bool) -> Option<Problem> {
+    match (dir, insecure_plaintext) {
+        (None, false) => {
+            let must = "given, unless `insecure_plaintext = true` says that anyone who reaches \
+                        this host's ports may read and move its VMs";
+            Some(("tls_dir", "absent".to_owned(), must.to_owned()))
         }
+        (Some(_), true) => {
+            let must = "false if `tls_dir` is given: use TLS or not, not both";
+            Some(("insecure_plaintext", "true".to_owned(), must.to_owned()))
+        }
+        _ => None,
     }
 }
 

@@ -4,15 +4,23 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use index::{Groups, Server};
+use tokio::signal::unix::{SignalKind, signal};
+use wire::{Channel, ControlReply, Hello};
 
-use crate::link::{Link, LinkError};
+use crate::config::IndexConfig;
+use crate::link::{Link, LinkError, Security, Serve, Terms, listen};
+use crate::tls::Tls;
 
 /// Bytes read at once: a few batches of claims.
 const READ: usize = 64 << 10;
 
 /// How long a connection may be idle: a source whose VMs have sent all that is new.
 const IDLE: Duration = Duration::from_secs(24 * 3600);
+
+/// How long a client may take to say what it wants: as long as an agent that is silent.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// How often leases are looked at.
 const TICK: Duration = Duration::from_secs(5);
@@ -35,10 +43,11 @@ pub(crate) enum IndexHostError {
 }
 
 impl IndexHost {
-    /// Tables of this shard; a thread ends those whose leases are over.
-    pub(crate) fn start(shard: u8) -> std::io::Result<Arc<Self>> {
+    /// Tables of this shard with at most so many entries together; a thread ends those whose
+    /// leases are over.
+    pub(crate) fn start(shard: u8, max_entries: u32) -> std::io::Result<Arc<Self>> {
         let host = Arc::new(Self {
-            groups: Mutex::new(Groups::new(shard)),
+            groups: Mutex::new(Groups::with_limit(shard, max_entries)),
             clock: Instant::now(),
         });
         let weak = Arc::downgrade(&host);
@@ -83,5 +92,53 @@ impl IndexHost {
 
     fn groups(&self) -> MutexGuard<'_, Groups> {
         self.groups.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Runs a stand-alone index until SIGTERM or SIGINT. Its tables go with it: agents that use them
+/// go on without.
+///
+/// # Errors
+/// Whatever keeps it from starting: certificates, or its address.
+pub async fn run(config: &IndexConfig) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("catching signals")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("catching signals")?;
+    let tls = match &config.tls_dir {
+        Some(dir) => Some(Tls::load(dir).context("loading the certificates")?),
+        None => None,
+    };
+    let terms = Terms {
+        security: Security::of(tls.as_ref()),
+        peer_timeout: HELLO_TIMEOUT,
+    };
+    let index = IndexHost::start(config.shard, config.max_entries)?;
+    let address = listen(config.bulk, terms, IndexAlone(index))?;
+    let shard = config.shard;
+    tracing::info!(name = config.name, shard, %address, "the index is ready");
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!(name = config.name, "the index ends");
+    Ok(())
+}
+
+/// The index as all that a process does.
+pub(crate) struct IndexAlone(pub(crate) Arc<IndexHost>);
+
+impl Serve for IndexAlone {
+    fn serve(&self, mut link: Link, hello: &Hello) -> anyhow::Result<()> {
+        if hello.channel != Channel::Index {
+            let reason = "this is an index and no agent: name it in a plan's `index`, and no host's \
+                          `bulk`";
+            tracing::warn!(from = hello.source, "a connection is refused: {reason}");
+            let reason = reason.to_owned();
+            return Ok(link.send(&ControlReply::Refused { reason })?);
+        }
+        link.send(&ControlReply::Welcome)?;
+        tracing::info!(from = hello.source, "an agent comes");
+        let result = self.0.serve(link);
+        tracing::info!(from = hello.source, "an agent goes");
+        Ok(result?)
     }
 }

@@ -23,6 +23,8 @@ use std::sync::Arc;
 
 use anyhow::Context;
 
+pub use index_host::run as run_index;
+
 /// Runs the agent of this host until it is told to stop.
 ///
 /// # Errors

@@ -1,6 +1,6 @@
 //! A target host's newest contents of the rack, held by the frames that brought them.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use page::{EntryId, PAGE_SIZE};
 
@@ -11,24 +11,30 @@ struct Run<B> {
     count: u32,
     body: B,
     offset: usize,
-    /// Tells the run apart from a later one with the same first entry.
+    /// Of the body; tells the run apart from a later one with the same first entry.
     number: u64,
+    is_used: bool,
 }
 
 /// What one body brought.
 struct Brought {
-    number: u64,
     held: usize,
     firsts: Vec<EntryId>,
+    /// Runs that nobody has used.
+    unused: usize,
 }
 
 /// As [`Recent`](crate::Recent), for entries that come in any order: from several source hosts
-/// and from other target hosts.
+/// and from other target hosts. Bodies whose contents have all been put into a guest's memory go
+/// first when there is no room: they can be found there.
 pub struct Shelf<B> {
     /// By first entry.
     runs: BTreeMap<EntryId, Run<B>>,
-    /// In the order of arrival.
-    brought: VecDeque<Brought>,
+    bodies: HashMap<u64, Brought>,
+    /// Bodies in the order of arrival, also those that are gone.
+    arrived: VecDeque<u64>,
+    /// Bodies that were used up, in that order, also those that are gone.
+    used: VecDeque<u64>,
     next_number: u64,
     held: usize,
     max_held: usize,
@@ -40,7 +46,9 @@ impl<B: Clone> Shelf<B> {
     pub fn with_limit(max_bytes: usize) -> Self {
         Self {
             runs: BTreeMap::new(),
-            brought: VecDeque::new(),
+            bodies: HashMap::new(),
+            arrived: VecDeque::new(),
+            used: VecDeque::new(),
             next_number: 0,
             held: 0,
             max_held: max_bytes,
@@ -48,7 +56,7 @@ impl<B: Clone> Shelf<B> {
     }
 
     /// Adds the contents of a body of `body_len` bytes: runs of entries, each with its first
-    /// entry, its length and the offset of its first page. The oldest bodies go beyond the limit.
+    /// entry, its length and the offset of its first page. What is beyond the limit goes.
     pub fn push(
         &mut self,
         runs: impl IntoIterator<Item = (EntryId, u32, usize)>,
@@ -64,6 +72,7 @@ impl<B: Clone> Shelf<B> {
                 body,
                 offset,
                 number,
+                is_used: false,
             };
             self.runs.insert(first, run);
             firsts.push(first);
@@ -73,23 +82,45 @@ impl<B: Clone> Shelf<B> {
         }
         self.next_number += 1;
         self.held += body_len;
-        self.brought.push_back(Brought {
-            number,
+        let brought = Brought {
             held: body_len,
+            unused: firsts.len(),
             firsts,
-        });
+        };
+        self.bodies.insert(number, brought);
+        self.arrived.push_back(number);
         while self.held > self.max_held
-            && let Some(oldest) = self.brought.pop_front()
+            && let Some(number) = self.used.pop_front().or_else(|| self.arrived.pop_front())
         {
-            self.held -= oldest.held;
-            for first in oldest.firsts {
-                if self
-                    .runs
-                    .get(&first)
-                    .is_some_and(|run| run.number == oldest.number)
-                {
-                    self.runs.remove(&first);
-                }
+            self.drop_body(number);
+        }
+    }
+
+    fn drop_body(&mut self, number: u64) {
+        let Some(brought) = self.bodies.remove(&number) else {
+            return;
+        };
+        self.held -= brought.held;
+        for first in brought.firsts {
+            if self
+                .runs
+                .get(&first)
+                .is_some_and(|run| run.number == number)
+            {
+                self.runs.remove(&first);
+            }
+        }
+    }
+
+    /// The run that begins with `entry` was put into a guest's memory.
+    pub fn mark_used(&mut self, entry: EntryId) {
+        let run = self.runs.get_mut(&entry).filter(|run| !run.is_used);
+        let Some(run) = run else { return };
+        run.is_used = true;
+        if let Some(body) = self.bodies.get_mut(&run.number) {
+            body.unused -= 1;
+            if body.unused == 0 {
+                self.used.push_back(run.number);
             }
         }
     }
@@ -125,6 +156,22 @@ mod tests {
         shelf.push([(EntryId(1), 1, 0)], &'c', PAGE_SIZE);
         assert_eq!((found(&shelf, 9), found(&shelf, 10)), (None, None));
         assert_eq!(found(&shelf, 3), Some(('b', 7)));
+    }
+
+    #[test]
+    fn what_was_used_up_goes_before_what_nobody_has_needed_yet() {
+        let mut shelf = Shelf::with_limit(2 * PAGE_SIZE);
+        shelf.push([(EntryId(1), 1, 0)], &'a', PAGE_SIZE);
+        shelf.push([(EntryId(2), 1, 0)], &'b', PAGE_SIZE);
+        shelf.mark_used(EntryId(2));
+        shelf.mark_used(EntryId(2));
+        shelf.push([(EntryId(3), 1, 0)], &'c', PAGE_SIZE);
+        assert_eq!(found(&shelf, 2), None);
+        assert_eq!(found(&shelf, 1), Some(('a', 0)));
+        shelf.push([(EntryId(4), 1, 0)], &'d', PAGE_SIZE);
+        assert_eq!(found(&shelf, 1), None);
+        assert_eq!(found(&shelf, 3), Some(('c', 0)));
+        assert_eq!(shelf.bodies.len(), 2);
     }
 
     #[test]

@@ -43,6 +43,15 @@ pub(crate) enum Command {
         #[arg(long, value_name = "FILE", default_value = "/etc/gangway/agent.toml")]
         config: PathBuf,
     },
+    /// Run an index of page contents alone, for the plans that name it.
+    ///
+    /// Needed only where one agent's index is too small or too busy: without it, an agent of each
+    /// group has the index. If it ends, moves go on and send more bytes.
+    Index {
+        /// Configuration.
+        #[arg(long, value_name = "FILE", default_value = "/etc/gangway/index.toml")]
+        config: PathBuf,
+    },
     /// Migrate the VMs of a plan.
     ///
     /// The agent carries the migration out; it goes on if this command is ended, and

@@ -1,4 +1,4 @@
-//! `gangway`: runs the agent, and talks to it.
+//! `gangway`: runs the agent or an index, and talks to the agent.
 
 mod act;
 mod args;
@@ -16,12 +16,11 @@ mod survey_text;
 mod watch;
 
 use std::io::{self, IsTerminal, Write};
-use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use agent::client::Client;
-use agent::config::Config;
+use agent::config::{Config, IndexConfig};
 use anyhow::Context;
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
@@ -50,7 +49,14 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> anyhow::Result<Exit> {
     match &cli.command {
-        Command::Agent { config } => run_agent(config),
+        Command::Agent { config } => {
+            let config = &Config::load(config)?;
+            serve(|| agent::run(config))
+        }
+        Command::Index { config } => {
+            let config = &IndexConfig::load(config)?;
+            serve(|| agent::run_index(config))
+        }
         Command::Completions { shell } => Ok(pages::completions(*shell).map(|()| Exit::AllMoved)?),
         Command::Man { dir } => pages::man(dir.as_deref()).map(|()| Exit::AllMoved),
         _ => {
@@ -76,20 +82,23 @@ async fn talk(cli: &Cli) -> anyhow::Result<Exit> {
         Command::Continue(target) => act::run(&client, Action::Continue, target).await,
         Command::Recover(target) => act::run(&client, Action::Recover, target).await,
         Command::Doctor { json } => status::doctor(&client, *json).await,
-        Command::Agent { .. } | Command::Completions { .. } | Command::Man { .. } => {
+        Command::Agent { .. }
+        | Command::Index { .. }
+        | Command::Completions { .. }
+        | Command::Man { .. } => {
             anyhow::bail!("this command does not talk to an agent")
         }
     }
 }
 
-fn run_agent(path: &Path) -> anyhow::Result<Exit> {
+/// Runs an agent or an index until it is told to stop.
+fn serve<F: Future<Output = anyhow::Result<()>>>(run: impl FnOnce() -> F) -> anyhow::Result<Exit> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     let colours = io::stderr().is_terminal();
     let log = tracing_subscriber::fmt().with_env_filter(filter);
     log.with_ansi(colours).with_writer(io::stderr).init();
-    let config = Config::load(path)?;
     let runtime = tokio::runtime::Runtime::new().context("starting the runtime")?;
-    runtime.block_on(agent::run(&config))?;
+    runtime.block_on(run())?;
     Ok(Exit::AllMoved)
 }
 

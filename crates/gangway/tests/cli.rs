@@ -414,7 +414,7 @@ async fn completions_man_pages_and_doctor_are_there() {
     let dir = bench.a.dir().join("man");
     let pages = bench.run(&["man", "--dir", dir.to_str().unwrap()]).await;
     assert_eq!(pages.code, Some(0), "{pages:?}");
-    assert!(dir.join("gangway-migrate.1").exists());
+    assert!(dir.join("gangway-migrate.1").exists() && dir.join("gangway-index.1").exists());
 
     let doctor = bench.run(&["doctor"]).await;
     assert!(doctor.out.contains("memory: "), "{doctor:?}");

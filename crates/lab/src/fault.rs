@@ -58,6 +58,10 @@ pub struct Fault {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Moment {
+    /// The command is started.
+    Start,
+    /// The group's preparation is done, its moves begin.
+    Prepared,
     /// The source agent is at this instant: `switch-over`, `sent`, `loaded`, `committed`,
     /// `released`.
     Source(String),
@@ -75,7 +79,7 @@ pub enum Action {
     Kill,
     /// The process stands still (SIGSTOP).
     Stop,
-    /// The host's link to its rack is taken down.
+    /// The host's link to its rack is taken down, or what the target's peers say to it is lost.
     Cut,
     /// The agent's state directory is full.
     FillDisk,
@@ -97,6 +101,12 @@ pub enum Victim {
     TargetQemu,
     /// The `gangway migrate` that a person watches.
     Cli,
+    /// All processes of the stand-alone index.
+    Index,
+    /// The first of them.
+    IndexShard,
+    /// The ways between the VM's target host and the other target hosts, both directions.
+    TargetPeers,
 }
 
 pub(crate) fn first_vm() -> String {
@@ -121,7 +131,7 @@ impl<'a> Armed<'a> {
         let held = match &fault.at {
             Moment::Source(instant) => Some((&vm.source, instant)),
             Moment::Target(instant) => Some((&vm.target, instant)),
-            Moment::Phase(_) => None,
+            Moment::Start | Moment::Prepared | Moment::Phase(_) => None,
         };
         let hold = held.map(|(host, name)| hold_dir(host).join(format!("{name}.{}", vm.name)));
         if let Some(path) = &hold {
@@ -199,6 +209,8 @@ impl<'a> Armed<'a> {
             let come = match (&reached, &self.fault.at) {
                 (Some(file), _) => file.exists(),
                 (None, Moment::Phase(phase)) => now.phase.as_ref() == Some(phase),
+                (None, Moment::Prepared) => now.prepared,
+                (None, Moment::Start) => true,
                 (None, _) => false,
             };
             if come || now.over {
@@ -211,9 +223,12 @@ impl<'a> Armed<'a> {
 
     fn set(&self, agents: &Agents, cli_pid: u32, on: bool) -> anyhow::Result<()> {
         match (self.fault.action, on) {
-            (Action::Kill, true) => signal(self.pid(agents, cli_pid)?, Signal::KILL),
-            (Action::Stop, true) => signal(self.pid(agents, cli_pid)?, Signal::STOP),
-            (Action::Stop, false) => signal(self.pid(agents, cli_pid)?, Signal::CONT),
+            (Action::Kill, true) => self.signal((agents, cli_pid), Signal::KILL),
+            (Action::Stop, true) => self.signal((agents, cli_pid), Signal::STOP),
+            (Action::Stop, false) => self.signal((agents, cli_pid), Signal::CONT),
+            (Action::Cut, _) if self.fault.on == Victim::TargetPeers => {
+                self.bench.net.set_peers(&self.vm.target.address, !on)
+            }
             (Action::Cut, _) => self.bench.net.set_edge(&self.host()?.address, !on),
             (Action::FillDisk, true) => fill(&filler(self.host()?)),
             (Action::FillDisk, false) => {
@@ -239,16 +254,28 @@ impl<'a> Armed<'a> {
         match self.fault.on {
             Victim::SourceAgent | Victim::SourceQemu => Ok(&self.vm.source),
             Victim::TargetAgent | Victim::TargetQemu => Ok(&self.vm.target),
-            Victim::Cli => bail!("{:?} needs a host, `cli` is none", self.fault.action),
+            other => bail!("{:?} needs a host, {other:?} is none", self.fault.action),
         }
     }
 
-    fn pid(&self, agents: &Agents, cli_pid: u32) -> anyhow::Result<u32> {
-        match self.fault.on {
-            Victim::SourceAgent | Victim::TargetAgent => agents.pid(self.host()?.name()),
-            Victim::SourceQemu | Victim::TargetQemu => self.vm.qmp(self.host()?)?.peer_pid(),
-            Victim::Cli => Ok(cli_pid),
+    fn signal(&self, (agents, cli_pid): (&Agents, u32), signal: Signal) -> anyhow::Result<()> {
+        for pid in self.pids(agents, cli_pid)? {
+            send(pid, signal)?;
         }
+        Ok(())
+    }
+
+    fn pids(&self, agents: &Agents, cli_pid: u32) -> anyhow::Result<Vec<u32>> {
+        Ok(match self.fault.on {
+            Victim::SourceAgent | Victim::TargetAgent => vec![agents.pid(self.host()?.name())?],
+            Victim::SourceQemu | Victim::TargetQemu => {
+                vec![self.vm.qmp(self.host()?)?.peer_pid()?]
+            }
+            Victim::Cli => vec![cli_pid],
+            Victim::Index => agents.index().pids(),
+            Victim::IndexShard => agents.index().pids().into_iter().take(1).collect(),
+            Victim::TargetPeers => bail!("{:?} needs a process", self.fault.action),
+        })
     }
 }
 
@@ -257,6 +284,8 @@ impl<'a> Armed<'a> {
 pub struct Progress {
     /// It has ended.
     pub over: bool,
+    /// The group's preparation is done.
+    pub prepared: bool,
     /// Newest phase of the VM that the fault strikes.
     pub phase: Option<String>,
 }
@@ -277,7 +306,7 @@ fn filler(host: &Host) -> PathBuf {
     state_dir(host).join("filler")
 }
 
-fn signal(pid: u32, signal: Signal) -> anyhow::Result<()> {
+fn send(pid: u32, signal: Signal) -> anyhow::Result<()> {
     let pid = i32::try_from(pid)
         .ok()
         .and_then(Pid::from_raw)

@@ -53,6 +53,21 @@ pub enum Expect {
     Either,
     /// It waits for a person, exit code 4.
     Person,
+    /// The VMs of its target host run at their sources, all others at their targets; exit code 1.
+    TargetStays,
+}
+
+/// Which VMs of the group are heard from their targets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arrived {
+    /// All of them.
+    All,
+    /// None.
+    None,
+    /// All but those of the struck VM's target host.
+    OfOtherTargets,
+    /// Others.
+    Some,
 }
 
 /// What came of a migration that a fault struck.
@@ -60,8 +75,8 @@ pub enum Expect {
 pub struct Seen<'a> {
     /// Exit code of the command that asked for it; absent if a signal ended it.
     pub exit_code: Option<i32>,
-    /// The VM is heard from its target.
-    pub arrived: bool,
+    /// Which VMs have arrived.
+    pub arrived: Arrived,
     /// What the person was told.
     pub message: Option<&'a str>,
 }
@@ -124,8 +139,9 @@ impl Expect {
     pub fn problem(self, fault: &Fault, seen: Seen<'_>) -> Option<String> {
         let no_exit_code = fault.action == Action::Kill && fault.on == Victim::Cli;
         let says = |words| seen.message.is_some_and(|message| message.contains(words));
-        let moved = seen.arrived && (no_exit_code || seen.exit_code == Some(0));
-        let stayed = !seen.arrived && seen.exit_code == Some(1) && says("runs at the source");
+        let moved = seen.arrived == Arrived::All && (no_exit_code || seen.exit_code == Some(0));
+        let stays = seen.exit_code == Some(1) && says("runs at the source");
+        let stayed = seen.arrived == Arrived::None && stays;
         // The message names the command that looks further.
         let person = seen.exit_code == Some(4) && says("gangway ");
         let as_expected = match self {
@@ -133,12 +149,13 @@ impl Expect {
             Self::Stayed => stayed,
             Self::Either => moved || stayed,
             Self::Person => person,
+            Self::TargetStays => seen.arrived == Arrived::OfOtherTargets && stays,
         };
         (!as_expected).then(|| {
             format!(
-                "expected {self:?} under the fault; exit code {}, the VM {} at its target, said: {}",
+                "expected {self:?} under the fault; exit code {}, VMs at their targets: {:?}, said: {}",
                 seen.exit_code.map_or("none".into(), |code| code.to_string()),
-                if seen.arrived { "runs" } else { "does not run" },
+                seen.arrived,
                 seen.message.unwrap_or("nothing"),
             )
         })
@@ -205,17 +222,25 @@ mod tests {
         let stays = Some("runs at the source as before: cancelled");
         let cancel = fault("cancel@bulk");
         let good = |expect: Expect, seen| expect.problem(&cancel, seen).is_none();
-        assert!(good(Expect::Stayed, seen(Some(1), false, stays)));
-        assert!(good(Expect::Either, seen(Some(1), false, stays)));
-        assert!(good(Expect::Either, seen(Some(0), true, None)));
-        assert!(!good(Expect::Either, seen(Some(0), false, stays)));
-        assert!(!good(Expect::Stayed, seen(Some(1), true, stays)));
-        assert!(!good(Expect::Stayed, seen(Some(1), false, None)));
-        assert!(!good(Expect::Stayed, seen(Some(4), false, stays)));
-        assert!(!good(Expect::Moved, seen(None, true, None)));
-        assert!(!good(Expect::Person, seen(Some(4), false, None)));
+        assert!(good(Expect::Stayed, seen(Some(1), Arrived::None, stays)));
+        assert!(good(Expect::Either, seen(Some(1), Arrived::None, stays)));
+        assert!(good(Expect::Either, seen(Some(0), Arrived::All, None)));
+        assert!(!good(Expect::Either, seen(Some(0), Arrived::None, stays)));
+        assert!(!good(Expect::Stayed, seen(Some(1), Arrived::All, stays)));
+        assert!(!good(Expect::Stayed, seen(Some(1), Arrived::None, None)));
+        assert!(!good(Expect::Stayed, seen(Some(4), Arrived::None, stays)));
+        assert!(!good(Expect::Moved, seen(None, Arrived::All, None)));
+        assert!(!good(Expect::Person, seen(Some(4), Arrived::None, None)));
+        let others = Arrived::OfOtherTargets;
+        assert!(good(Expect::TargetStays, seen(Some(1), others, stays)));
+        assert!(!good(Expect::TargetStays, seen(Some(0), others, stays)));
+        assert!(!good(
+            Expect::TargetStays,
+            seen(Some(1), Arrived::Some, stays)
+        ));
+        assert!(!good(Expect::Either, seen(Some(1), others, stays)));
         let killed = fault("kill-cli@bulk");
-        let moved = seen(None, true, None);
+        let moved = seen(None, Arrived::All, None);
         assert_eq!(Expect::Moved.problem(&killed, moved), None);
     }
 }

@@ -33,6 +33,17 @@ pub struct Compared {
     pub mismatched: u64,
 }
 
+impl Compared {
+    /// Both comparisons.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            pages: self.pages + other.pages,
+            mismatched: self.mismatched + other.mismatched,
+        }
+    }
+}
+
 impl GuestMemory {
     /// Finds the guest's memory in the QEMU at the other end of `qmp`.
     pub fn of(qmp: &mut Qmp) -> anyhow::Result<Self> {

@@ -32,6 +32,9 @@ pub const OBSERVER: Ipv4Addr = Ipv4Addr::new(10, 78, 0, 1);
 pub const OBSERVER_HOST: &str = "obs";
 const OBSERVER_MAC: &str = "02:67:77:00:00:01";
 
+/// Of no card in the lab.
+const NOBODY_MAC: &str = "02:67:77:ff:ff:ff";
+
 /// How long a packet may wait in a shaped link's queue before it is dropped: about what the buffer
 /// of a switch port holds, and enough for TCP to fill the link at the lab's round-trip times.
 const QUEUE_MS: u64 = 30;
@@ -224,6 +227,28 @@ impl Net {
         let state = if up { "up" } else { "down" };
         let switch = self.switch_of(host);
         ip(switch, &format!("link set {} {state}\n", host.name))
+    }
+
+    /// Loses all frames between `host` and the other hosts of its rack, or lets them pass again:
+    /// they are sent to a card that nobody has, as when a switch has gone wrong between two ports.
+    pub fn set_peers(&self, host: &HostAddress, up: bool) -> anyhow::Result<()> {
+        let is_peer = |other: &&HostAddress| other.rack == host.rack && *other != host;
+        let set = |at: &HostAddress, to: &HostAddress| {
+            let line = if up {
+                format!("neigh del {} dev edge\n", to.ip)
+            } else {
+                format!(
+                    "neigh replace {} lladdr {NOBODY_MAC} dev edge nud permanent\n",
+                    to.ip
+                )
+            };
+            ip(&at.namespace, &line)
+        };
+        for other in self.hosts.iter().filter(is_peer) {
+            set(host, other)?;
+            set(other, host)?;
+        }
+        Ok(())
     }
 
     fn switch_of(&self, host: &HostAddress) -> &str {

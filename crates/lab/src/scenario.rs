@@ -26,6 +26,8 @@ const BUILT_IN: &[(&str, &str)] = &[
     ),
     ("fault", include_str!("../scenarios/fault.toml")),
     ("faults", include_str!("../scenarios/faults.toml")),
+    ("rack-faults", include_str!("../scenarios/rack-faults.toml")),
+    ("rack-stale", include_str!("../scenarios/rack-stale.toml")),
     (
         "agent-memory",
         include_str!("../scenarios/agent-memory.toml"),
@@ -90,6 +92,13 @@ pub struct Scenario {
     /// Faults that are tried one after the other, each on freshly booted guests.
     #[serde(default)]
     pub matrix: Option<Matrix>,
+    /// Processes of a stand-alone index in the source rack; with none, an agent has the index.
+    #[serde(default)]
+    pub index: u32,
+    /// The group is prepared so many seconds before it is migrated, which then does not look at
+    /// the memory again.
+    #[serde(default)]
+    pub stale_s: Option<f64>,
     /// Keys of the agents' configuration, beside those that the lab sets.
     #[serde(default)]
     pub agent: Table,
@@ -321,6 +330,12 @@ impl Scenario {
                 "a fault's time is {seconds} s: it must be 0 to 600"
             );
         }
+        ensure!(self.index <= 16, "index = {}: must be 0 to 16", self.index);
+        let stale = self.stale_s.unwrap_or(0.0);
+        ensure!(
+            (0.0..=600.0).contains(&stale),
+            "stale_s = {stale}: must be 0 to 600"
+        );
         ensure!(
             !self.vm.template || (self.vm.mode == "idle" && self.vm.stamp_mb == 0 && !self.vm.disk),
             "vm.template: copies of one guest have no workload or disk of their own"

@@ -98,3 +98,26 @@ fn real_vm_survives_the_faults_that_strike_where_it_could_be_lost_or_doubled() {
         assert_eq!(run.compared_pages, Some((192 << 20) / 4096));
     }
 }
+
+/// Two cells of `gangway-lab run rack-faults`.
+#[test]
+fn real_group_goes_on_without_its_index_and_without_one_of_its_carriers() {
+    let cells = "matrix.only=kill-index@bulk,kill-target-agent@bulk";
+    let smaller = ["hosts.source=2", "hosts.target=2"];
+    let results = results_of("rack-faults", &[cells, smaller[0], smaller[1]]);
+    let [index, carrier] = &results.runs[..] else {
+        panic!("two cells, {} runs", results.runs.len())
+    };
+    for (run, exit_code, moved) in [(index, 0, 2), (carrier, 1, 1)] {
+        assert_intact(run);
+        let figure = |name: &str| run.application[name].clone();
+        assert_eq!(figure("exit_code_under_fault"), exit_code, "{}", run.name());
+        assert_eq!(figure("vms_moved_under_fault"), moved, "{}", run.name());
+        assert_eq!(figure("exit_code"), 0, "{}", run.name());
+        // Under the fault and after it; a VM that stayed was held after it only.
+        let compared = (2 + moved) * (128 << 20) / 4096;
+        assert_eq!(run.compared_pages, Some(compared), "{}", run.name());
+        let pages = run.pages.expect("the events count pages");
+        assert!(pages.remote_reference > Some(0), "{}", run.name());
+    }
+}

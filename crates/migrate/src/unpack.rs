@@ -267,15 +267,17 @@ impl Unpacker {
         }
     }
 
-    /// The entries that keep the stream from its end; empty until everything else has come.
+    /// The entries that keep the stream from its end; none until the guest is stopped, which it is
+    /// once its last RAM section begins. Not only when that section has come: the source may not be
+    /// allowed to send more before these are here.
     pub fn last_wanted(&self) -> impl Iterator<Item = EntryId> {
-        let flushing = match &self.state {
-            State::Streaming(streaming) if matches!(streaming.phase, Phase::Flushing { .. }) => {
-                Some(streaming)
+        let stopped = match &self.state {
+            State::Streaming(streaming) => {
+                matches!(streaming.phase, Phase::End | Phase::Flushing { .. }).then_some(streaming)
             }
-            _ => None,
+            State::Opening(_) => None,
         };
-        flushing.into_iter().flat_map(|s| s.waiting.entries())
+        stopped.into_iter().flat_map(|s| s.waiting.entries())
     }
 
     fn apply_op<B>(

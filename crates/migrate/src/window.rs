@@ -8,12 +8,16 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use wire::Reached;
+
 /// How much the wire may be behind, while the end of the migration is far and once it is near.
 struct Lead {
     /// Time at the rate that the path has shown.
     time_ms: u64,
     /// Below this the window never closes on time alone.
     floor_bytes: u64,
+    /// Most bytes of the stream that are not loaded, references included.
+    backlog_bytes: u64,
 }
 
 /// Far from its end a migration wants throughput: an answer may take long because both hosts
@@ -22,13 +26,16 @@ struct Lead {
 const FAR: Lead = Lead {
     time_ms: 400,
     floor_bytes: 1 << 20,
+    backlog_bytes: u64::MAX,
 };
 
 /// Near its end the backlog is downtime: a third of QEMU's default limit of 300 ms, and no less
-/// than one read buffer, or nothing would move.
+/// than one read buffer, or nothing would move. Pages that wait for contents of other hosts take no
+/// time on this wire and count by their number: 512 of them at most are left to the switch-over.
 const NEAR: Lead = Lead {
     time_ms: 100,
     floor_bytes: 256 << 10,
+    backlog_bytes: 2 << 20,
 };
 
 /// Interval over which rates are measured; QEMU uses the same.
@@ -45,6 +52,9 @@ struct Flight {
 pub struct Window {
     limit_bytes: u64,
     position: u64,
+    /// What the target has received.
+    received: u64,
+    /// What is complete there.
     acked: u64,
     flights: VecDeque<Flight>,
     wire_in_flight: u64,
@@ -70,6 +80,7 @@ impl Window {
         Self {
             limit_bytes,
             position: 0,
+            received: 0,
             acked: 0,
             flights: VecDeque::new(),
             wire_in_flight: 0,
@@ -90,12 +101,14 @@ impl Window {
         });
     }
 
-    /// The target QEMU has loaded everything up to `position`.
-    pub fn acknowledged(&mut self, position: u64, now: Duration) {
-        let before = self.acked;
-        self.acked = self.acked.max(position.min(self.position));
+    /// The target QEMU is so far. What it has received leaves the wire's window; what is not
+    /// complete counts as backlog, because pages in front of it wait for contents that others bring.
+    pub fn acknowledged(&mut self, reached: Reached, now: Duration) {
+        self.acked = self.acked.max(reached.complete.min(self.position));
+        let before = self.received;
+        self.received = before.max(reached.received.min(self.position));
         let (mut wire, mut pages) = (0, 0);
-        while let Some(flight) = self.flights.front().filter(|f| f.position <= self.acked) {
+        while let Some(flight) = self.flights.front().filter(|f| f.position <= self.received) {
             wire += flight.wire_bytes;
             pages += flight.page_bytes;
             self.flights.pop_front();
@@ -105,7 +118,7 @@ impl Window {
             Rates {
                 wire,
                 unique: pages,
-                stream: self.acked - before,
+                stream: self.received - before,
             },
             now,
         );
@@ -116,7 +129,8 @@ impl Window {
     pub fn is_open(&self) -> bool {
         let lead = if self.near_end { NEAR } else { FAR };
         let in_time = self.meter.best.wire.saturating_mul(lead.time_ms) / 1000;
-        self.backlog() < self.limit_bytes && self.wire_in_flight < in_time.max(lead.floor_bytes)
+        self.backlog() < self.limit_bytes.min(lead.backlog_bytes)
+            && self.wire_in_flight < in_time.max(lead.floor_bytes)
     }
 
     /// Whether QEMU may soon stop its guest: the window is smaller then.
@@ -211,6 +225,29 @@ impl Meter {
 mod tests {
     use super::*;
 
+    fn all(position: u64) -> Reached {
+        Reached {
+            received: position,
+            complete: position,
+        }
+    }
+
+    #[test]
+    fn pages_that_wait_for_others_close_the_window_by_their_bytes_and_not_by_wire_time() {
+        let mut w = Window::new(8 << 20);
+        for mib in 1..=16_u64 {
+            w.sent(mib << 20, 1 << 20, 1 << 20);
+            let reached = Reached {
+                received: mib << 20,
+                complete: 1 << 20,
+            };
+            w.acknowledged(reached, ms(100 * mib));
+            assert_eq!(w.is_open(), mib < 9, "{mib} MiB");
+        }
+        w.acknowledged(all(16 << 20), ms(2000));
+        assert!(w.is_open());
+    }
+
     fn ms(n: u64) -> Duration {
         Duration::from_millis(n)
     }
@@ -220,7 +257,7 @@ mod tests {
         let mut w = Window::new(8 << 20);
         w.sent(8 << 20, 100, 0);
         assert!(!w.is_open());
-        w.acknowledged(1, ms(0));
+        w.acknowledged(all(1), ms(0));
         assert!(w.is_open());
         assert_eq!(w.backlog(), (8 << 20) - 1);
     }
@@ -234,7 +271,7 @@ mod tests {
         // 10 MB a second: 1 MB may be under way.
         for step in 1..=20 {
             w.sent(step + 1, 1_000_000, 1_000_000);
-            w.acknowledged(step + 1, ms(100 * step));
+            w.acknowledged(all(step + 1), ms(100 * step));
         }
         w.sent(100, 900_000, 0);
         assert!(w.is_open());
@@ -249,11 +286,11 @@ mod tests {
         let mut w = Window::new(8 << 20);
         for step in 1..=20 {
             w.sent(step, 1_000_000, 1_000_000);
-            w.acknowledged(step, ms(100 * step));
+            w.acknowledged(all(step), ms(100 * step));
         }
         let able = w.capable_rates().wire;
         w.sent(30, 10, 0);
-        w.acknowledged(30, ms(5000));
+        w.acknowledged(all(30), ms(5000));
         assert_eq!(w.capable_rates().wire, able);
         assert!(w.rates().wire < able);
     }
@@ -262,7 +299,7 @@ mod tests {
     fn an_acknowledgement_of_what_was_never_sent_is_not_believed() {
         let mut w = Window::new(8 << 20);
         w.sent(10, 10, 10);
-        w.acknowledged(u64::MAX, ms(1));
+        w.acknowledged(all(u64::MAX), ms(1));
         assert_eq!(w.backlog(), 0);
     }
 }

@@ -36,7 +36,7 @@ pub enum FrameKind {
     Heartbeat = 3,
     /// The VM's move is over for the stream: drop what is held for it.
     Close = 4,
-    /// Contents for another target host: [`EntryRuns`](crate::EntryRuns) and page bytes.
+    /// Contents for another target host: a list of entries and page bytes.
     Contents = 5,
     /// Entries that the sender waits for and the receiver carries.
     Pull = 6,
@@ -210,14 +210,20 @@ impl FrameHeader {
     }
 }
 
+/// How far the target is with a source QEMU's stream, in bytes from its start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reached {
+    /// Everything up to here is in the target QEMU, but for pages that wait for their content.
+    pub received: u64,
+    /// Everything up to here is in the target QEMU.
+    pub complete: u64,
+}
+
 /// What the target says on the back connection, about one VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BackMessage {
-    /// Everything up to this position of the source QEMU's stream is in the target QEMU.
-    Ack {
-        /// Bytes from the start of the source QEMU's stream.
-        position: u64,
-    },
+    /// How far the target QEMU is.
+    Ack(Reached),
     /// A return-path message of the target QEMU for the source QEMU, verbatim.
     ReturnPath(Vec<u8>),
     /// These pages cannot be made from what the target has: read them again.
@@ -245,9 +251,10 @@ impl BackMessage {
     /// Appends the body.
     pub fn encode(&self, out: &mut Vec<u8>) {
         match self {
-            Self::Ack { position } => {
+            Self::Ack(reached) => {
                 out.push(1);
-                varint::put(out, *position);
+                varint::put(out, reached.received);
+                varint::put(out, reached.complete);
             }
             Self::ReturnPath(message) => {
                 out.push(2);
@@ -286,9 +293,10 @@ impl BackMessage {
     pub fn decode(body: &[u8]) -> Result<Self, WireError> {
         let (&tag, mut rest) = body.split_first().ok_or(WireError::Truncated)?;
         let message = match tag {
-            1 => Self::Ack {
-                position: varint::take(&mut rest)?,
-            },
+            1 => Self::Ack(Reached {
+                received: varint::take(&mut rest)?,
+                complete: varint::take(&mut rest)?,
+            }),
             2 => {
                 check_length("a return-path message", rest.len(), MAX_RETURN_MESSAGE)?;
                 return Ok(Self::ReturnPath(rest.to_vec()));
@@ -393,7 +401,7 @@ mod tests {
         fn back_messages_come_back(position: u64, text in ".{0,40}", block: u16, start in 0..u32::MAX / 2, count in 1_u32..1000) {
             let run = PageRun { start: PageNo(start), count };
             for message in [
-                BackMessage::Ack { position },
+                BackMessage::Ack(Reached { received: position, complete: position / 2 }),
                 BackMessage::ReturnPath(text.clone().into_bytes()),
                 BackMessage::RepairRequest(vec![(BlockIndex(block), run); 3]),
                 BackMessage::Loaded,

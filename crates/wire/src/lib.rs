@@ -45,7 +45,7 @@ pub use control::{
 pub use entries::{MAX_ENTRIES, decode_contents, decode_entries, encode_entries};
 pub use frame::{
     BackMessage, FrameHeader, FrameKind, HEADER_LEN, MAX_BODY, MAX_CONTROL, MAX_RETURN_MESSAGE,
-    WireError,
+    Reached, WireError,
 };
 pub use ops::{
     MAX_OPS, Op, OpReader, OpWriter, PagesBody, Remote, RemoteContent, split_pages_body,

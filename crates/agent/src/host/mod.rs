@@ -13,7 +13,7 @@ use crate::api::preparer::Preparer;
 use crate::config::Config;
 use crate::index_host::IndexHost;
 use crate::journal::Journal;
-use crate::link::{Bucket, Hold, Security};
+use crate::link::{Bucket, Hold, Security, Terms};
 use crate::prepare::{OverLinks, Preparations};
 use crate::source::{Entry, IndexLinks, Input, MoveContext, MoveRun, SessionContext, Sessions};
 use crate::target::{self, Arrivals, Pools, TargetContext};
@@ -46,13 +46,7 @@ struct Known {
 impl HostMover {
     /// Opens the journals, takes up what was left, and listens for moves.
     pub(crate) fn start(config: &Config, tls: Option<&Tls>) -> anyhow::Result<Self> {
-        let security = match tls {
-            Some(tls) => Security::Tls {
-                server: Arc::clone(&tls.server),
-                client: Arc::clone(&tls.client),
-            },
-            None => Security::Plaintext,
-        };
+        let security = Security::of(tls);
         let peer_timeout = config.peer_timeout();
         let hold = Hold(config.hold_dir.clone());
         let log_dir = config.state_dir.join("log");
@@ -76,8 +70,11 @@ impl HostMover {
         target::listen(
             config.bulk,
             Arc::clone(&arrivals),
-            IndexHost::start(0)?,
-            (security.clone(), peer_timeout),
+            IndexHost::start(0, index::MAX_ENTRIES)?,
+            Terms {
+                security: security.clone(),
+                peer_timeout,
+            },
         )?;
         let session = SessionContext {
             host: config.name.clone(),

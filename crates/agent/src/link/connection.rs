@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use wire::{FrameHeader, FrameKind, HEADER_LEN, Hello, MAGIC, MAX_BODY, MAX_CONTROL, WireError};
 
-use crate::tls;
+use crate::tls::{self, Tls};
 
 use super::{Buffer, Compressor, Decompressor, Pool};
 
@@ -36,6 +36,19 @@ pub(crate) enum Security {
     },
     /// For labs on networks of their own.
     Plaintext,
+}
+
+impl Security {
+    /// With these certificates, if there are any.
+    pub(crate) fn of(tls: Option<&Tls>) -> Self {
+        match tls {
+            Some(tls) => Self::Tls {
+                server: Arc::clone(&tls.server),
+                client: Arc::clone(&tls.client),
+            },
+            None => Self::Plaintext,
+        }
+    }
 }
 
 /// What goes wrong with a peer.

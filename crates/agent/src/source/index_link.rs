@@ -103,20 +103,22 @@ enum Request {
 
 /// Whom an answer is for.
 enum Asker {
-    Claim(Sender<Vec<Verdict>>),
+    Claim(HostNo, Sender<Vec<Verdict>>),
     Register(Sender<Vec<Option<EntryId>>>),
 }
 
 /// A claim under way.
 pub(crate) struct Claim {
+    target: HostNo,
     ids: Vec<ContentId>,
     verdicts: Receiver<Vec<Verdict>>,
+    requests: Sender<Request>,
     is_late: Arc<AtomicBool>,
 }
 
 impl Claim {
     /// The contents that were asked for with their verdicts; none if the index does not answer.
-    pub(crate) fn wait(self) -> Vec<(ContentId, Verdict)> {
+    pub(crate) fn wait(mut self) -> Vec<(ContentId, Verdict)> {
         let verdicts = match self.verdicts.recv_timeout(PATIENCE) {
             Ok(verdicts) => verdicts,
             Err(RecvTimeoutError::Timeout) => {
@@ -125,8 +127,31 @@ impl Claim {
             }
             Err(RecvTimeoutError::Disconnected) => Vec::new(),
         };
-        self.ids.into_iter().zip(verdicts).collect()
+        std::mem::take(&mut self.ids)
+            .into_iter()
+            .zip(verdicts)
+            .collect()
     }
+}
+
+impl Drop for Claim {
+    /// An answer that nobody has taken.
+    fn drop(&mut self) {
+        if let Ok(verdicts) = self.verdicts.try_recv() {
+            let lost = Request::Lost(self.target, to_carry(&verdicts));
+            // As in `IndexLink::send`.
+            let _ = self.requests.try_send(lost);
+        }
+    }
+}
+
+/// What the asker is to carry.
+fn to_carry(verdicts: &[Verdict]) -> Vec<EntryId> {
+    let entry = |verdict: &Verdict| match verdict {
+        Verdict::Carry { entry, .. } => Some(*entry),
+        _ => None,
+    };
+    verdicts.iter().filter_map(entry).collect()
 }
 
 impl IndexLink {
@@ -178,8 +203,10 @@ impl IndexLink {
             self.send(Request::Claim(target, ids.clone(), sender));
         }
         Claim {
+            target,
             ids,
             verdicts,
+            requests: self.requests.clone(),
             is_late: Arc::clone(&self.is_late),
         }
     }
@@ -276,7 +303,7 @@ impl Talk {
         match request {
             Request::Claim(target, ids, asker) => {
                 shards.claim(target, &ids);
-                self.askers.push_back(Asker::Claim(asker));
+                self.askers.push_back(Asker::Claim(target, asker));
             }
             Request::Register(target, items, asker) => {
                 shards.register(target, &items);
@@ -294,16 +321,21 @@ impl Talk {
 
     fn answer(&mut self, answer: Answer) {
         self.is_late.store(false, Ordering::Relaxed);
-        // Whoever does not wait any more has gone on without.
-        let _ = match (self.askers.pop_front(), answer) {
-            (Some(Asker::Claim(asker)), Answer::Verdicts(verdicts)) => {
-                asker.try_send(verdicts).is_ok()
+        match (self.askers.pop_front(), answer) {
+            (Some(Asker::Claim(target, asker)), Answer::Verdicts(verdicts)) => {
+                // Nobody waits for it any more: the contents have gone without their entries. What
+                // was to be carried is not, and who was told so would wait in vain.
+                if let Err(unheard) = asker.try_send(verdicts) {
+                    let entries = to_carry(&unheard.into_inner());
+                    self.shards.lost(target, &runs_of(&entries));
+                }
             }
             (Some(Asker::Register(asker)), Answer::Entries(entries)) => {
-                asker.try_send(entries).is_ok()
+                // Whoever does not wait any more has gone on without.
+                let _ = asker.try_send(entries);
             }
-            _ => false,
-        };
+            _ => {}
+        }
     }
 
     /// The next answer; None: nothing is awaited.
@@ -368,3 +400,6 @@ impl Talk {
 fn runs_of(entries: &[EntryId]) -> Vec<EntryRun> {
     join_runs(entries.iter().copied())
 }
+
+#[cfg(test)]
+mod tests;

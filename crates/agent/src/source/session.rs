@@ -382,8 +382,8 @@ fn receive(mut link: Link, shared: &Shared, outbox: &Outbox, hold: &Hold) -> Lin
             continue;
         };
         match message {
-            BackMessage::Ack { position } => {
-                stream.acknowledged(position);
+            BackMessage::Ack(reached) => {
+                stream.acknowledged(reached);
                 if let Some(rack) = &shared.rack {
                     let carried = stream.take_carried();
                     if !carried.is_empty() {

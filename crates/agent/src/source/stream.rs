@@ -13,6 +13,7 @@ use migrate::pack::{PackCounts, SharedPages};
 use migrate::window::{Rates, Window};
 use page::{EntryId, HostAddr};
 use sys::ProcessMemory;
+use wire::Reached;
 
 use crate::link::Bucket;
 
@@ -154,11 +155,11 @@ impl Stream {
         flow.window.sent(position, wire_estimate, page_bytes);
     }
 
-    /// The target QEMU has loaded everything up to `position`.
-    pub(crate) fn acknowledged(&self, position: u64) {
+    /// The target QEMU is so far.
+    pub(crate) fn acknowledged(&self, reached: Reached) {
         let mut flow = lock(&self.window);
         let before = flow.window.acked();
-        flow.window.acknowledged(position, self.started.elapsed());
+        flow.window.acknowledged(reached, self.started.elapsed());
         if flow.window.acked() > before {
             flow.progress = Instant::now();
         }

@@ -1,16 +1,16 @@
 //! Where sessions arrive.
 
 use std::collections::HashMap;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use anyhow::Context;
 use page::{ContentKey, HostNo};
-use wire::{Channel, ControlReply, ControlRequest, Hello};
+use wire::{Channel, ControlReply, ControlRequest, Hello, WireCompression};
 
 use crate::index_host::IndexHost;
-use crate::link::{Link, LinkError, Security};
+use crate::link::{Link, LinkError, Serve, Terms};
 
 use super::incoming::Arrivals;
 use super::peer::PeerContext;
@@ -20,13 +20,9 @@ use super::session::{TargetSession, lock};
 /// How long a control connection may be idle: a move's bulk phase, for as long as it takes.
 const CONTROL_IDLE: Duration = Duration::from_secs(24 * 3600);
 
-/// Connections under way at once: some for each of many groups; beyond that somebody floods us.
-const MAX_CONNECTIONS: usize = 1024;
-
 struct Listener {
     arrivals: Arc<Arrivals>,
-    security: Security,
-    peer_timeout: Duration,
+    terms: Terms,
     sessions: Mutex<HashMap<String, Weak<TargetSession>>>,
     racks: Arc<RackStores>,
     index: Arc<IndexHost>,
@@ -40,73 +36,30 @@ pub(crate) fn listen(
     address: SocketAddr,
     arrivals: Arc<Arrivals>,
     index: Arc<IndexHost>,
-    (security, peer_timeout): (Security, Duration),
+    terms: Terms,
 ) -> anyhow::Result<()> {
-    let socket =
-        TcpListener::bind(address).with_context(|| format!("listening for moves on {address}"))?;
-    let listener = Arc::new(Listener {
+    let listener = Listener {
         arrivals,
-        security,
-        peer_timeout,
+        terms: terms.clone(),
         sessions: Mutex::default(),
         racks: Arc::default(),
         index,
-    });
-    std::thread::Builder::new()
-        .name("gw-listen".into())
-        .spawn(move || {
-            loop {
-                match socket.accept() {
-                    Ok((tcp, peer)) => {
-                        // The listener's own share is one.
-                        if Arc::strong_count(&listener) > MAX_CONNECTIONS {
-                            tracing::warn!(%peer, "too many connections");
-                            continue;
-                        }
-                        let listener = Arc::clone(&listener);
-                        let started =
-                            std::thread::Builder::new()
-                                .name("gw-peer".into())
-                                .spawn(move || {
-                                    if let Err(error) = listener.serve(tcp) {
-                                        tracing::info!(%peer, "a connection has ended: {error:#}");
-                                    }
-                                });
-                        if let Err(error) = started {
-                            tracing::error!(%error, "no thread for a connection");
-                        }
-                    }
-                    Err(error) => {
-                        tracing::warn!(%error, "accepting failed");
-                        std::thread::sleep(Duration::from_millis(100));
-                    }
-                }
-            }
-        })?;
+    };
+    crate::link::listen(address, terms, listener).context("waiting for moves (`bulk`)")?;
     Ok(())
 }
 
-impl Listener {
-    fn serve(&self, tcp: TcpStream) -> anyhow::Result<()> {
-        let mut link = Link::accepted(tcp, &self.security, self.peer_timeout)?;
-        let hello = link.receive_hello()?;
-        if !hello.is_compatible() {
-            let reason = format!(
-                "version {} is spoken there, {} here",
-                hello.version,
-                wire::PROTOCOL_VERSION
-            );
-            return Ok(link.send(&ControlReply::Refused { reason })?);
-        }
+impl Serve for Listener {
+    fn serve(&self, mut link: Link, hello: &Hello) -> anyhow::Result<()> {
         match hello.channel {
-            Channel::Forward => self.forward(link, &hello),
+            Channel::Forward => self.forward(link, hello),
             Channel::Back => {
-                let session = self.welcome(&mut link, &hello)?;
+                let session = self.welcome(&mut link, hello)?;
                 let result = session.answer(link);
                 session.end();
                 Ok(result?)
             }
-            Channel::Peer => self.peer(link, &hello),
+            Channel::Peer => self.peer(link, hello),
             Channel::Index => {
                 link.send(&ControlReply::Welcome)?;
                 Ok(self.index.serve(link)?)
@@ -114,11 +67,13 @@ impl Listener {
             Channel::Control => {
                 link.send(&ControlReply::Welcome)?;
                 link.set_timeout(CONTROL_IDLE);
-                self.control(link, &hello)
+                self.control(link, hello)
             }
         }
     }
+}
 
+impl Listener {
     fn forward(&self, mut link: Link, hello: &Hello) -> anyhow::Result<()> {
         let mut secret = [0; 32];
         let key = hello.domain_key.as_deref().unwrap_or_default();
@@ -133,9 +88,14 @@ impl Listener {
             Some(rack) => {
                 let context = PeerContext {
                     host: self.arrivals.context.host.clone(),
-                    security: self.security.clone(),
-                    peer_timeout: self.peer_timeout,
-                    compression: hello.compression,
+                    security: self.terms.security.clone(),
+                    peer_timeout: self.terms.peer_timeout,
+                    compression: match hello.compression {
+                        WireCompression::None => WireCompression::None,
+                        WireCompression::Zstd { window_log } => WireCompression::Zstd {
+                            window_log: window_log.min(super::peer::WINDOW_LOG),
+                        },
+                    },
                 };
                 Some(self.racks.join(rack, &key, &context, store)?)
             }

@@ -23,6 +23,10 @@ pub(super) const FRAME_PAGES: usize = 63;
 /// later. At 1 Gbit/s it is a quarter of a second.
 const MAX_QUEUED: usize = 32 << 20;
 
+/// Logarithm of the zstd window between target hosts, 2 MiB: there is one at both ends of each of
+/// their connections, and what is passed on is chosen by need, not by neighbourhood.
+pub(super) const WINDOW_LOG: u8 = 21;
+
 /// How often a silent side says that it lives.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 

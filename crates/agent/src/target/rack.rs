@@ -375,3 +375,6 @@ fn found_of(lookup: Lookup<Arc<Buffer>>) -> Found<Arc<Buffer>> {
         Lookup::Missing | Lookup::Placed(..) => Found::Missing,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -11,7 +11,7 @@ use guest::CowError;
 use migrate::unpack::{Ack, Arrived, Batch, Segment, UnpackError, Unpacker};
 use page::{BlockIndex, ContentId, EntryId, HostNo, PAGE_SIZE, PageBytes, PageNo};
 use qstream::{ReturnDecoder, ReturnMessage, ReturnStep};
-use wire::BackMessage;
+use wire::{BackMessage, MAX_ENTRIES, Reached};
 
 use crate::link::Buffer;
 
@@ -60,6 +60,14 @@ pub(crate) struct SinkHandle {
 }
 
 impl SinkHandle {
+    /// Of no QEMU: what comes is for a test.
+    #[cfg(test)]
+    pub(crate) fn alone() -> (Self, Receiver<SinkFrame>) {
+        let (frames, receiver) = unbounded();
+        let queued = Arc::default();
+        (Self { frames, queued }, receiver)
+    }
+
     /// The queue is bounded in bytes: above the limit frames are dropped, and the sink fails on
     /// the gap that they leave.
     pub(crate) fn push(&self, frame: SinkFrame) {
@@ -85,8 +93,8 @@ pub(crate) enum SinkError {
     Mapping(#[source] CowError),
 }
 
-/// Pings on their way, with the positions that they acknowledge.
-type Pings = Arc<Mutex<VecDeque<(u32, u64)>>>;
+/// Pings on their way, with how far the stream is once they are answered.
+type Pings = Arc<Mutex<VecDeque<(u32, Reached)>>>;
 
 /// What feeds one QEMU.
 pub(crate) struct Sink {
@@ -160,16 +168,16 @@ impl Sink {
                 self.find_memory(&unpacker);
             }
             self.share(&mut unpacker, &mut batch, body)?;
-            if let Some(Ack::OnPong { ping, position }) = batch.ack {
-                lock(&self.pings).push_back((ping, position));
+            if let Some(Ack::OnPong { ping, reached }) = batch.ack {
+                lock(&self.pings).push_back((ping, reached));
             }
             write_batch(&mut self.socket, &batch, body)?;
             // While QEMU loads its devices: every mapping is through, and the guest waits.
             if let Some(mapper) = self.mapper.as_mut().filter(|_| unpacker.is_past_memory()) {
                 mapper.finish();
             }
-            if let Some(Ack::OnWrite { position }) = batch.ack {
-                self.session.say(self.vm, BackMessage::Ack { position });
+            if let Some(Ack::OnWrite { reached }) = batch.ack {
+                self.session.say(self.vm, BackMessage::Ack(reached));
             }
             for runs in batch.repair.chunks(1024) {
                 self.session
@@ -209,11 +217,9 @@ impl Sink {
             }
             SinkFrame::NotComing { carrier, entries } => {
                 unpacker.not_coming(entries, batch);
-                let lost = BackMessage::Lost {
-                    carrier: *carrier,
-                    entries: entries.clone(),
-                };
-                self.session.say(self.vm, lost);
+                for lost in losses(*carrier, entries) {
+                    self.session.say(self.vm, lost);
+                }
                 Ok(&[])
             }
         }
@@ -306,6 +312,15 @@ impl Sink {
             rack.place(number, of_rack.copied());
         }
     }
+}
+
+/// What is said of entries that do not come. A carrier that is gone can owe many.
+fn losses(carrier: HostNo, entries: &[EntryId]) -> impl Iterator<Item = BackMessage> {
+    let lost = move |entries: &[EntryId]| BackMessage::Lost {
+        carrier,
+        entries: entries.to_vec(),
+    };
+    entries.chunks(MAX_ENTRIES).map(lost)
 }
 
 /// The pages of a batch that are to be mapped, with the ids of their contents.
@@ -429,16 +444,39 @@ pub(crate) fn read_return_path(
 
 fn acknowledge(session: &TargetSession, vm: u16, pings: &Pings, value: u32) {
     let mut pings = lock(pings);
-    let mut reached = None;
-    while let Some((ping, position)) = pings.front().copied() {
+    let mut answered = None;
+    while let Some((ping, reached)) = pings.front().copied() {
         pings.pop_front();
-        reached = Some(position);
+        answered = Some(reached);
         if ping == value {
             break;
         }
     }
     drop(pings);
-    if let Some(position) = reached {
-        session.say(vm, BackMessage::Ack { position });
+    if let Some(reached) = answered {
+        session.say(vm, BackMessage::Ack(reached));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn however_much_a_carrier_owes_each_message_about_it_can_be_read() {
+        let entries: Vec<_> = (0..2000).map(|n| EntryId(n * 3)).collect();
+        let mut heard = Vec::new();
+        for message in losses(HostNo(2), &entries) {
+            let mut body = Vec::new();
+            message.encode(&mut body);
+            match BackMessage::decode(&body) {
+                Ok(BackMessage::Lost { carrier, entries }) => {
+                    assert_eq!(carrier, HostNo(2));
+                    heard.extend(entries);
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!(heard, entries);
     }
 }

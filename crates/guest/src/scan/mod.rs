@@ -9,8 +9,8 @@
 //! remembered with a checksum of one cache line of it; the same frame with the same line counts
 //! as unchanged. A frame mapped more than once is copied before it is written, so it needs no
 //! look at all. Even so, looking costs a quarter of reading: of the other pages one in
-//! [`SAMPLE_EVERY`] is looked at, another one each time; if one has changed, so are the rest of
-//! its [`GROUP_PAGES`], because guests write in clusters.
+//! `SAMPLE_EVERY` is looked at, another one each time; if one has changed, so are the rest of
+//! its `GROUP_PAGES`, because guests write in clusters.
 //!
 //! What this misses: a write into a page's other 63 lines, for ever (until a scan from scratch);
 //! and a write into a few pages of a group, until their turn comes. Such a page keeps its old id.

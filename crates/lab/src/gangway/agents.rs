@@ -11,6 +11,7 @@ use anyhow::{Context, bail};
 use rustix::mount::{MountFlags, mount};
 use toml::Table;
 
+use super::index::Index;
 use crate::bench::Bench;
 use crate::fault::{self, Action};
 use crate::guest::Host;
@@ -36,6 +37,7 @@ const SMALL_DISK: &std::ffi::CStr = c"size=1m";
 pub struct Agents {
     program: PathBuf,
     agents: Vec<Agent>,
+    index: Index,
 }
 
 #[derive(Debug)]
@@ -66,12 +68,23 @@ impl Agents {
                 child: Mutex::new(spawn(host, &program)?),
             });
         }
-        let agents = Self { program, agents };
+        let index = Index::start(bench, &program)?;
+        let agents = Self {
+            program,
+            agents,
+            index,
+        };
         agents.agents.iter().try_for_each(Agent::wait_until_ready)?;
         Ok(agents)
     }
 
-    /// Starts the agents that have died again, as a service manager would.
+    /// The stand-alone index, which may have no processes.
+    #[must_use]
+    pub fn index(&self) -> &Index {
+        &self.index
+    }
+
+    /// Starts the agents and indexes that have died again, as a service manager would.
     pub fn restart_dead(&self) -> anyhow::Result<()> {
         for agent in &self.agents {
             let ended = agent.child().try_wait();
@@ -84,7 +97,7 @@ impl Agents {
                 agent.wait_until_ready()?;
             }
         }
-        Ok(())
+        self.index.restart_dead(&self.program)
     }
 
     /// The program that all of them run.

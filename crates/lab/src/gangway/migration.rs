@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use super::agents::{Agents, control_socket};
 use super::plan::{self, Settings};
+use super::prepare::Plan;
 use super::record::{Held, Record};
 use super::struck;
 use crate::bench::Bench;
@@ -41,7 +42,13 @@ pub fn migrate(
         preset,
         zstd,
         confirm_handover: true,
+        stale: bench.scenario.stale_s.is_some(),
     };
+    if let Some(seconds) = bench.scenario.stale_s {
+        say(&format!("preparing, and moving {seconds} s later"));
+        Plan::write(agents, bench)?.run(agents)?;
+        thread::sleep(Duration::from_secs_f64(seconds));
+    }
     let started = UnixMs::now();
     let attempt = Attempt {
         agents,

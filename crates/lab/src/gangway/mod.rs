@@ -1,6 +1,7 @@
 //! The technique under test: real agents, a real plan, the real command line.
 
 mod agents;
+mod index;
 mod migration;
 mod plan;
 pub mod prepare;

@@ -7,6 +7,7 @@ use anyhow::Context;
 use serde_json::{Value, json};
 
 use super::agents::{BULK_PORT, CONTROL_PORT};
+use super::index;
 use crate::bench::Bench;
 use crate::guest::{Host, Vm};
 use crate::scenario::Preset;
@@ -19,6 +20,8 @@ pub(super) struct Settings {
     pub(super) zstd: bool,
     /// VMs wait, stopped at both ends, until the lab has compared their memory.
     pub(super) confirm_handover: bool,
+    /// What an earlier preparation found is used as it is.
+    pub(super) stale: bool,
 }
 
 /// The plan that moves `vms`, as TOML.
@@ -42,6 +45,12 @@ pub(super) fn text(bench: &Bench<'_>, vms: &[&Vm], settings: Settings) -> anyhow
         "hosts": hosts,
         "move": moves,
     });
+    if settings.preset.has_index() && bench.scenario.index > 0 {
+        plan["index"] = json!(index::addresses(bench));
+    }
+    if settings.stale {
+        plan["prepare"] = false.into();
+    }
     // What the preset says already is not said again: users do not either.
     if settings.zstd {
         plan["compression"] = "zstd".into();

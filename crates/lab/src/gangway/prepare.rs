@@ -25,6 +25,7 @@ impl Plan {
             preset: Preset::Irlm,
             zstd: false,
             confirm_handover: false,
+            stale: false,
         };
         let file = agents.coordinator()?.dir.join("prepare.toml");
         std::fs::write(&file, plan::text(bench, &all, settings)?).context("writing the plan")?;

@@ -153,6 +153,7 @@ impl<'a> Record<'a> {
         let state = self.state();
         fault::Progress {
             over: state.over,
+            prepared: state.prepare_s.is_some(),
             phase: state.phases.get(vm).cloned(),
         }
     }

@@ -14,7 +14,7 @@ use crate::bench::Bench;
 use crate::clock::UnixMs;
 use crate::fault::{Action, Armed, Fault, Victim};
 use crate::guest::Vm;
-use crate::matrix::Seen;
+use crate::matrix::{Arrived, Seen};
 use crate::outcome::{Figures, Moved};
 use crate::shell::say;
 
@@ -38,14 +38,16 @@ pub(super) fn run(
     let (agents, bench) = (attempt.agents, attempt.bench);
     let armed = Armed::arm(fault, bench)?;
     let all: Vec<&Vm> = bench.vms.iter().collect();
-    // Who would let a held VM go may be the victim; the guests' own checks must suffice here.
-    let unheld = Settings {
-        confirm_handover: false,
+    // Who would let a held VM go may be the victim; the guests' own checks must suffice there. Not
+    // where contents come from other hosts: there the bytes under the fault are the question.
+    let is_held = bench.scenario.hosts.target > 1;
+    let first_settings = Settings {
+        confirm_handover: is_held,
         ..settings
     };
     let settings_before = migration_settings(&bench.vms.iter().collect::<Vec<_>>())?;
     let (began, began_at) = (Instant::now(), UnixMs::now());
-    let first = attempt.run(&all, unheld, Some(&armed))?;
+    let first = attempt.run(&all, first_settings, Some(&armed))?;
     let took_s = began.elapsed().as_secs_f64();
     if fault.on == Victim::Cli && fault.action == Action::Kill {
         wait_for_sources_to_go(bench);
@@ -55,19 +57,25 @@ pub(super) fn run(
     let message = message_for(&first.moved, &fault.vm);
     let seen = Seen {
         exit_code: first.exit_code,
-        arrived: bench.vms.iter().filter(|vm| arrived(vm)).count() == bench.vms.len(),
+        arrived: who_arrived(bench, &fault.vm, arrived),
         message: message.as_deref(),
     };
     let unexpected = fault.expect.and_then(|expect| expect.problem(fault, seen));
     let silences = bench.vms.iter().filter_map(|vm| {
         let track = bench.observer.track(&vm.name);
-        track.longest_gap_ms(began_at)
+        // A VM that waits for a person is still silent.
+        let until_now = UnixMs::now().ms_since(track.0.last()?.at);
+        Some(track.longest_gap_ms(began_at)?.max(until_now))
     });
     let silence = silences.reduce(f64::max);
     let mut figures = vec![
         figure("exit_code_under_fault", json!(first.exit_code)),
         figure("time_under_fault_s", json!(took_s)),
-        figure("silence_under_fault_ms", json!(silence)),
+        // With the hold it is the lab's own.
+        figure(
+            "silence_under_fault_ms",
+            json!(silence.filter(|_| !is_held)),
+        ),
         figure(
             "vms_moved_under_fault",
             json!(bench.vms.iter().filter(|vm| arrived(vm)).count()),
@@ -106,6 +114,23 @@ pub(super) fn run(
     })
 }
 
+/// Which VMs have arrived, seen from that which the fault has struck.
+fn who_arrived(bench: &Bench<'_>, struck: &str, arrived: impl Fn(&Vm) -> bool) -> Arrived {
+    let target = bench.vms.iter().find(|vm| vm.name == struck);
+    let target = target.map_or("", |vm| vm.target.name());
+    let (there, not): (Vec<&Vm>, Vec<&Vm>) = bench.vms.iter().partition(|vm| arrived(vm));
+    let of_target = |vm: &&Vm| vm.target.name() == target;
+    if not.is_empty() {
+        Arrived::All
+    } else if there.is_empty() {
+        Arrived::None
+    } else if not.iter().all(of_target) && !there.iter().any(of_target) {
+        Arrived::OfOtherTargets
+    } else {
+        Arrived::Some
+    }
+}
+
 /// What a person, or libvirt, has set in each VM's QEMU for its migrations.
 fn migration_settings(vms: &[&Vm]) -> anyhow::Result<Vec<[Value; 2]>> {
     let of = |vm: &&Vm| {
@@ -136,7 +161,7 @@ fn changed_settings(
     }))
 }
 
-/// The times of a VM's move to its target, and what was compared on its way back.
+/// The times of a VM's move to its target, and what was compared on its way there and back.
 fn came_back(first: Moved, second: Moved, way: &Vm) -> Moved {
     let end = if second.remark.is_none() {
         &way.target
@@ -144,8 +169,14 @@ fn came_back(first: Moved, second: Moved, way: &Vm) -> Moved {
         &way.source
     };
     Moved {
-        compared: second.compared,
-        remark: second.remark,
+        compared: match (first.compared, second.compared) {
+            (Some(first), Some(second)) => Some(first.and(second)),
+            (first, second) => second.or(first),
+        },
+        // Of a VM that was held it says that something went wrong then.
+        remark: second
+            .remark
+            .or(first.remark.filter(|_| first.hold.is_some())),
         runs_on: Some(end.name().to_owned()),
         ..first
     }

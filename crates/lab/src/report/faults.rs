@@ -97,9 +97,10 @@ fn row(fault: String, run: &Run) -> Row {
     let figure = |name: &str| run.application.get(name);
     let number = |name: &str| figure(name).and_then(serde_json::Value::as_i64);
     let place = match number("vms_moved_under_fault") {
-        Some(0) => "stayed",
-        Some(_) => "moved",
-        None => NOTHING,
+        Some(0) => "stayed".to_owned(),
+        Some(moved) if moved < i64::from(run.vms) => format!("{moved} of {} moved", run.vms),
+        Some(_) => "moved".to_owned(),
+        None => NOTHING.to_owned(),
     };
     let again = match number("exit_code") {
         Some(0) => "yes",
@@ -116,7 +117,7 @@ fn row(fault: String, run: &Run) -> Row {
         fault,
         cells: [
             number("exit_code_under_fault").map_or(NOTHING.to_owned(), |code| code.to_string()),
-            place.to_owned(),
+            place,
             time("time_under_fault_s", text::seconds),
             time("silence_under_fault_ms", text::milliseconds),
             again.to_owned(),

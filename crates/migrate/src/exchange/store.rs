@@ -1,6 +1,6 @@
 //! What a target host has of the rack's contents, around the waits for what it has not.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
@@ -72,7 +72,13 @@ pub struct Store<B> {
     /// What other target hosts brought.
     pushed: Shelf<B>,
     places: Places,
+    /// Entries that came unasked, at some time: a push is not waited for twice.
+    came_unasked: HashSet<EntryId>,
 }
+
+/// Most entries that are remembered to have come: 8 MiB of memory. Beyond it a content that was
+/// pushed and has gone again is waited for in vain, and asked for later.
+const MAX_CAME: usize = 1 << 20;
 
 impl<B: Body> Store<B> {
     /// An empty store of the target host `me`, whose shelves keep `max_bytes` each.
@@ -84,6 +90,7 @@ impl<B: Body> Store<B> {
             own: Shelf::with_limit(max_bytes),
             pushed: Shelf::with_limit(max_bytes),
             places: Places::default(),
+            came_unasked: HashSet::new(),
         }
     }
 
@@ -140,7 +147,7 @@ impl<B: Body> Store<B> {
     ) -> Lookup<B> {
         let comes = match stated {
             Some((id, remote)) => {
-                let from = (remote.carrier, remote.pushed);
+                let from = self.from(entry, remote);
                 self.waits
                     .want((entry, id), from, Some(waiter), now, actions)
             }
@@ -151,6 +158,12 @@ impl<B: Body> Store<B> {
         } else {
             Lookup::Missing
         }
+    }
+
+    /// Who brings an entry, and whether unasked. What came unasked and did not stay is asked for.
+    fn from(&self, entry: EntryId, remote: &Remote<'_>) -> (HostNo, bool) {
+        let is_pushed = remote.pushed && !self.came_unasked.contains(&entry);
+        (remote.carrier, is_pushed)
     }
 
     /// The entry's bytes on a shelf, if they can be believed. With `by_id` what a source of this
@@ -178,7 +191,7 @@ impl<B: Body> Store<B> {
         for (entry, id) in remote.contents() {
             self.places.learn(entry, id);
             if self.shelved(entry, true).is_none() && self.places.find(entry).is_none() {
-                let from = (remote.carrier, remote.pushed);
+                let from = self.from(entry, remote);
                 self.waits.want((entry, id), from, None, now, &mut actions);
             }
         }
@@ -207,6 +220,9 @@ impl<B: Body> Store<B> {
         let contents = entries.iter().copied().zip(offsets);
         let runs = contents.clone().map(|(entry, at)| (entry, 1, at));
         self.pushed.push(runs, body, body.bytes().len());
+        if self.came_unasked.len() + entries.len() <= MAX_CAME {
+            self.came_unasked.extend(entries);
+        }
         self.came(contents, body)
     }
 
@@ -270,6 +286,7 @@ impl<B: Body> Store<B> {
     pub fn place(&mut self, entry: EntryId, id: Option<ContentId>, place: Place) {
         if let Some(id) = id.or_else(|| self.places.id(entry)) {
             self.places.put(entry, id, place);
+            self.pushed.mark_used(entry);
         }
     }
 

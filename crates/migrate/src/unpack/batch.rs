@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use page::{BlockIndex, EntryId, PageNo, PageRun};
-use wire::Remote;
+use wire::{Reached, Remote};
 
 use super::mapping::SharedPage;
 
@@ -97,20 +97,20 @@ pub struct Batch<B> {
     head_done: usize,
 }
 
-/// How a position is known to be loaded.
+/// How far the stream is known to be loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ack {
-    /// When the target QEMU answers this ping.
+    /// So far when the target QEMU answers this ping.
     OnPong {
         /// Value of the ping.
         ping: u32,
-        /// Position of the source QEMU's stream.
-        position: u64,
+        /// How far.
+        reached: Reached,
     },
-    /// When it is written: at the end of RAM no ping can be put in between.
+    /// So far when it is written: at the end of RAM no ping can be put in between.
     OnWrite {
-        /// Position of the source QEMU's stream.
-        position: u64,
+        /// How far.
+        reached: Reached,
     },
 }
 

@@ -98,11 +98,11 @@ impl Streaming {
     pub(super) fn flush<B>(&mut self, next_ping: &mut u32, batch: &mut Batch<B>) {
         match &mut self.phase {
             Phase::Parts => {
-                if let Some(position) = self.waiting.complete() {
+                if let Some(reached) = self.waiting.progress() {
                     self.encoder.close(&mut batch.head);
                     let ping = *next_ping;
                     encode_command(Command::Ping(ping), &mut batch.head);
-                    batch.ack = Some(Ack::OnPong { ping, position });
+                    batch.ack = Some(Ack::OnPong { ping, reached });
                     *next_ping = ping.wrapping_add(1) | OUR_PING;
                 }
                 return;
@@ -114,8 +114,8 @@ impl Streaming {
             }
             Phase::End | Phase::Flushing { .. } | Phase::Tail => {}
         }
-        if let Some(position) = self.waiting.complete() {
-            batch.ack = Some(Ack::OnWrite { position });
+        if let Some(reached) = self.waiting.progress() {
+            batch.ack = Some(Ack::OnWrite { reached });
         }
     }
 

@@ -5,6 +5,7 @@ use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use page::{BlockIndex, EntryId, PageNo};
+use wire::Reached;
 
 /// Most ends of frames that are remembered while pages wait: an honest source's window holds a
 /// few hundred frames.
@@ -45,8 +46,12 @@ pub(super) struct Waiting {
     by_entry: HashMap<EntryId, Vec<PageKey>>,
     /// How many pages wait for a version of a frame that ends there.
     by_position: BTreeMap<u64, u32>,
-    /// Ends of frames that are not acknowledged.
+    /// Ends of frames that are not complete.
     ends: VecDeque<u64>,
+    /// End of the newest frame.
+    received: u64,
+    /// What was said last.
+    said: Reached,
 }
 
 impl Waiting {
@@ -147,18 +152,23 @@ impl Waiting {
             self.ends.pop_front();
         }
         self.ends.push_back(position);
+        self.received = position;
     }
 
-    /// The newest end of a frame that no page in front of it waits for, if it was not said yet.
-    pub(super) fn complete(&mut self) -> Option<u64> {
+    /// How far the stream is, if that was not said yet.
+    pub(super) fn progress(&mut self) -> Option<Reached> {
         let first = self.by_position.keys().next().copied();
-        let mut complete = None;
+        let mut reached = self.said;
+        reached.received = self.received;
         while let Some(end) = self.ends.front().copied()
             && first.is_none_or(|first| end < first)
         {
-            complete = self.ends.pop_front();
+            self.ends.pop_front();
+            reached.complete = end;
         }
-        complete
+        let is_new = reached != self.said;
+        self.said = reached;
+        is_new.then_some(reached)
     }
 
     fn counted_down(&mut self, position: u64) {
@@ -177,6 +187,13 @@ mod tests {
 
     const BLOCK: BlockIndex = BlockIndex(0);
 
+    /// What is newly complete.
+    fn complete(waiting: &mut Waiting) -> Option<u64> {
+        let before = waiting.said.complete;
+        let reached = waiting.progress()?;
+        (reached.complete > before).then_some(reached.complete)
+    }
+
     fn version(position: u64) -> Version {
         Version {
             block: BLOCK,
@@ -193,13 +210,13 @@ mod tests {
         waiting.wait(version(30), PageNo(2), Cause::Repair);
         waiting.frame_ends(30);
         waiting.frame_ends(40);
-        assert_eq!(waiting.complete(), Some(10));
-        assert_eq!(waiting.complete(), None);
+        assert_eq!(complete(&mut waiting), Some(10));
+        assert_eq!(complete(&mut waiting), None);
         assert!(!waiting.repaired((BLOCK, PageNo(2)), 29), "read too early");
         assert!(waiting.repaired((BLOCK, PageNo(2)), 30));
-        assert_eq!(waiting.complete(), None);
+        assert_eq!(complete(&mut waiting), None);
         assert_eq!(waiting.take_for(EntryId(7)), [(BLOCK, PageNo(1))]);
-        assert_eq!(waiting.complete(), Some(40));
+        assert_eq!(complete(&mut waiting), Some(40));
         assert!(waiting.is_empty());
     }
 
@@ -214,7 +231,7 @@ mod tests {
         assert_eq!(waiting.take_for(EntryId(8)), []);
         waiting.replaced(key);
         waiting.frame_ends(20);
-        assert_eq!(waiting.complete(), Some(20));
+        assert_eq!(complete(&mut waiting), Some(20));
     }
 
     #[test]
@@ -224,9 +241,9 @@ mod tests {
         waiting.wait(version(10), PageNo(1), Cause::Mapping);
         waiting.frame_ends(10);
         assert_eq!(waiting.take_for(EntryId(7)), []);
-        assert_eq!(waiting.complete(), None);
+        assert_eq!(complete(&mut waiting), None);
         assert!(waiting.mapping_done(key));
-        assert_eq!(waiting.complete(), Some(10));
+        assert_eq!(complete(&mut waiting), Some(10));
         waiting.wait(version(20), PageNo(1), Cause::Mapping);
         waiting.wait(version(30), PageNo(1), Cause::Repair);
         assert!(!waiting.mapping_done(key));

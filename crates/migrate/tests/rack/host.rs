@@ -9,6 +9,7 @@ use migrate::pack::{Packer, Scan};
 use migrate::unpack::{Arrived, Batch, Segment, Unpacker};
 use migrate::window::Window;
 use page::{BlockIndex, ContentId, ContentKey, EntryId, HostNo, PAGE_SIZE, PageRun};
+use wire::Reached;
 use wire::index::Verdict;
 
 use crate::guest::{NOT_REPAIRABLE, SourceQemu};
@@ -45,7 +46,7 @@ pub(crate) struct Move {
     pub(crate) answers: VecDeque<Vec<u8>>,
     pub(crate) inbox: VecDeque<Inbox>,
     pub(crate) unpacker: Unpacker,
-    pub(crate) pings: VecDeque<(u32, u64)>,
+    pub(crate) pings: VecDeque<(u32, Reached)>,
     pub(crate) pongs_seen: usize,
     /// Entries in frames that are not acknowledged.
     pub(crate) carried: VecDeque<(u64, Vec<EntryId>)>,
@@ -138,15 +139,15 @@ impl Host {
     }
 
     /// The target QEMU loads some of what was written; positions that it has acknowledged.
-    pub(crate) fn load(&mut self, vm: usize, most: usize) -> Vec<u64> {
+    pub(crate) fn load(&mut self, vm: usize, most: usize) -> Vec<Reached> {
         let (m, target) = (&mut self.moves[vm], &mut self.targets[vm]);
         target.load(most, &m.source);
         let mut positions = Vec::new();
         for value in &target.pongs[m.pongs_seen..] {
             if Unpacker::is_our_ping(*value) {
-                let (ping, position) = m.pings.pop_front().unwrap();
+                let (ping, reached) = m.pings.pop_front().unwrap();
                 assert_eq!(*value, ping);
-                positions.push(position);
+                positions.push(reached);
             }
         }
         m.pongs_seen = target.pongs.len();

@@ -11,7 +11,7 @@ use migrate::pack::repair_front;
 use migrate::unpack::{Ack, Batch, Contents, Found, literal_runs, remotes};
 use page::{ContentId, ContentKey, EntryId, HostNo, PAGE_SIZE, PageBytes};
 use wire::index::{EntryRun, Item, Verdict};
-use wire::{Remote, split_pages_body};
+use wire::{Reached, Remote, split_pages_body};
 
 use crate::guest::{bytes_of, is_fill};
 use crate::host::{Asked, Body, Crossed, Host, Inbox, bytes_written};
@@ -547,29 +547,30 @@ impl World {
         self.act(at, actions);
         match batch.ack {
             None => {}
-            Some(Ack::OnPong { ping, position }) => {
-                self.hosts[at].moves[vm].pings.push_back((ping, position));
+            Some(Ack::OnPong { ping, reached }) => {
+                self.hosts[at].moves[vm].pings.push_back((ping, reached));
             }
-            Some(Ack::OnWrite { position }) => {
+            Some(Ack::OnWrite { reached }) => {
                 self.hosts[at].load(vm, usize::MAX);
-                self.acknowledge(at, vm, position);
+                self.acknowledge(at, vm, reached);
             }
         }
     }
 
     fn load(&mut self, host: usize, vm: usize) {
         let most = self.rng.below(20_000);
-        for position in self.hosts[host].load(vm, most) {
-            self.acknowledge(host, vm, position);
+        for reached in self.hosts[host].load(vm, most) {
+            self.acknowledge(host, vm, reached);
         }
     }
 
-    fn acknowledge(&mut self, host: usize, vm: usize, position: u64) {
+    fn acknowledge(&mut self, host: usize, vm: usize, reached: Reached) {
+        let position = reached.complete;
         let host = &mut self.hosts[host];
         host.check_acknowledged(vm, position);
         let no = host.no;
         let m = &mut host.moves[vm];
-        m.window.acknowledged(position, self.now);
+        m.window.acknowledged(reached, self.now);
         while let Some((_, entries)) = m.carried.pop_front_if(|(end, _)| *end <= position) {
             if let Some(index) = &mut self.index {
                 for first in entries {

@@ -11,7 +11,8 @@ use migrate::unpack::{Ack, Batch, Contents, Found, Segment, Unpacker, literal_ru
 use migrate::window::Window;
 use page::{BlockIndex, ContentKey, EntryId, PAGE_SIZE, PageRun};
 use wire::{
-    BackMessage, FrameHeader, FrameKind, HEADER_LEN, Op, OpReader, Remote, split_pages_body,
+    BackMessage, FrameHeader, FrameKind, HEADER_LEN, Op, OpReader, Reached, Remote,
+    split_pages_body,
 };
 
 use crate::guest::{Content, NOT_REPAIRABLE, SourceQemu, bytes_of, content_of, is_fill};
@@ -111,7 +112,7 @@ struct Move {
     answers: VecDeque<Vec<u8>>,
     inbox: VecDeque<(FrameKind, Body)>,
     unpacker: Unpacker,
-    pings: VecDeque<(u32, u64)>,
+    pings: VecDeque<(u32, Reached)>,
     pongs_seen: usize,
     /// For each page, the newest version that the source was asked to send again.
     asked: HashMap<usize, usize>,
@@ -346,12 +347,12 @@ impl Session {
         self.ask_for(vm, &batch, position);
         match batch.ack {
             None => {}
-            Some(Ack::OnPong { ping, position }) => {
-                self.moves[vm].pings.push_back((ping, position));
+            Some(Ack::OnPong { ping, reached }) => {
+                self.moves[vm].pings.push_back((ping, reached));
             }
-            Some(Ack::OnWrite { position }) => {
+            Some(Ack::OnWrite { reached }) => {
                 self.targets[vm].load(usize::MAX, &self.moves[vm].source);
-                self.acknowledge(vm, position);
+                self.acknowledge(vm, reached);
             }
         }
     }
@@ -432,20 +433,22 @@ impl Session {
         let mut positions = Vec::new();
         for value in &target.pongs[m.pongs_seen..] {
             if Unpacker::is_our_ping(*value) {
-                let (ping, position) = m.pings.pop_front().unwrap();
+                let (ping, reached) = m.pings.pop_front().unwrap();
                 assert_eq!(*value, ping);
-                positions.push(position);
+                positions.push(reached);
             }
         }
         m.pongs_seen = target.pongs.len();
-        for position in positions {
-            self.acknowledge(vm, position);
+        for reached in positions {
+            self.acknowledge(vm, reached);
         }
     }
 
     /// Checks that everything up to `position` is in the target QEMU, but for pages that the
     /// source was asked to send again.
-    fn acknowledge(&mut self, vm: usize, position: u64) {
+    fn acknowledge(&mut self, vm: usize, reached: Reached) {
+        let position = reached.complete;
+        assert!(position <= reached.received);
         let (m, target) = (&mut self.moves[vm], &self.targets[vm]);
         assert!(position <= m.read as u64);
         let tail_at = m.source.tail_at.filter(|at| *at <= position);
@@ -466,7 +469,7 @@ impl Session {
         if let Some(tail_at) = tail_at {
             assert_eq!(position - tail_at, target.tail.len() as u64);
         }
-        m.window.acknowledged(position, self.now);
+        m.window.acknowledged(reached, self.now);
     }
 }
 
