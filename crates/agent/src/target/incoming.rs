@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow};
 use guest::{RunState, TargetGuest};
 use migrate::handover::{FoundQemu, TargetAction, TargetEvent, TargetJournal, TargetMove};
-use page::ContentKey;
 use sys::{Process, ProcessMemory};
 use wire::{BackMessage, MoveState, OpenMove};
 
@@ -294,7 +293,7 @@ impl Incoming {
         let log = context
             .log_dir
             .join(format!("{}.log", file_name(&request.id)));
-        let (guest, mapper) = start_qemu((request, &session.key), &log, context)?;
+        let (guest, mapper) = mapper::start((request, &session.key), &log, context)?;
         let (mapper, note) = match mapper.transpose() {
             Ok(mapper) => (mapper, None),
             Err(why) => (None, Some(format!("its pages are not shared there: {why}"))),
@@ -599,34 +598,6 @@ impl Incoming {
     fn is_ended(&self) -> bool {
         !matches!(self.answer(), MoveState::Loading | MoveState::Loaded)
     }
-}
-
-/// Starts a QEMU; with it what maps its pages, if they are to be shared, or why they cannot be.
-fn start_qemu(
-    (request, domain): (&OpenMove, &ContentKey),
-    log: &std::path::Path,
-    context: &TargetContext,
-) -> anyhow::Result<(TargetGuest, Option<Result<Mapper, String>>)> {
-    let library = context.cow_library.as_deref();
-    let prepare = || {
-        let pool = context
-            .pools
-            .of(domain)
-            .map_err(|error| format!("no pool of shared pages: {error}"))?;
-        mapper::Waiting::prepare(&request.argv, &context.run_dir, library, &pool)
-    };
-    let waiting = request.share.then(prepare).transpose();
-    let environment = match &waiting {
-        Ok(Some(waiting)) => waiting.environment(),
-        _ => &[],
-    };
-    let guest = TargetGuest::start_with(&request.argv, log, environment)
-        .context("starting the target QEMU")?;
-    let mapper = match waiting {
-        Ok(waiting) => waiting.map(|waiting| waiting.ready(&guest)),
-        Err(why) => Some(Err(why)),
-    };
-    Ok((guest, mapper))
 }
 
 impl std::fmt::Debug for Incoming {

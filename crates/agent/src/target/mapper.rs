@@ -9,12 +9,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use content::pool::{PoolUser, PoolVm, mapping_budget};
 use cow_abi::{BLOCKS_MAX, MapRun, Outcome};
 use guest::{CowError, CowLibrary, CowListener, TargetGuest, mapping_obstacle};
-use page::{BlockIndex, ByteLen, ContentId, HostAddr, PageBytes, PageNo};
+use page::{BlockIndex, ByteLen, ContentId, ContentKey, HostAddr, PageBytes, PageNo};
 use qstream::BlockList;
+use wire::OpenMove;
 
+use super::incoming::TargetContext;
 use super::pool::HostPool;
 
 /// Blocks of fewer pages are not worth a mapping: firmware and video memory. 64 MiB guests are the
@@ -24,15 +27,43 @@ const MIN_BLOCK_PAGES: u64 = 4096;
 /// Tells the sockets of this agent apart.
 static NEXT_SOCKET: AtomicU64 = AtomicU64::new(0);
 
+/// Starts a QEMU; with it what maps its pages, if they are to be shared, or why they cannot be.
+pub(crate) fn start(
+    (request, domain): (&OpenMove, &ContentKey),
+    log: &Path,
+    context: &TargetContext,
+) -> anyhow::Result<(TargetGuest, Option<Result<Mapper, String>>)> {
+    let library = context.cow_library.as_deref();
+    let prepare = || {
+        let pool = context
+            .pools
+            .of(domain)
+            .map_err(|error| format!("no pool of shared pages: {error}"))?;
+        Waiting::prepare(&request.argv, &context.run_dir, library, &pool)
+    };
+    let waiting = request.share.then(prepare).transpose();
+    let environment = match &waiting {
+        Ok(Some(waiting)) => waiting.environment(),
+        _ => &[],
+    };
+    let guest = TargetGuest::start_with(&request.argv, log, environment)
+        .context("starting the target QEMU")?;
+    let mapper = match waiting {
+        Ok(waiting) => waiting.map(|waiting| waiting.ready(&guest)),
+        Err(why) => Some(Err(why)),
+    };
+    Ok((guest, mapper))
+}
+
 /// Where the library in a QEMU that is about to be started will call.
-pub(crate) struct Waiting {
+struct Waiting {
     listener: CowListener,
     pool: Arc<HostPool>,
 }
 
 impl Waiting {
     /// Prepares for a QEMU with this command line; else says why its pages cannot be shared.
-    pub(crate) fn prepare(
+    fn prepare(
         argv: &[String],
         run_dir: &Path,
         library: Option<&Path>,
@@ -51,12 +82,12 @@ impl Waiting {
         Ok(Self { listener, pool })
     }
 
-    pub(crate) fn environment(&self) -> &[(std::ffi::OsString, std::ffi::OsString)] {
+    fn environment(&self) -> &[(std::ffi::OsString, std::ffi::OsString)] {
         self.listener.environment()
     }
 
     /// Gets ready to map; else says why the pages of this QEMU cannot be shared.
-    pub(crate) fn ready(self, guest: &TargetGuest) -> Result<Mapper, String> {
+    fn ready(self, guest: &TargetGuest) -> Result<Mapper, String> {
         let text = |error: &dyn std::error::Error| crate::host::chain(error);
         let mut library = self.listener.accept(guest.pid()).map_err(|e| text(&e))?;
         match guest.mapping_obstacle() {
