@@ -226,9 +226,12 @@ fn a_migration_under_way_is_refused_and_cancelling_gives_settings_back(qemu: &Qe
 
     guest.cancel().unwrap();
     guest.restore_settings().unwrap();
-    assert_eq!(
-        guest.migration().unwrap().status,
-        MigrationStatus::Cancelled
+    // Cancelling shuts the stream down, and 7.2's migration thread may see that first and call it
+    // a failure. Either way it is over and the guest is where it was.
+    let ended = guest.migration().unwrap().status;
+    assert!(
+        matches!(ended, MigrationStatus::Cancelled | MigrationStatus::Failed),
+        "{ended:?}"
     );
     assert_eq!(settings(guest.qmp()), before);
     assert_eq!(guest.run_state().unwrap(), RunState::Running);

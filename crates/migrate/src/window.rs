@@ -38,6 +38,10 @@ const NEAR: Lead = Lead {
     backlog_bytes: 2 << 20,
 };
 
+/// On a path so slow that the window's floor takes all of the downtime limit, QEMU plans with this
+/// part of the rate: a VM that converges slowly is worth a longer pause.
+const LEAST_SHARE: u64 = 4;
+
 /// Interval over which rates are measured; QEMU uses the same.
 const MEASURE: Duration = Duration::from_millis(250);
 
@@ -153,6 +157,32 @@ impl Window {
     #[must_use]
     pub fn acked(&self) -> u64 {
         self.acked
+    }
+
+    /// The rate, in page bytes per second, that QEMU should plan with so that its guest stands still
+    /// for at most `limit_ms`: what is on its way when the guest stops is part of that time. Far
+    /// from the end too much is on its way, and the rate is next to nothing: QEMU goes on.
+    #[must_use]
+    pub fn planning_rate(&self, limit_ms: u64) -> u64 {
+        if !self.near_end {
+            return 1;
+        }
+        let Rates {
+            wire,
+            unique,
+            stream,
+        } = self.meter.best;
+        if unique == 0 {
+            // No page had to go as bytes: the path has not been a limit.
+            return stream.max(NEAR.floor_bytes);
+        }
+        // More than a narrow window lets in may be left of the time when it was wide.
+        let ahead_bytes = NEAR.floor_bytes.max(self.wire_in_flight);
+        let ahead_ms = NEAR
+            .time_ms
+            .max(ahead_bytes.saturating_mul(1000) / wire.max(1));
+        let share = |rate: u64| rate.saturating_mul(limit_ms.saturating_sub(ahead_ms));
+        (share(unique) / limit_ms.max(1)).max(unique / LEAST_SHARE)
     }
 
     /// Rates of the last interval, for people.
@@ -279,6 +309,22 @@ mod tests {
         assert!(!w.is_open());
         w.set_near_end(false);
         assert!(w.is_open(), "far from the end more may be under way");
+    }
+
+    #[test]
+    fn qemu_plans_with_what_is_left_of_the_limit_beside_the_window() {
+        let mut w = Window::new(8 << 20);
+        w.set_near_end(true);
+        assert!(w.planning_rate(300) > 1, "nothing is known of the path yet");
+        for step in 1..=20 {
+            w.sent(step, 1_000_000, 2_000_000);
+            w.acknowledged(all(step), ms(100 * step));
+        }
+        let able = w.capable_rates().unique;
+        assert_eq!(w.planning_rate(300), able * 200 / 300);
+        assert_eq!(w.planning_rate(50), able / LEAST_SHARE);
+        w.set_near_end(false);
+        assert_eq!(w.planning_rate(300), 1, "far from the end QEMU goes on");
     }
 
     #[test]

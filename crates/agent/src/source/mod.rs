@@ -15,6 +15,7 @@ mod index_link;
 mod outbox;
 mod progress;
 mod reader;
+mod right_of_way;
 mod run;
 mod session;
 mod shared;

@@ -9,7 +9,7 @@ use anyhow::{Context, anyhow};
 use guest::{MigrationParameters, QmpEvent, RunState, SavedSettings, target_argv};
 use migrate::handover::{SourceAction, SourceEvent, SourceJournal, SourceMove, SourceState};
 use migrate::pack::Packer;
-use page::ContentKey;
+use page::{ByteLen, ContentKey};
 use serde::{Deserialize, Serialize};
 use wire::OpenMove;
 
@@ -23,15 +23,21 @@ use super::home::{Home, guest_memory};
 use super::index_link::{IndexKey, IndexLinks};
 use super::progress::ProgressMeter;
 use super::reader::Way;
+use super::right_of_way::Place;
 use super::session::{Session, SessionContext, SessionKey, SessionRack, Sessions, describe, spawn};
 use super::stream::Stream;
 
-/// How often progress is taken and QEMU is told the wire's rate.
-const TICK: Duration = Duration::from_millis(500);
+/// How often progress is reported.
+const REPORT: Duration = Duration::from_millis(500);
 
-/// With less than this to go the window is narrowed: three ticks, so that it has drained before
-/// QEMU can stop the guest.
-const NEAR_END_S: f64 = 1.5;
+/// How often QEMU is asked how far it is and told the wire's rate, and how often near the end, where
+/// it waits for that word before it stops its guest.
+const TICK: Duration = Duration::from_millis(500);
+const TICK_NEAR: Duration = Duration::from_millis(100);
+
+/// The end is near from the second round on, or with less than this to go: QEMU passes it in less
+/// than a tick if all of it is zero pages.
+const NEAR_END: ByteLen = ByteLen(32 << 20);
 
 /// Pause before a release is repeated.
 const RELEASE_PAUSE: Duration = Duration::from_millis(500);
@@ -143,6 +149,9 @@ struct Run {
     phase: Phase,
     /// The guest was seen to stop for its switch-over.
     stopped: bool,
+    /// QEMU may soon stop its guest.
+    near_end: bool,
+    reported: Instant,
 }
 
 impl Run {
@@ -169,6 +178,8 @@ impl Run {
             started: Instant::now(),
             phase: Phase::Queued,
             stopped: false,
+            near_end: false,
+            reported: Instant::now(),
         }
     }
 
@@ -189,7 +200,8 @@ impl Run {
         };
         self.handle(first);
         while !self.phase.is_final() {
-            match self.inputs.recv_timeout(TICK) {
+            let tick = if self.near_end { TICK_NEAR } else { TICK };
+            match self.inputs.recv_timeout(tick) {
                 Ok(input) => self.take(input),
                 Err(RecvTimeoutError::Timeout) => self.tick(),
                 // Cannot be: we hold a sender ourselves.
@@ -245,6 +257,7 @@ impl Run {
             spec.vm.clone(),
             memory,
             self.context.window_bytes,
+            Place::new(Arc::clone(&session.right_of_way)),
             self.sender.clone(),
         );
         let stream = Arc::new(stream);
@@ -320,7 +333,12 @@ impl Run {
 
     fn take(&mut self, input: Input) {
         match input {
-            Input::Loaded => self.handle(SourceEvent::TargetLoaded),
+            Input::Loaded => {
+                if let Some(stream) = &self.stream {
+                    stream.set_stopped(false);
+                }
+                self.handle(SourceEvent::TargetLoaded);
+            }
             Input::Failed(reason) => self.handle(SourceEvent::Failed(reason)),
             Input::Cancel => self.handle(SourceEvent::Cancel),
             Input::Confirmed if *self.machine.state() == SourceState::Committed => {
@@ -343,6 +361,9 @@ impl Run {
         match event.name.as_str() {
             "STOP" if *self.machine.state() == SourceState::Copying && self.home.was_running => {
                 self.stopped = true;
+                if let Some(stream) = &self.stream {
+                    stream.set_stopped(true);
+                }
                 self.enter(
                     Phase::SwitchOver,
                     "the guest is stopped; its last pages are on their way".into(),
@@ -376,33 +397,42 @@ impl Run {
                 self.handle(SourceEvent::Failed(reason));
                 return;
             }
-            self.report_progress(&stream);
+            self.steer(&stream);
         }
     }
 
-    fn report_progress(&mut self, stream: &Stream) {
+    /// Asks QEMU how far it is, and has it know what the path can do.
+    fn steer(&mut self, stream: &Stream) {
         // While the guest is stopped QEMU may be unable to answer until we have read its stream.
         let info = if self.stopped {
             None
         } else {
             self.home.migration()
         };
-        let progress = self.meter.sample(stream, info.as_ref());
-        stream.set_round(progress.round);
-        stream
-            .set_near_end(progress.round > 1 || progress.eta_s.is_some_and(|eta| eta < NEAR_END_S));
-        if progress.round <= 1
-            && let Some(frames) = self.session.as_ref().and_then(|s| s.frames.as_ref())
-        {
-            frames.refresh();
+        if let Some(info) = &info {
+            let round = info.dirty_sync_count;
+            stream.set_round(round);
+            self.near_end |= round > 1 || (round == 1 && info.remaining < NEAR_END);
+            stream.set_near_end(self.near_end);
+            if round <= 1
+                && let Some(frames) = self.session.as_ref().and_then(|s| s.frames.as_ref())
+            {
+                frames.refresh();
+            }
+            self.tell_rate(stream);
         }
-        (self.events)(Happening::Progress { progress });
-        let (_, _, _, able) = stream.flow();
-        if let Some(guest) = self
-            .home
-            .guest()
-            .filter(|_| !self.stopped && able.unique > 0)
-            && let Err(error) = guest.set_wire_rate(able.unique, able.stream)
+        if self.reported.elapsed() >= REPORT {
+            self.reported = Instant::now();
+            let progress = self.meter.sample(stream, info.as_ref());
+            (self.events)(Happening::Progress { progress });
+        }
+    }
+
+    fn tell_rate(&self, stream: &Stream) {
+        let limit_ms = parameters(&self.spec).downtime_limit_ms;
+        let (planned, logical) = stream.planning_rates(limit_ms);
+        if let Some(guest) = self.home.guest()
+            && let Err(error) = guest.set_wire_rate(planned, logical)
         {
             tracing::debug!(vm = self.spec.vm, %error, "QEMU does not take the wire's rate");
         }

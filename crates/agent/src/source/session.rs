@@ -20,6 +20,7 @@ use crate::types::RackSpec;
 use super::index_link::IndexLink;
 use super::outbox::{OutFrame, Outbox};
 use super::reader::{BUFFER, RackWay};
+use super::right_of_way::RightOfWay;
 use super::run::Input;
 use super::shared::FrameScan;
 use super::stream::Stream;
@@ -122,6 +123,7 @@ pub(crate) struct Session {
     pub(crate) rack: Option<RackWay>,
     /// Which pages of its VMs share frames; absent if nobody wants to know.
     pub(crate) frames: Option<FrameScan>,
+    pub(crate) right_of_way: Arc<RightOfWay>,
     shared: Arc<Shared>,
     next_vm: AtomicU16,
     sockets: [TcpStream; 2],
@@ -170,6 +172,7 @@ impl Session {
             outbox: Arc::clone(&outbox),
             rack,
             frames: key.is_sharing.then(FrameScan::default),
+            right_of_way: Arc::default(),
             shared: Arc::clone(&shared),
             next_vm: AtomicU16::new(0),
             sockets,

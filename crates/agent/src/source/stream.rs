@@ -17,7 +17,13 @@ use wire::Reached;
 
 use crate::link::Bucket;
 
+use super::right_of_way::Place;
 use super::run::Input;
+
+/// How often a reader that waits looks again although nobody told it to: for the window, which
+/// acknowledgements open, and for the wire, which is given free without a word.
+const WINDOW_POLL: Duration = Duration::from_millis(200);
+const YIELD_POLL: Duration = Duration::from_millis(10);
 
 /// What repairs are read from: the source QEMU's memory, by the stream's block indices.
 pub(crate) struct GuestMemory {
@@ -38,6 +44,7 @@ pub(crate) struct Stream {
     pub(crate) name: String,
     pub(crate) memory: GuestMemory,
     pub(crate) bucket: Bucket,
+    place: Place,
     started: Instant,
     window: Mutex<Flow>,
     moved: Condvar,
@@ -70,6 +77,7 @@ impl Stream {
         name: String,
         memory: GuestMemory,
         limit: u64,
+        place: Place,
         mover: Sender<Input>,
     ) -> Self {
         let started = Instant::now();
@@ -78,6 +86,7 @@ impl Stream {
             name,
             memory,
             bucket: Bucket::default(),
+            place,
             started,
             window: Mutex::new(Flow {
                 window: Window::new(limit),
@@ -122,21 +131,28 @@ impl Stream {
         }
     }
 
-    /// Waits until the window is open. False: the stream is closed.
+    /// Waits until the window is open and the wire not another VM's. False: the stream is closed.
     pub(crate) fn wait_open(&self) -> bool {
         let mut flow = lock(&self.window);
-        let since = Instant::now();
-        let mut waited = false;
-        while !flow.closed && !flow.window.is_open() {
-            waited = true;
+        let mut since = Instant::now();
+        while !flow.closed {
+            let yields = self.place.must_yield(Instant::now());
+            flow.window.set_near_end(self.place.is_any_near_end());
+            if !yields && flow.window.is_open() {
+                break;
+            }
+            let patience = if yields { YIELD_POLL } else { WINDOW_POLL };
             flow = self
                 .moved
-                .wait_timeout(flow, Duration::from_millis(200))
+                .wait_timeout(flow, patience)
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
-        }
-        if waited {
-            flow.window.waited(since.elapsed());
+            let waited = since.elapsed();
+            since += waited;
+            if !yields {
+                // Standing back says nothing about what the path can do.
+                flow.window.waited(waited);
+            }
         }
         !flow.closed
     }
@@ -169,7 +185,12 @@ impl Stream {
 
     /// Whether QEMU may soon stop its guest.
     pub(crate) fn set_near_end(&self, near_end: bool) {
-        lock(&self.window).window.set_near_end(near_end);
+        self.place.set_near_end(near_end);
+    }
+
+    /// Whether the guest is stopped and waits for its last pages.
+    pub(crate) fn set_stopped(&self, stopped: bool) {
+        self.place.set_stopped(stopped);
     }
 
     /// How long the target has not acknowledged anything of what it should.
@@ -186,6 +207,8 @@ impl Stream {
     /// makes a source QEMU that has not completed resume its guest.
     pub(crate) fn close(&self, close_socket: bool) {
         lock(&self.window).closed = true;
+        self.place.set_near_end(false);
+        self.place.set_stopped(false);
         self.moved.notify_all();
         if close_socket && let Some(socket) = lock(&self.socket).take() {
             let _ = socket.shutdown(std::net::Shutdown::Both);
@@ -241,6 +264,14 @@ impl Stream {
     /// Pages by kind so far, and how many were repaired.
     pub(crate) fn counts(&self) -> (PackCounts, u64) {
         (*lock(&self.counts), self.repaired.load(Ordering::Relaxed))
+    }
+
+    /// The rate that QEMU should plan its switch-over with, and that of its stream.
+    pub(crate) fn planning_rates(&self, limit_ms: u64) -> (u64, u64) {
+        let mut flow = lock(&self.window);
+        flow.window.set_near_end(self.place.is_any_near_end());
+        let stream = flow.window.capable_rates().stream;
+        (flow.window.planning_rate(limit_ms), stream)
     }
 
     /// Position, backlog, rates now, rates the path can do.
