@@ -38,6 +38,11 @@ const NEAR: Lead = Lead {
     backlog_bytes: 2 << 20,
 };
 
+/// Memory that a guest may have left when it is stopped far from the end. Not nothing: with less
+/// than a page QEMU would not look for written pages again before it stops the guest, and all that
+/// was written in the first round would be left for the pause.
+const FAR_REST: u64 = 64 << 10;
+
 /// On a path so slow that the window's floor takes all of the downtime limit, QEMU plans with this
 /// part of the rate: a VM that converges slowly is worth a longer pause.
 const LEAST_SHARE: u64 = 4;
@@ -161,11 +166,13 @@ impl Window {
 
     /// The rate, in page bytes per second, that QEMU should plan with so that its guest stands still
     /// for at most `limit_ms`: what is on its way when the guest stops is part of that time. Far
-    /// from the end too much is on its way, and the rate is next to nothing: QEMU goes on.
+    /// from the end too much is on its way, and QEMU stops only a guest that has next to nothing
+    /// left.
     #[must_use]
     pub fn planning_rate(&self, limit_ms: u64) -> u64 {
+        let far = FAR_REST * 1000 / limit_ms.max(1);
         if !self.near_end {
-            return 1;
+            return far;
         }
         let Rates {
             wire,
@@ -176,13 +183,16 @@ impl Window {
             // No page had to go as bytes: the path has not been a limit.
             return stream.max(NEAR.floor_bytes);
         }
-        // More than a narrow window lets in may be left of the time when it was wide.
-        let ahead_bytes = NEAR.floor_bytes.max(self.wire_in_flight);
-        let ahead_ms = NEAR
-            .time_ms
-            .max(ahead_bytes.saturating_mul(1000) / wire.max(1));
-        let share = |rate: u64| rate.saturating_mul(limit_ms.saturating_sub(ahead_ms));
-        (share(unique) / limit_ms.max(1)).max(unique / LEAST_SHARE)
+        let left_of_limit = |ahead_bytes: u64| {
+            let ahead_ms = ahead_bytes.saturating_mul(1000) / wire.max(1);
+            unique.saturating_mul(limit_ms.saturating_sub(ahead_ms)) / limit_ms.max(1)
+        };
+        let narrow = NEAR.floor_bytes.max(wire * NEAR.time_ms / 1000);
+        if self.wire_in_flight > narrow {
+            // Left from when the window was wide: that drains before the guest is stopped.
+            return left_of_limit(self.wire_in_flight).max(far);
+        }
+        left_of_limit(narrow).max(unique / LEAST_SHARE)
     }
 
     /// Rates of the last interval, for people.
@@ -315,7 +325,11 @@ mod tests {
     fn qemu_plans_with_what_is_left_of_the_limit_beside_the_window() {
         let mut w = Window::new(8 << 20);
         w.set_near_end(true);
-        assert!(w.planning_rate(300) > 1, "nothing is known of the path yet");
+        let far = FAR_REST * 1000 / 300;
+        assert!(
+            w.planning_rate(300) > far,
+            "nothing is known of the path yet"
+        );
         for step in 1..=20 {
             w.sent(step, 1_000_000, 2_000_000);
             w.acknowledged(all(step), ms(100 * step));
@@ -324,7 +338,7 @@ mod tests {
         assert_eq!(w.planning_rate(300), able * 200 / 300);
         assert_eq!(w.planning_rate(50), able / LEAST_SHARE);
         w.set_near_end(false);
-        assert_eq!(w.planning_rate(300), 1, "far from the end QEMU goes on");
+        assert_eq!(w.planning_rate(300), far, "far from the end QEMU goes on");
     }
 
     #[test]

@@ -369,6 +369,8 @@ impl Run {
                     "the guest is stopped; its last pages are on their way".into(),
                 );
             }
+            // A round has ended: QEMU may stop its guest when it next looks.
+            "MIGRATION_PASS" => self.tick(),
             "MIGRATION" => match event.data.get("status").and_then(|s| s.as_str()) {
                 Some("completed") => self.handle(SourceEvent::SourceCompleted),
                 Some("failed" | "cancelled") => {
