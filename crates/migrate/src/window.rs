@@ -16,8 +16,8 @@ struct Lead {
     time_ms: u64,
     /// Below this the window never closes on time alone.
     floor_bytes: u64,
-    /// Most bytes of the stream that are not loaded, references included.
-    backlog_bytes: u64,
+    /// Most bytes of the stream that are not complete, references included.
+    incomplete_bytes: u64,
 }
 
 /// Far from its end a migration wants throughput: an answer may take long because both hosts
@@ -26,7 +26,7 @@ struct Lead {
 const FAR: Lead = Lead {
     time_ms: 400,
     floor_bytes: 1 << 20,
-    backlog_bytes: u64::MAX,
+    incomplete_bytes: 8 << 20,
 };
 
 /// Near its end the backlog is downtime: a third of QEMU's default limit of 300 ms, and no less
@@ -35,7 +35,7 @@ const FAR: Lead = Lead {
 const NEAR: Lead = Lead {
     time_ms: 100,
     floor_bytes: 256 << 10,
-    backlog_bytes: 2 << 20,
+    incomplete_bytes: 2 << 20,
 };
 
 /// Memory that a guest may have left when it is stopped far from the end. Not nothing: with less
@@ -83,7 +83,7 @@ pub struct Rates {
 }
 
 impl Window {
-    /// A window of at most `limit_bytes` of QEMU's stream.
+    /// A window of at most `limit_bytes` of QEMU's stream that the target has not received.
     #[must_use]
     pub fn new(limit_bytes: u64) -> Self {
         Self {
@@ -138,7 +138,8 @@ impl Window {
     pub fn is_open(&self) -> bool {
         let lead = if self.near_end { NEAR } else { FAR };
         let in_time = self.meter.best.wire.saturating_mul(lead.time_ms) / 1000;
-        self.backlog() < self.limit_bytes.min(lead.backlog_bytes)
+        self.position - self.received < self.limit_bytes
+            && self.backlog() < lead.incomplete_bytes
             && self.wire_in_flight < in_time.max(lead.floor_bytes)
     }
 
@@ -171,7 +172,7 @@ impl Window {
     #[must_use]
     pub fn planning_rate(&self, limit_ms: u64) -> u64 {
         let far = FAR_REST * 1000 / limit_ms.max(1);
-        if !self.near_end {
+        if !self.near_end || self.backlog() > 2 * NEAR.incomplete_bytes {
             return far;
         }
         let Rates {
@@ -282,7 +283,7 @@ mod tests {
                 complete: 1 << 20,
             };
             w.acknowledged(reached, ms(100 * mib));
-            assert_eq!(w.is_open(), mib < 9, "{mib} MiB");
+            assert_eq!(w.is_open(), mib <= 8, "{mib} MiB");
         }
         w.acknowledged(all(16 << 20), ms(2000));
         assert!(w.is_open());

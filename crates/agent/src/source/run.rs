@@ -35,9 +35,10 @@ const REPORT: Duration = Duration::from_millis(500);
 const TICK: Duration = Duration::from_millis(500);
 const TICK_NEAR: Duration = Duration::from_millis(100);
 
-/// The end is near from the second round on, or with less than this to go: QEMU passes it in less
-/// than a tick if all of it is zero pages.
-const NEAR_END: ByteLen = ByteLen(32 << 20);
+/// The end is near from the second round on, or with less than this to go, or less than what QEMU
+/// passes in this time: three ticks, and a stretch of zero pages that it passes in one.
+const NEAR_END: ByteLen = ByteLen(8 << 20);
+const NEAR_END_TIME: Duration = Duration::from_millis(1500);
 
 /// Pause before a release is repeated.
 const RELEASE_PAUSE: Duration = Duration::from_millis(500);
@@ -151,6 +152,8 @@ struct Run {
     stopped: bool,
     /// QEMU may soon stop its guest.
     near_end: bool,
+    /// What QEMU had to send when it was last asked.
+    remaining: Option<(Instant, ByteLen)>,
     reported: Instant,
 }
 
@@ -179,6 +182,7 @@ impl Run {
             phase: Phase::Queued,
             stopped: false,
             near_end: false,
+            remaining: None,
             reported: Instant::now(),
         }
     }
@@ -414,7 +418,7 @@ impl Run {
         if let Some(info) = &info {
             let round = info.dirty_sync_count;
             stream.set_round(round);
-            self.near_end |= round > 1 || (round == 1 && info.remaining < NEAR_END);
+            self.near_end |= round > 1 || (round == 1 && self.is_end_near(info.remaining));
             stream.set_near_end(self.near_end);
             if round <= 1
                 && let Some(frames) = self.session.as_ref().and_then(|s| s.frames.as_ref())
@@ -428,6 +432,17 @@ impl Run {
             let progress = self.meter.sample(stream, info.as_ref());
             (self.events)(Happening::Progress { progress });
         }
+    }
+
+    fn is_end_near(&mut self, remaining: ByteLen) -> bool {
+        let now = Instant::now();
+        let before = self.remaining.replace((now, remaining));
+        let soon = before.is_some_and(|(then, before)| {
+            let passed = u128::from(before.0.saturating_sub(remaining.0));
+            let took = now.saturating_duration_since(then).as_millis();
+            u128::from(remaining.0) * took < passed * NEAR_END_TIME.as_millis()
+        });
+        soon || remaining < NEAR_END
     }
 
     fn tell_rate(&self, stream: &Stream) {
