@@ -3,6 +3,7 @@
 //! One move is one VM with its source and target host. Every type here is JSON on the control
 //! API (and, for the plan, TOML in a file). Unknown keys are errors. Units stand in the names.
 
+mod inventory;
 mod prepare;
 
 use std::collections::BTreeMap;
@@ -11,6 +12,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+pub use inventory::*;
 pub use prepare::*;
 
 /// Where duplicates are looked for.
@@ -111,7 +113,7 @@ impl Preset {
 }
 
 /// A plan: which VMs move from where to where, and how. Written in TOML, sent as JSON.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Plan {
     /// Technique; `gang` if absent.

@@ -57,6 +57,11 @@ pub(crate) enum Command {
     /// The agent carries the migration out; it goes on if this command is ended, and
     /// `gangway status --watch` shows it again.
     Migrate(Migrate),
+    /// Empty hosts: migrate every VM of theirs to others.
+    ///
+    /// Each VM, the largest first, goes to the host with the most memory left; its command line
+    /// there is the same. `--plan` prints the plan instead, to be changed and given to `migrate`.
+    Evacuate(Evacuate),
     /// Hash the memory of a plan's VMs, so that its migration knows what is duplicate.
     ///
     /// The results are kept for an hour. A migration of the same VMs between the same hosts takes
@@ -105,18 +110,50 @@ pub(crate) enum Command {
 #[derive(Debug, Args)]
 pub(crate) struct Migrate {
     /// The plan (TOML).
-    pub(crate) plan: PathBuf,
+    plan: PathBuf,
     #[command(flatten)]
-    pub(crate) overrides: Overrides,
+    overrides: Overrides,
+    #[command(flatten)]
+    pub(crate) manner: Manner,
+}
+
+impl Migrate {
+    /// Reads the plan.
+    pub(crate) fn plan(&self) -> Result<Plan, PlanError> {
+        let plan = Plan::load(&self.plan)?;
+        self.overrides.with(plan, &self.manner)
+    }
+}
+
+/// How a migration is started and shown.
+#[derive(Debug, Args)]
+pub(crate) struct Manner {
     /// Print events and outcomes as one JSON object a line.
     #[arg(long)]
     pub(crate) json: bool,
     /// Do not hash memory before the migration.
     #[arg(long)]
-    pub(crate) no_prepare: bool,
+    no_prepare: bool,
     /// Return once all agents have agreed; prints the group's id.
     #[arg(long)]
     pub(crate) detach: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Evacuate {
+    /// Control APIs of the hosts to be emptied.
+    #[arg(value_name = "HOST:PORT", required = true)]
+    pub(crate) from: Vec<String>,
+    /// Control APIs of the hosts that take the VMs.
+    #[arg(long, value_name = "HOST:PORT", required = true, num_args = 1..)]
+    pub(crate) to: Vec<String>,
+    /// Print the plan (TOML) and start nothing.
+    #[arg(long = "plan")]
+    pub(crate) only_plan: bool,
+    #[command(flatten)]
+    pub(crate) overrides: Overrides,
+    #[command(flatten)]
+    pub(crate) manner: Manner,
 }
 
 #[derive(Debug, Args)]
@@ -215,9 +252,19 @@ pub(crate) struct Overrides {
 }
 
 impl Overrides {
+    /// The plan with all that was given, checked.
+    pub(crate) fn with(&self, mut plan: Plan, manner: &Manner) -> Result<Plan, PlanError> {
+        self.apply(&mut plan);
+        if manner.no_prepare {
+            plan.prepare = Some(false);
+        }
+        plan.check()?;
+        Ok(plan)
+    }
+
     /// Puts what was given into the plan. A preset on the command line replaces the plan's
     /// preset, not the settings that the plan names one by one.
-    pub(crate) fn apply(&self, plan: &mut Plan) {
+    fn apply(&self, plan: &mut Plan) {
         plan.preset = self.preset.or(plan.preset);
         plan.scope = self.scope.or(plan.scope);
         plan.sharing = self.sharing.or(plan.sharing);

@@ -72,7 +72,8 @@ fn run(cli: &Cli) -> anyhow::Result<Exit> {
 async fn talk(cli: &Cli) -> anyhow::Result<Exit> {
     let client = Client::unix(&cli.socket, AGENT_TIMEOUT);
     match &cli.command {
-        Command::Migrate(migrate) => migrate::run(cli, &client, migrate).await,
+        Command::Migrate(wish) => migrate::migrate(cli, &client, wish).await,
+        Command::Evacuate(wish) => migrate::evacuate(cli, &client, wish).await,
         Command::Prepare(wish) => prepare::prepare(&client, wish).await,
         Command::Survey(wish) => prepare::survey(&client, wish).await,
         Command::Status { group, watch, json } => {

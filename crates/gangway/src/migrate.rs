@@ -1,12 +1,12 @@
-//! `migrate`: hands a plan to the agent and watches.
+//! `migrate` and `evacuate`: hand a plan to the agent and watch.
 
 use std::io::{self, Write};
 use std::time::Duration;
 
 use agent::client::Client;
-use agent::types::{GroupAccepted, GroupRequest, Plan};
+use agent::types::{EvacuationRequest, GroupAccepted, GroupRequest, Plan};
 
-use crate::args::{Cli, Migrate};
+use crate::args::{Cli, Evacuate, Manner, Migrate};
 use crate::exit::Exit;
 use crate::screen::json_line;
 use crate::watch::{left, watch};
@@ -14,9 +14,33 @@ use crate::watch::{left, watch};
 /// The agent asks every other agent about every move first.
 const AGREEMENT_TIME_MAX: Duration = Duration::from_secs(120);
 
+/// Migrates what a plan says.
+pub(crate) async fn migrate(cli: &Cli, client: &Client, wish: &Migrate) -> anyhow::Result<Exit> {
+    start(cli, client, wish.plan()?, &wish.manner).await
+}
+
+/// Migrates all that runs on some hosts, or prints the plan for it.
+pub(crate) async fn evacuate(cli: &Cli, client: &Client, wish: &Evacuate) -> anyhow::Result<Exit> {
+    let request = EvacuationRequest {
+        from: wish.from.clone(),
+        to: wish.to.clone(),
+    };
+    let plan: Plan = client.post("/v1/evacuations/plan", &request).await?;
+    let plan = wish.overrides.with(plan, &wish.manner)?;
+    if wish.only_plan {
+        io::stdout().write_all(toml::to_string(&plan)?.as_bytes())?;
+        return Ok(Exit::AllMoved);
+    }
+    if !wish.manner.json {
+        for one in &plan.moves {
+            writeln!(io::stderr(), "{}: from {} to {}", one.vm, one.from, one.to)?;
+        }
+    }
+    start(cli, client, plan, &wish.manner).await
+}
+
 /// Starts the plan's group; then watches it, unless told to detach.
-pub(crate) async fn run(cli: &Cli, client: &Client, migrate: &Migrate) -> anyhow::Result<Exit> {
-    let plan = read_plan(migrate)?;
+async fn start(cli: &Cli, client: &Client, plan: Plan, manner: &Manner) -> anyhow::Result<Exit> {
     let patient = Client::unix(&cli.socket, AGREEMENT_TIME_MAX);
     let request = GroupRequest { plan, id: None };
     let accepted: GroupAccepted = tokio::select! {
@@ -30,21 +54,21 @@ pub(crate) async fn run(cli: &Cli, client: &Client, migrate: &Migrate) -> anyhow
         }
     };
     let group = accepted.group;
-    if migrate.detach {
-        if migrate.json {
+    if manner.detach {
+        if manner.json {
             json_line(&GroupAccepted { group })?;
         } else {
             writeln!(io::stdout(), "{group}")?;
         }
         return Ok(Exit::AllMoved);
     }
-    if !migrate.json {
+    if !manner.json {
         writeln!(
             io::stderr(),
             "group {group} is under way; Ctrl-C leaves it running"
         )?;
     }
-    match watch(client, &group, migrate.json).await {
+    match watch(client, &group, manner.json).await {
         // It runs, whatever became of the watcher.
         Err(error) => {
             writeln!(io::stderr(), "gangway: {error:#}; {}", left(&group))?;
@@ -52,15 +76,4 @@ pub(crate) async fn run(cli: &Cli, client: &Client, migrate: &Migrate) -> anyhow
         }
         exit => exit,
     }
-}
-
-fn read_plan(migrate: &Migrate) -> anyhow::Result<Plan> {
-    let path = &migrate.plan;
-    let mut plan = Plan::load(path)?;
-    migrate.overrides.apply(&mut plan);
-    if migrate.no_prepare {
-        plan.prepare = Some(false);
-    }
-    plan.check()?;
-    Ok(plan)
 }

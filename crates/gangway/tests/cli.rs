@@ -426,3 +426,49 @@ async fn completions_man_pages_and_doctor_are_there() {
     let report: serde_json::Value = serde_json::from_str(&alone.out).unwrap();
     assert_eq!(report["findings"][0]["about"], "agent");
 }
+
+/// Two hosts with names, the first with VMs.
+async fn two_named<const N: usize>(vms: [(&str, Script); N], memory: u64) -> Bench {
+    let a = FakeHost::new(vms, MEMORY).with_name("a");
+    let b = FakeHost::new([], memory).with_name("b");
+    Bench {
+        a: TestAgent::start(a, None).await,
+        b: TestAgent::start(b, None).await,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn evacuate_moves_every_vm_of_a_host() {
+    let bench = two_named([("v1", Script::Moves), ("v2", Script::Moves)], MEMORY).await;
+    let (from, to) = (bench.a.addresses().control, bench.b.addresses().control);
+    let outcome = bench.run(&["evacuate", &from, "--to", &to]).await;
+    assert_eq!(outcome.code, Some(0), "{}", outcome.err);
+    let groups = bench.groups().await;
+    let moved = groups.iter().flat_map(|group| &group.moves);
+    assert_eq!(moved.filter(|m| m.status.phase == Phase::Moved).count(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_plan_of_an_evacuation_is_printed_and_can_be_migrated() {
+    let bench = two_named([("v1", Script::Moves)], MEMORY).await;
+    let (from, to) = (bench.a.addresses().control, bench.b.addresses().control);
+    let arguments = ["evacuate", &from, "--to", &to, "--plan", "--preset", "oc"];
+    let outcome = bench.run(&arguments).await;
+    assert_eq!(outcome.code, Some(0), "{}", outcome.err);
+    assert!(bench.groups().await.is_empty(), "nothing was started");
+    let path = bench.a.dir().join("evacuation.toml");
+    std::fs::write(&path, &outcome.out).unwrap();
+    let plan = Plan::load(&path).unwrap();
+    assert_eq!((plan.moves.len(), &*plan.moves[0].vm), (1, "v1"));
+    assert_eq!(plan.preset, Some(agent::types::Preset::Oc));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_evacuation_that_does_not_fit_starts_nothing() {
+    let bench = two_named([("v1", Script::Moves)], VM_BYTES - 1).await;
+    let (from, to) = (bench.a.addresses().control, bench.b.addresses().control);
+    let outcome = bench.run(&["evacuate", &from, "--to", &to]).await;
+    assert_eq!(outcome.code, Some(3), "{}", outcome.err);
+    assert!(outcome.err.contains("v1"), "{}", outcome.err);
+    assert!(bench.groups().await.is_empty());
+}

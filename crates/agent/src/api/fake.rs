@@ -10,8 +10,8 @@ use std::time::Duration;
 use super::mover::{Admission, Bandwidth, EventSink, MoveCheck, Mover, Refusal, RefusalCode};
 use super::preparer::Preparer;
 use crate::types::{
-    ContentSample, Happening, HostSurvey, MoveSpec, PageKinds, PairSurvey, Phase, PrepareSpec,
-    PrepareState, PrepareStatus, Progress, ResolveSpec, VmSurvey,
+    ContentSample, Happening, HostSurvey, HostVm, Inventory, MoveSpec, PageKinds, PairSurvey,
+    Phase, PrepareSpec, PrepareState, PrepareStatus, Progress, ResolveSpec, VmSurvey,
 };
 
 /// Memory of each VM.
@@ -52,6 +52,7 @@ struct FakePreparation {
 /// The host.
 pub struct FakeHost {
     state: Arc<State>,
+    name: String,
     free_bytes: u64,
     interrupted: Vec<MoveSpec>,
 }
@@ -98,9 +99,17 @@ impl FakeHost {
         };
         Self {
             state: Arc::new(state),
+            name: "test".to_owned(),
             free_bytes,
             interrupted: Vec::new(),
         }
+    }
+
+    /// The same host under another name than `test`.
+    #[must_use]
+    pub fn with_name(mut self, name: &str) -> Self {
+        name.clone_into(&mut self.name);
+        self
     }
 
     /// The same host after a restart in the middle of these moves.
@@ -342,6 +351,21 @@ impl Mover for FakeHost {
         }
         self.state.lock().admitted.push(request.clone());
         Ok(())
+    }
+
+    fn inventory(&self) -> Result<Inventory, Refusal> {
+        let vm = |(pid, vm): (u32, String)| HostVm {
+            qmp: Some(format!("/run/{vm}.qmp").into()),
+            vm,
+            pid,
+            memory_bytes: VM_BYTES,
+        };
+        Ok(Inventory {
+            name: self.name.clone(),
+            bulk: format!("{}.test:1", self.name),
+            free_bytes: self.free_bytes,
+            vms: (1..).zip(self.vms()).map(vm).collect(),
+        })
     }
 
     fn recover(&self, _id: &str, events: EventSink) -> Result<(), Refusal> {

@@ -11,7 +11,10 @@ use super::mover::{Refusal, RefusalCode};
 use super::reply::{Followed, Payload, event_stream};
 use super::routes::{Api, From};
 use crate::coordinator::{Action, Group};
-use crate::types::{ActionReport, GroupAccepted, GroupEvent, GroupRequest, GroupStatus, Selection};
+use crate::types::{
+    ActionReport, EvacuationRequest, GroupAccepted, GroupEvent, GroupRequest, GroupStatus, Plan,
+    Selection,
+};
 
 pub(super) fn router() -> Router<Api> {
     Router::new()
@@ -21,6 +24,7 @@ pub(super) fn router() -> Router<Api> {
         .route("/v1/groups/{group}/cancel", post(cancel_group))
         .route("/v1/groups/{group}/continue", post(continue_group))
         .route("/v1/groups/{group}/recover", post(recover_group))
+        .route("/v1/evacuations/plan", post(plan_evacuation))
 }
 
 impl Followed for Group {
@@ -54,6 +58,17 @@ pub(super) async fn start_group(
         ))
     })?;
     Ok((StatusCode::ACCEPTED, Json(accepted)))
+}
+
+/// Make a plan that moves every VM of some hosts to others, each to the host with the most memory
+/// left. Nothing is started or reserved.
+#[utoipa::path(post, path = "/v1/evacuations/plan", request_body = EvacuationRequest, responses(
+    (status = 200, body = Plan), (status = "default", body = Refusal)))]
+pub(super) async fn plan_evacuation(
+    State(api): State<Api>,
+    Payload(request): Payload<EvacuationRequest>,
+) -> Result<Json<Plan>, Refusal> {
+    api.coordinator.plan_evacuation(request).await.map(Json)
 }
 
 /// The groups that this agent coordinates.

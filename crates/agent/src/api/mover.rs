@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::preparer::Preparer;
-use crate::types::{Happening, MoveSpec};
+use crate::types::{Happening, Inventory, MoveSpec};
 
 /// Where a [`Mover`] reports what happens to one move.
 ///
@@ -49,6 +49,9 @@ pub trait Mover: Preparer {
     /// Interrupted moves found in the journal when this process started. The API recovers each
     /// of them at once.
     fn recoverable(&self) -> Vec<MoveSpec>;
+
+    /// What runs here and how much room there is.
+    fn inventory(&self) -> Result<Inventory, Refusal>;
 
     /// Ids of the moves that arrive here and have not ended, for `status` and for an orderly stop,
     /// which waits for them.

@@ -18,7 +18,7 @@ use super::moves::{MoveRecord, Moves};
 use super::reply::{Followed, Payload, blocking, event_stream};
 use super::{doctor, metrics, prepare_routes};
 use crate::coordinator::Coordinator;
-use crate::types::{AgentStatus, GroupEvent, MoveEvent, MoveSpec, MoveStatus};
+use crate::types::{AgentStatus, GroupEvent, Inventory, MoveEvent, MoveSpec, MoveStatus};
 
 /// A plan of 4096 moves, each with a command line of two kilobytes.
 const BODY_BYTES_MAX: usize = 16 << 20;
@@ -49,6 +49,7 @@ pub(crate) fn router(api: Api) -> Router {
         .nest("/v1/moves/{group}/{vm}", one_move)
         .route("/v1/check", post(check))
         .route("/v1/admit", post(admit))
+        .route("/v1/inventory", get(inventory))
         .route("/v1/status", get(status))
         .route("/v1/doctor", get(doctor_report))
         .route("/v1/openapi.json", get(|| async { Json(openapi()) }))
@@ -84,6 +85,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
         group_routes::cancel_group,
         group_routes::continue_group,
         group_routes::recover_group,
+        group_routes::plan_evacuation,
         prepare_routes::prepare_host,
         prepare_routes::host_preparation,
         prepare_routes::resolve_host,
@@ -101,6 +103,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
         set_bandwidth,
         check,
         admit,
+        inventory,
         status,
         doctor_report,
         metrics_page
@@ -259,6 +262,15 @@ async fn admit(
     blocking(move || api.moves.admit(&request))
         .await
         .map(|()| StatusCode::NO_CONTENT)
+}
+
+/// What runs on this host and how much room it has.
+#[utoipa::path(get, path = "/v1/inventory", responses(
+    (status = 200, body = Inventory), (status = "default", body = Refusal)))]
+async fn inventory(State(api): State<Api>) -> Result<Json<Inventory>, Refusal> {
+    blocking(move || api.moves.mover().inventory())
+        .await
+        .map(Json)
 }
 
 /// What this agent is doing.

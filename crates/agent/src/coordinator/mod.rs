@@ -24,6 +24,7 @@
 //! ```
 
 mod budget;
+mod evacuation;
 mod follow;
 mod forecast;
 mod group;
@@ -42,7 +43,8 @@ use crate::client::Client;
 use crate::config::Config;
 use crate::plan;
 use crate::types::{
-    ActionReport, GroupAccepted, GroupRequest, GroupStatus, Host, Plan, PreparationRequest, Scope,
+    ActionReport, EvacuationRequest, GroupAccepted, GroupRequest, GroupStatus, Host, Plan,
+    PreparationRequest, Scope,
 };
 
 pub(crate) use group::{Action, Group};
@@ -183,6 +185,14 @@ impl Coordinator {
 
     fn new_group(&self, saved: &SavedGroup, keys: &BTreeMap<String, String>) -> Arc<Group> {
         Arc::new(Group::new(saved, keys, &self.peers, self.saved.clone()))
+    }
+
+    /// Makes the plan that empties hosts.
+    pub(crate) async fn plan_evacuation(
+        &self,
+        request: EvacuationRequest,
+    ) -> Result<Plan, Refusal> {
+        evacuation::plan(request, &self.peers).await
     }
 
     /// Starts to prepare the hosts of a plan, or to survey them.

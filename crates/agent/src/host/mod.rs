@@ -18,7 +18,9 @@ use crate::prepare::{OverLinks, Preparations};
 use crate::source::{Entry, IndexLinks, Input, MoveContext, MoveRun, SessionContext, Sessions};
 use crate::target::{self, Arrivals, Pools, TargetContext};
 use crate::tls::Tls;
-use crate::types::{Happening, MoveSpec, Phase, PrepareSpec, PrepareStatus, ResolveSpec};
+use crate::types::{
+    Happening, HostVm, Inventory, MoveSpec, Phase, PrepareSpec, PrepareStatus, ResolveSpec,
+};
 
 /// What a target QEMU takes besides its guest's memory: the process itself, and what a guest
 /// of 2 vCPUs with usual devices was seen to take.
@@ -29,6 +31,8 @@ pub(crate) struct HostMover {
     /// Locked for as long as the agent lives: two agents must not take up one journal.
     _lock: std::fs::File,
     context: MoveContext,
+    /// Where moves arrive.
+    bulk: std::net::SocketAddr,
     arrivals: Arc<Arrivals>,
     preparations: Arc<Preparations>,
     moves: Arc<Mutex<HashMap<String, Known>>>,
@@ -104,6 +108,7 @@ impl HostMover {
         Ok(Self {
             _lock: lock,
             context,
+            bulk: config.bulk,
             arrivals,
             preparations,
             moves: Arc::default(),
@@ -307,6 +312,21 @@ impl Mover for HostMover {
                 page::ByteLen(left),
             );
             Refusal::new(RefusalCode::NoMemory, message)
+        })
+    }
+
+    fn inventory(&self) -> Result<Inventory, Refusal> {
+        let vm = |vm: guest::FoundVm| HostVm {
+            vm: vm.name,
+            pid: vm.pid,
+            qmp: vm.qmp,
+            memory_bytes: vm.memory.0,
+        };
+        Ok(Inventory {
+            name: self.context.session.host.clone(),
+            bulk: self.bulk.to_string(),
+            free_bytes: HostMemory::now().for_guests().0,
+            vms: guest::running_vms().into_iter().map(vm).collect(),
         })
     }
 
