@@ -12,6 +12,7 @@ mod lines;
 pub(crate) mod metric;
 mod overhead;
 mod page;
+pub mod papers;
 #[cfg(test)]
 pub(crate) mod sample;
 mod sentence;
