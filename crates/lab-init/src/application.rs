@@ -149,14 +149,21 @@ fn mount_nfs(server: Ipv4Addr, settings: &Settings) -> anyhow::Result<()> {
     let own = settings.rack_ip.context("lab.rack_ip is missing")?;
     let options = format!("addr={server},clientaddr={own},vers=4.1,proto=tcp,hard,sec=sys");
     let options = std::ffi::CString::new(options).context("writing its options")?;
-    mount(
-        format!("{server}:/lab"),
-        NFS_DIR,
-        "nfs4",
-        MountFlags::empty(),
-        Some(options.as_c_str()),
-    )
-    .context("mount")
+    let patience = Instant::now() + SILENCE;
+    loop {
+        let mounted = mount(
+            format!("{server}:/lab"),
+            NFS_DIR,
+            "nfs4",
+            MountFlags::empty(),
+            Some(options.as_c_str()),
+        );
+        match mounted {
+            // The server may still be starting.
+            Err(_) if Instant::now() < patience => std::thread::sleep(AGAIN),
+            done => return done.context("mount"),
+        }
+    }
 }
 
 fn write_for_ever(id: &str, health: &Health) {

@@ -32,6 +32,13 @@ pub(crate) enum Unit {
     Milliseconds,
     /// Of 4 KiB.
     Pages,
+    /// A part of a whole, or of another measure.
+    Share,
+    /// A difference in percent.
+    Percent,
+    BitsPerSecond,
+    /// Of whatever an application counts.
+    PerSecond,
 }
 
 impl Unit {
@@ -51,6 +58,10 @@ impl Unit {
             Self::Seconds => text::seconds(value),
             Self::Milliseconds => text::milliseconds(value),
             Self::Pages => text::pages(value),
+            Self::Share => text::ratio(value),
+            Self::Percent => format!("{value:.2} %"),
+            Self::BitsPerSecond => text::bits_per_second(value),
+            Self::PerSecond => format!("{}/s", text::pages(value)),
         }
     }
 }

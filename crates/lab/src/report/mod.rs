@@ -15,6 +15,7 @@ mod page;
 pub mod papers;
 #[cfg(test)]
 pub(crate) mod sample;
+mod scale;
 mod sentence;
 pub(crate) mod spread;
 mod svg;
