@@ -83,7 +83,8 @@ impl Rates {
                 segment.amount * overlap / length
             }
         });
-        within.sum::<f64>() / length_s
+        // The sum of nothing is a negative zero.
+        (within.sum::<f64>() / length_s).abs()
     }
 
     /// The rate of each second around `zero`: seconds from there, and the mean rate.
