@@ -126,10 +126,20 @@ fn overheads(
 /// What the guests boot: with applications, if any guest needs one.
 fn image(scenario: &Scenario) -> anyhow::Result<Image> {
     let image = install::image()?;
-    if scenario.guests_share_links() || scenario.beside().pairs > 0 {
-        return image.with(&install::workloads()?);
+    let busy = scenario
+        .each_beside()
+        .iter()
+        .any(|(_, one)| one.beside().pairs > 0);
+    if !busy && !scenario.guests_share_links() {
+        return Ok(image);
     }
-    Ok(image)
+    let workloads = install::workloads()?;
+    if scenario.guests_share_links() {
+        image.with(&workloads)
+    } else {
+        // The hosts alone run some of it.
+        Ok(image)
+    }
 }
 
 /// One way in which a technique runs.
