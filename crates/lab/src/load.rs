@@ -151,7 +151,7 @@ pub fn partner(number: u32, vms: u32) -> Option<u32> {
 }
 
 /// Throughput around a move.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Throughput {
     /// What does the work.
     pub name: String,
@@ -174,6 +174,12 @@ pub struct Throughput {
 }
 
 impl Throughput {
+    /// What a run has under a key of its `application`.
+    #[must_use]
+    pub fn of_run(run: &Run, key: &str) -> Option<Self> {
+        serde_json::from_value(run.application.get(key)?.clone()).ok()
+    }
+
     fn of(rates: &Rates, [zero, start, end]: [UnixMs; 3], before: UnixMs) -> Self {
         let recovered = UnixMs(end.0 + f64::from(AFTER_S) * 1e3);
         let [before_per_s, during_per_s, after_per_s, all] = [
@@ -188,15 +194,13 @@ impl Throughput {
         #[allow(clippy::cast_possible_truncation)]
         let last = recovered.s_since(start).ceil() as i32;
         Self {
-            name: String::new(),
-            unit: String::new(),
-            workers: 0,
             before_per_s,
             during_per_s,
             after_per_s,
             during_of_before: known.then(|| during_per_s / before_per_s),
             lost_s: known.then(|| (1.0 - all / before_per_s) * recovered.s_since(start)),
             series: rates.series(start, (-BEFORE_S, last)),
+            ..Self::default()
         }
     }
 }

@@ -1,6 +1,5 @@
 //! What a paper says in numbers, and the same measured here.
 
-use crate::load::Throughput;
 use crate::report::metric::Unit;
 use crate::report::spread::{Relation, Spread};
 use crate::report::text;
@@ -129,11 +128,6 @@ pub(super) fn plain_name(run: &Run) -> String {
         ..Run::default()
     };
     without.name()
-}
-
-/// Throughput that was measured around a run's move.
-pub(super) fn throughput(run: &Run, key: &str) -> Option<Throughput> {
-    serde_json::from_value(run.application.get(key)?.clone()).ok()
 }
 
 /// How two techniques lie to each other, in words, for a sentence over peers.

@@ -1,8 +1,8 @@
 //! The papers' tables and figures. The numbers in the field `paper` are the papers'; everything else
 //! on the page is computed from results.
 
-use super::claim::{Claim, Read, throughput};
-use crate::load::{BACKGROUND, WORKLOAD};
+use super::claim::{Claim, Read};
+use crate::load::{BACKGROUND, Throughput, WORKLOAD};
 use crate::overhead::{FIGURES, Overhead};
 use crate::report::metric::Unit;
 use crate::results::Run;
@@ -62,9 +62,9 @@ const FOOTPRINT: Read = |run| {
     let of = |footprint: Option<crate::results::Footprint>| Some(footprint?.cgroup_bytes? as f64);
     Some(of(run.target_footprint)? / of(run.source_footprint)?)
 };
-const KEPT: Read = |run| throughput(run, WORKLOAD)?.during_of_before;
-const LOST: Read = |run| throughput(run, WORKLOAD)?.lost_s;
-const BESIDE_KEPT: Read = |run| throughput(run, BACKGROUND)?.during_of_before;
+const KEPT: Read = |run| Throughput::of_run(run, WORKLOAD)?.during_of_before;
+const LOST: Read = |run| Throughput::of_run(run, WORKLOAD)?.lost_s;
+const BESIDE_KEPT: Read = |run| Throughput::of_run(run, BACKGROUND)?.during_of_before;
 const COMPUTING: Read = |run| overhead(run, "subset-sum");
 const WRITING: Read = |run| overhead(run, "random-writes");
 

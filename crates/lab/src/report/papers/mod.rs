@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
-use self::claim::{Claim, Value, plain_name, runs, spread, throughput, word};
+use self::claim::{Claim, Value, plain_name, runs, spread, word};
 use self::exhibits::{ALL, Exhibit, IRLM_HARDWARE, Measure, Plot, SLM_HARDWARE};
 use super::lines::{self, Series};
 use super::metric::{Metric, Unit};
@@ -17,6 +17,7 @@ use super::spread::Spread;
 use super::table::{self, Integrity, Verdict};
 use super::{FILE_NAME, WriteError, bars, scale, text};
 use crate::catalog;
+use crate::load::Throughput;
 use crate::results::{self, FileError, Point, Results, Run, Technique};
 use crate::stock;
 
@@ -308,7 +309,10 @@ fn seconds(results: &Results, (title, key, unit): (&str, &str, Unit)) -> Markup 
         .into_iter()
         .flat_map(|beside| techniques(results, beside))
         .filter_map(|technique| {
-            let measured = technique.runs.iter().find_map(|run| throughput(run, key))?;
+            let measured = technique
+                .runs
+                .iter()
+                .find_map(|run| Throughput::of_run(run, key))?;
             let at = |[second, rate]: &[f64; 2]| Some((*second, Spread::of([*rate])?));
             Some(Series {
                 technique: technique.name,
