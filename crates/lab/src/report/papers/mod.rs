@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use self::claim::{Claim, Value, plain_name, runs, spread, word};
-use self::exhibits::{ALL, Exhibit, IRLM_HARDWARE, Measure, Plot, SLM_HARDWARE};
+use self::exhibits::{Exhibit, IRLM_HARDWARE, Measure, Plot, SLM_HARDWARE};
 use super::lines::{self, Series};
 use super::metric::{Metric, Unit};
 use super::page::{STYLE, integrity_sentence};
@@ -41,8 +41,7 @@ pub fn write(all: &[Results], dir: &Path) -> Result<PathBuf, WriteError> {
 /// The page itself.
 #[must_use]
 pub fn html(all: &[Results]) -> String {
-    let shown: Vec<(&Exhibit, &Results)> = ALL
-        .iter()
+    let shown: Vec<(&Exhibit, &Results)> = exhibits::all()
         .filter_map(|exhibit| {
             let results = all.iter().find(|one| one.scenario == exhibit.scenario)?;
             Some((exhibit, results))
@@ -453,7 +452,7 @@ mod tests {
 
     #[test]
     fn every_exhibit_is_of_a_scenario_that_is_run() {
-        for exhibit in ALL {
+        for exhibit in exhibits::all() {
             assert!(
                 catalog::PAPERS.contains(&exhibit.scenario),
                 "{}",
