@@ -15,7 +15,7 @@ use serde_json::json;
 use crate::bench::Bench;
 use crate::clock::UnixMs;
 use crate::install;
-use crate::meter::{self, Meter, Rates};
+use crate::meter::{self, Meter, Rates, Reading};
 use crate::net::{HostAddress, Net};
 use crate::outcome::{Figures, Outcome};
 use crate::results::Run;
@@ -214,28 +214,46 @@ pub fn servers(net: &Net, scenario: &Scenario, prefix: &str) -> anyhow::Result<V
         Some(Workload::Nfs) => {
             let pid = format!("-p /run/ganesha/{prefix}.pid");
             let line = format!("/usr/bin/ganesha.nfsd -F -L /dev/null {pid}");
-            Ok(vec![Meter::start(&inside(host, &line)?, meter::nothing)?])
+            Ok(vec![keep_on(host, &line, meter::nothing)?])
         }
         Some(Workload::Iperf3) => (1..=scenario.vms())
             .map(|number| {
                 let port = IPERF_FIRST_PORT + number;
                 let line = format!("/usr/bin/iperf3 -s -p {port} -i 0.5 -f k --forceflush");
-                Meter::start(&inside(host, &line)?, meter::iperf3)
+                keep_on(host, &line, meter::iperf3)
             })
             .collect(),
         _ => Ok(Vec::new()),
     }
 }
 
-/// A program of the applications' tree, on a host.
-fn inside(host: &HostAddress, line: &str) -> anyhow::Result<Command> {
-    let root = install::workloads()?.root;
-    let mut command = Command::new("ip");
+/// A program of the applications' tree.
+fn program(line: &str) -> anyhow::Result<Command> {
+    let mut command = Command::new("chroot");
     command
-        .args(["netns", "exec", &host.namespace, "chroot"])
-        .arg(root)
+        .arg(install::workloads()?.root)
         .args(line.split(' '));
     Ok(command)
+}
+
+/// Runs a program of that tree on a host, to its end.
+fn run_on(host: &HostAddress, line: &str) -> anyhow::Result<String> {
+    let program = program(line)?;
+    let mut command = Command::new("ip");
+    command
+        .args(["netns", "exec", &host.namespace])
+        .arg(program.get_program())
+        .args(program.get_args());
+    output(&mut command)
+}
+
+/// Has a program of that tree run on a host, again whenever it ends.
+fn keep_on(
+    host: &HostAddress,
+    line: &str,
+    read: fn(&str) -> Option<Reading>,
+) -> anyhow::Result<Meter> {
+    Meter::start(Some(&host.namespace), &program(line)?, read)
 }
 
 /// What runs beside a move, running.
@@ -320,7 +338,7 @@ impl<'a> Load<'a> {
                 "redis-cli --cluster create {} --cluster-yes",
                 nodes.join(" ")
             );
-            output(&mut inside(server, &format!("/usr/bin/{line}"))?)?;
+            run_on(server, &format!("/usr/bin/{line}"))?;
             let info = format!("redis-cli -h {} cluster info", ips[0]);
             wait_for(server, &info, "cluster_state:ok")?;
         }
@@ -338,15 +356,14 @@ impl<'a> Load<'a> {
                 "{base} -q -t set -d {REDIS_VALUE_BYTES} -n {}",
                 2 * REDIS_KEYS
             );
-            output(&mut inside(server, &fill)?)?;
-            let get = inside(server, &format!("{base} -t get -n 1000000000"))?;
+            run_on(server, &fill)?;
+            let get = format!("{base} -t get -n 1000000000");
             self.workload
-                .push(Meter::start(&get, meter::redis_benchmark)?);
+                .push(keep_on(server, &get, meter::redis_benchmark)?);
         }
         if cluster {
             let info = format!("/usr/bin/redis-cli -h {} cluster info", ips[ips.len() - 1]);
-            let info = inside(server, &info)?;
-            self.failures = Some(Meter::start(&info, meter::cluster_failures)?);
+            self.failures = Some(keep_on(server, &info, meter::cluster_failures)?);
         }
         Ok(())
     }
@@ -439,7 +456,7 @@ fn background(bench: &Bench<'_>, kind: Background) -> anyhow::Result<Vec<Meter>>
     let mut meters = Vec::new();
     for [from, to] in bench.net.pairs() {
         let line = "/usr/bin/iperf3 -s -i 0.5 -f k --forceflush";
-        meters.push(Meter::start(&inside(to, line)?, meter::iperf3)?);
+        meters.push(keep_on(to, line, meter::iperf3)?);
         let udp = match kind {
             Background::Udp => {
                 let kbit = bench.scenario.links.edge_mbit as f64 * 1e3 * UDP_SHARE;
@@ -448,7 +465,7 @@ fn background(bench: &Bench<'_>, kind: Background) -> anyhow::Result<Vec<Meter>>
             _ => String::new(),
         };
         let line = format!("/usr/bin/iperf3 -c {} -t 86400 -i 0{udp}", to.ip);
-        meters.push(Meter::start(&inside(from, &line)?, meter::nothing)?);
+        meters.push(keep_on(from, &line, meter::nothing)?);
     }
     Ok(meters)
 }
@@ -458,7 +475,7 @@ fn wait_for(host: &HostAddress, line: &str, wanted: &str) -> anyhow::Result<()> 
     let deadline = Instant::now() + READY_PATIENCE;
     let mut said = String::new();
     while Instant::now() < deadline {
-        match output(&mut inside(host, &format!("/usr/bin/{line}"))?) {
+        match run_on(host, &format!("/usr/bin/{line}")) {
             Ok(answer) if answer.contains(wanted) => return Ok(()),
             Ok(answer) => said = answer,
             Err(error) => said = format!("{error:#}"),

@@ -105,10 +105,23 @@ pub struct Meter {
 }
 
 impl Meter {
-    /// Starts `command`. Its lines that `read` understands become readings.
-    pub fn start(command: &Command, read: fn(&str) -> Option<Reading>) -> anyhow::Result<Self> {
+    /// Starts `command` in a network namespace, or in the lab's own. Its lines that `read`
+    /// understands become readings.
+    pub fn start(
+        namespace: Option<&str>,
+        command: &Command,
+        read: fn(&str) -> Option<Reading>,
+    ) -> anyhow::Result<Self> {
         let script = format!(r#"while :; do "$@"; sleep {PAUSE_S}; done"#);
-        let mut child = Command::new("sh");
+        let mut child = match namespace {
+            // The loop, too: whoever ends what lives in the namespace must end it all.
+            Some(name) => {
+                let mut enter = Command::new("ip");
+                enter.args(["netns", "exec", name, "sh"]);
+                enter
+            }
+            None => Command::new("sh"),
+        };
         child
             .args(["-c", &script, "sh"])
             .arg(command.get_program())
@@ -279,7 +292,7 @@ mod tests {
     fn a_meter_restarts_what_ends_and_ends_with_its_drop() {
         let mut command = Command::new("echo");
         command.arg("GET: rps=5.0 x");
-        let meter = Meter::start(&command, redis_benchmark).unwrap();
+        let meter = Meter::start(None, &command, redis_benchmark).unwrap();
         let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
         while meter.segments.lock().unwrap().len() < 2 {
             assert!(std::time::Instant::now() < deadline, "it ran only once");

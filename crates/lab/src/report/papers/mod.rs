@@ -363,11 +363,10 @@ fn origin(all: &[Results]) -> Markup {
         section {
             h2 { "Where it comes from" }
             div.scroll { table {
-                thead { tr { th { "scenario" } th { "runs" } th { "racks" } th { "command" } } }
+                thead { tr { th { "scenario" } th { "runs" } th { "command" } } }
                 tbody { @for results in all { tr {
                     th scope="row" { (results.scenario) }
                     td { (results.runs.len()) }
-                    td { (table::topology(&results.topology)) }
                     td { code { (command(results)) } }
                 } } }
             } }
