@@ -71,8 +71,8 @@ impl Claim {
     pub(super) fn sentence(&self, results: &Results) -> Option<String> {
         let own = self.of_technique(results, self.of)?;
         let of = match self.against {
-            Some(against) => format!("{} of {} set against {against}", self.what, self.of),
-            None => format!("{} of {}", self.what, self.of),
+            Some(against) => format!("{} with {} set against {against}", self.what, self.of),
+            None => format!("{} with {}", self.what, self.of),
         };
         let mut said = format!("{of} is {}", own.write(self.unit));
         if let Some(paper) = self.paper {
@@ -181,7 +181,7 @@ mod tests {
         let all = results(&[("stock", 100), ("irlm", 40), ("full", 6)]);
         assert_eq!(
             CORE.sentence(&all).unwrap(),
-            "Core traffic of irlm set against stock is 0.40, the paper has 0.56; full comes to \
+            "Core traffic with irlm set against stock is 0.40, the paper has 0.56; full comes to \
              0.06."
         );
         assert_eq!(CORE.sentence(&results(&[("stock", 100)])), None);

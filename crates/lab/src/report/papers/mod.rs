@@ -425,7 +425,7 @@ mod tests {
             run("full", None, 6),
         ];
         let page = html(&[results("irlm-fig4", runs)]);
-        let said = "Core traffic of irlm set against stock is 0.40, the paper has 0.56; full comes \
+        let said = "Core traffic with irlm set against stock is 0.40, the paper has 0.56; full comes \
                     to 0.06.";
         assert!(page.contains(said), "{page}");
         for outside in ["http:", "https:", "<script", "@import", "url(", "<link"] {

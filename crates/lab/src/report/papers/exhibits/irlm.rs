@@ -13,13 +13,13 @@ const TABLE_1: Claim = Claim {
 };
 
 const NFS: Claim = Claim {
-    what: "part of its NFS write bandwidth that a guest keeps, with the move",
+    what: "part of the NFS write bandwidth that is kept",
     beside: Some("nfs"),
     ..TABLE_1
 };
 
 const RR: Claim = Claim {
-    what: "part of its TCP request-response rate that a guest keeps, with the move",
+    what: "part of the TCP request-response rate that is kept",
     beside: Some("tcp-rr"),
     ..TABLE_1
 };
