@@ -22,6 +22,17 @@ pub(crate) struct Health {
     pub(crate) round: Mutex<Round>,
 }
 
+impl Health {
+    /// Notes that a round of work is done, and how long it took.
+    pub(crate) fn done(&self, took: Duration) {
+        let mut round = self.round.lock().unwrap_or_else(PoisonError::into_inner);
+        *round = Round {
+            count: round.count + 1,
+            took,
+        };
+    }
+}
+
 /// How the work goes.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Round {

@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+mod application;
 mod disk;
 mod heartbeat;
 mod settings;
@@ -31,7 +32,7 @@ fn main() -> ! {
 
 fn bring_up() -> anyhow::Result<()> {
     system::mount_all().context("mounting the kernel's file systems")?;
-    system::load_modules().context("loading modules")?;
+    system::load_modules(system::MODULE_LIST).context("loading modules")?;
     let mut settings = Settings::from_command_line().context("reading the kernel command line")?;
     system::install().context("installing programs")?;
     if settings.template {

@@ -21,6 +21,18 @@ pub(crate) enum Mode {
     SubsetSum,
     /// Writes at random into an area of `dirty_mb`, round after round.
     RandomWrites,
+    /// Has filled `dirty_mb` of page cache with files that every guest has.
+    Cache,
+    /// Exchanges single bytes with a partner over TCP, or answers one.
+    TcpRr,
+    /// Writes files of 100 MB to an NFS server.
+    Nfs,
+    /// Sends as much as TCP takes.
+    Iperf3,
+    /// A Redis server.
+    Redis,
+    /// A node of a Redis cluster.
+    RedisCluster,
 }
 
 /// All of it.
@@ -44,6 +56,14 @@ pub(crate) struct Settings {
     pub(crate) stamp_mb: usize,
     /// `lab.work_log2`: a round of work has 2 to the power of this many steps.
     pub(crate) work_log2: u32,
+    /// `lab.number`: of the VM, from 1.
+    pub(crate) number: u32,
+    /// `lab.rack_ip`: address of its second card, in a network of 16 bits.
+    pub(crate) rack_ip: Option<Ipv4Addr>,
+    /// `lab.server`: where servers for the guests are, in that network.
+    pub(crate) server: Option<Ipv4Addr>,
+    /// `lab.peer`: a guest that this one talks to.
+    pub(crate) peer: Option<Ipv4Addr>,
     /// `lab.template`: the guest is told who it is when it has booted.
     pub(crate) template: bool,
 }
@@ -65,10 +85,13 @@ impl Settings {
             "random" => Mode::Random,
             "subset-sum" => Mode::SubsetSum,
             "random-writes" => Mode::RandomWrites,
-            other => bail!(
-                "lab.mode={other} is not idle, stamp, dirty, cpu, random, subset-sum or \
-                 random-writes"
-            ),
+            "cache" => Mode::Cache,
+            "tcp-rr" => Mode::TcpRr,
+            "nfs" => Mode::Nfs,
+            "iperf3" => Mode::Iperf3,
+            "redis" => Mode::Redis,
+            "redis-cluster" => Mode::RedisCluster,
+            other => bail!("lab.mode={other} is none that this guest knows"),
         };
         Ok(Self {
             id: words.find("id").context("lab.id is missing")?.to_owned(),
@@ -81,6 +104,10 @@ impl Settings {
             stamp_mb: words.or("stamp_mb", 0)?,
             // More than that would not end.
             work_log2: words.or("work_log2", 0)?.min(40),
+            number: words.or("number", 0)?,
+            rack_ip: words.optional("rack_ip")?,
+            server: words.optional("server")?,
+            peer: words.optional("peer")?,
             template: words.or("template", 0u8)? == 1,
         })
     }
@@ -110,6 +137,13 @@ impl<'a> Words<'a> {
             .with_context(|| format!("lab.{key}={value} makes no sense"))
     }
 
+    fn optional<T: FromStr<Err: std::error::Error + Send + Sync + 'static>>(
+        &self,
+        key: &str,
+    ) -> anyhow::Result<Option<T>> {
+        self.find(key).map(|_| self.required(key)).transpose()
+    }
+
     fn or<T: FromStr<Err: std::error::Error + Send + Sync + 'static>>(
         &self,
         key: &str,
@@ -130,7 +164,7 @@ mod tests {
     fn the_command_line_configures_the_guest() {
         let settings = Settings::parse(
             "quiet lab.id=vm1 lab.ip=10.78.1.1 lab.observer=10.78.0.1:7000 lab.mode=dirty \
-             lab.dirty_mb=64 lab.dirty_rate_mb=20\n",
+             lab.dirty_mb=64 lab.dirty_rate_mb=20 lab.rack_ip=10.77.128.1\n",
         )
         .unwrap();
         assert_eq!(settings.id, "vm1");
@@ -140,6 +174,8 @@ mod tests {
             (64, 20, 0)
         );
         assert_eq!(settings.heartbeat, Duration::from_millis(10));
+        assert_eq!(settings.rack_ip, Some(Ipv4Addr::new(10, 77, 128, 1)));
+        assert_eq!(settings.peer, None);
     }
 
     #[test]
@@ -148,5 +184,7 @@ mod tests {
         assert!(missing.to_string().contains("lab.ip"));
         let wrong = Settings::parse("lab.id=a lab.ip=10.0.0.1 lab.observer=x").unwrap_err();
         assert!(wrong.to_string().contains("lab.observer=x"));
+        let wrong = Settings::parse("lab.id=a lab.ip=10.0.0.1 lab.observer=10.0.0.1:1 lab.mode=x");
+        assert!(wrong.unwrap_err().to_string().contains("lab.mode=x"));
     }
 }

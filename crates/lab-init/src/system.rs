@@ -10,8 +10,11 @@ use rustix::mount::{MountFlags, mount};
 
 use crate::settings::Settings;
 
-/// Names of the modules, one a line, in the order of their dependencies.
-const MODULE_LIST: &str = "/lib/modules/load";
+/// Names of the modules of every guest.
+pub(crate) const MODULE_LIST: &str = "/lib/modules/load";
+
+/// The card that leads into the rack's network; the first one leads to the observer.
+const RACK_CARD: &str = "eth1";
 
 /// Mounts what programs expect to find.
 pub(crate) fn mount_all() -> anyhow::Result<()> {
@@ -29,9 +32,9 @@ pub(crate) fn mount_all() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Loads the modules of [`MODULE_LIST`].
-pub(crate) fn load_modules() -> anyhow::Result<()> {
-    let list = std::fs::read_to_string(MODULE_LIST).with_context(|| MODULE_LIST.to_owned())?;
+/// Loads the modules that `list` names, one a line, in the order of their dependencies.
+pub(crate) fn load_modules(list: &str) -> anyhow::Result<()> {
+    let list = std::fs::read_to_string(list).with_context(|| list.to_owned())?;
     for path in list.lines() {
         let file = File::open(path).with_context(|| format!("opening {path}"))?;
         rustix::system::finit_module(&file, c"", 0).with_context(|| format!("loading {path}"))?;
@@ -52,7 +55,15 @@ pub(crate) fn join_network(settings: &Settings) -> anyhow::Result<()> {
         "ip",
         &["addr", "add", &format!("{}/16", settings.ip), "dev", "eth0"],
     )?;
-    run("ip", &["link", "set", "eth0", "up"])
+    run("ip", &["link", "set", "eth0", "up"])?;
+    if let Some(ip) = settings.rack_ip {
+        run(
+            "ip",
+            &["addr", "add", &format!("{ip}/16"), "dev", RACK_CARD],
+        )?;
+        run("ip", &["link", "set", RACK_CARD, "up"])?;
+    }
+    Ok(())
 }
 
 /// Gives the network card another address than the one that the guest booted with.

@@ -1,13 +1,14 @@
 //! What the guest does while it is moved.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
+use crate::application;
 use crate::disk;
-use crate::heartbeat::{Health, Round};
+use crate::heartbeat::Health;
 use crate::settings::{Mode, Settings};
 use crate::stamp::{self, Noise, PAGE, Page, Stamp};
 
@@ -21,6 +22,8 @@ const TURNS_PER_S: usize = 100;
 /// notice damage, not to be a workload.
 const STAMP_CHECK_MB_PER_S: usize = 16;
 const STAMP_WRITE_MB_PER_S: usize = 1;
+/// A file system that is nothing but page cache.
+const CACHE_DIR: &str = "/tmp";
 
 /// Starts the threads of the workload. `health.ready` is set when its memory is filled.
 pub(crate) fn start(settings: &Settings, health: &Arc<Health>) -> anyhow::Result<()> {
@@ -45,6 +48,7 @@ pub(crate) fn start(settings: &Settings, health: &Arc<Health>) -> anyhow::Result
         }
         Mode::Cpu => spawn("burn", health, |_| burn())?,
         Mode::Random => hold_noise(settings),
+        Mode::Cache => fill_cache(settings).context("filling the page cache")?,
         Mode::SubsetSum => {
             let steps = 1 << settings.work_log2;
             spawn("work", health, move |health| {
@@ -57,6 +61,9 @@ pub(crate) fn start(settings: &Settings, health: &Arc<Health>) -> anyhow::Result
             spawn("work", health, move |health| {
                 rounds(health, || writer.write(steps));
             })?;
+        }
+        Mode::TcpRr | Mode::Nfs | Mode::Iperf3 | Mode::Redis | Mode::RedisCluster => {
+            application::start(settings, health).context("starting the application")?;
         }
     }
     disk::start(&settings.id, health).context("starting the disk's workload")?;
@@ -163,13 +170,24 @@ fn hold_noise(settings: &Settings) {
     std::mem::forget(pages);
 }
 
+/// Puts files into the page cache: the same in every guest, as those of a distribution are.
+fn fill_cache(settings: &Settings) -> anyhow::Result<()> {
+    let mut noise = Noise::new(stamp::owner("every guest", "cache"));
+    for nth in 0..settings.dirty_mb {
+        let words = (0..(1usize << 20) / 8).map(|_| noise.next_word().to_le_bytes());
+        let file: Vec<u8> = words.flatten().collect();
+        let path = format!("{CACHE_DIR}/cache-{nth}");
+        std::fs::write(&path, file).with_context(|| format!("writing {path}"))?;
+    }
+    Ok(())
+}
+
 /// Does the same work again and again, and tells how long each round took.
 fn rounds(health: &Health, mut work: impl FnMut()) {
-    for count in 1.. {
+    loop {
         let started = Instant::now();
         work();
-        let took = started.elapsed();
-        *health.round.lock().unwrap_or_else(PoisonError::into_inner) = Round { count, took };
+        health.done(started.elapsed());
     }
 }
 

@@ -10,6 +10,8 @@ use crate::cgroup::Cgroup;
 use crate::clock::UnixMs;
 use crate::guest::{self, Host, Running, Vm};
 use crate::install::{Image, Qemu};
+use crate::load;
+use crate::meter::Meter;
 use crate::net::{Counters, Net, Rack};
 use crate::observer::Observer;
 use crate::scenario::Scenario;
@@ -43,6 +45,8 @@ pub struct Bench<'a> {
     pub programs: &'a Programs,
     /// The networks.
     pub net: Net,
+    /// What guests talk to from their boot on.
+    pub servers: Vec<Meter>,
     /// Receives heartbeats.
     pub observer: Observer,
     /// All hosts, sources first.
@@ -66,7 +70,8 @@ impl<'a> Bench<'a> {
             "building racks of {} and {} hosts",
             counts.source, counts.target
         ));
-        let net = Net::build(session, counts.source, counts.target, scenario.links)
+        let racks = [counts.source, counts.target];
+        let net = Net::build(session, racks, scenario.links, scenario.beside())
             .context("building the networks")?;
         let observer = Observer::start(&net.observer_namespace_file(), net.hosts())?;
         let hosts = net
@@ -87,9 +92,12 @@ impl<'a> Bench<'a> {
         let storage = session.dir().join("storage");
         std::fs::create_dir_all(&storage).context("making the shared storage")?;
         let vms = place(&hosts, scenario, &storage);
+        let servers = load::servers(&net, scenario, session.prefix())
+            .context("starting the guests' servers")?;
         let mut bench = Self {
             scenario,
             programs,
+            servers,
             net,
             observer,
             hosts,
@@ -193,6 +201,9 @@ impl<'a> Bench<'a> {
         vm.make_disk(self.scenario)?;
         for host in [&vm.source, &vm.target] {
             self.net.add_tap(&host.address, &vm.tap())?;
+            if self.scenario.guests_share_links() {
+                self.net.add_rack_tap(&host.address, &vm.rack_tap())?;
+            }
         }
         let running = match template {
             None => self.start_qemu(vm, &[])?,

@@ -6,11 +6,12 @@
 
 use std::path::PathBuf;
 
+use crate::catalog;
 use crate::report::metric::{self, Metric};
 use crate::report::spread::{Relation, Spread};
 use crate::report::table::{self, Integrity};
 use crate::report::text;
-use crate::results::{FileError, Results, Technique};
+use crate::results::{FILE_NAME, FileError, Results, Technique};
 
 /// Results could not be compared.
 #[derive(Debug, thiserror::Error)]
@@ -23,11 +24,28 @@ pub enum CompareError {
     Read(#[from] FileError),
 }
 
-/// Reads the results of `dirs` and writes the comparison as text for a terminal.
+/// Reads the results of `dirs` and writes the comparison as text for a terminal. Directories of the
+/// papers' evaluation are compared scenario by scenario, those that all of them have.
 pub fn run(dirs: &[PathBuf]) -> Result<String, CompareError> {
     if dirs.len() < 2 {
         return Err(CompareError::TooFew);
     }
+    let has = |dir: &PathBuf| dir.join(FILE_NAME).exists();
+    if dirs.iter().any(|dir| dir.is_file() || has(dir)) {
+        return one(dirs);
+    }
+    let within = |name: &str| dirs.iter().map(|dir| dir.join(name)).collect::<Vec<_>>();
+    let common = catalog::PAPERS.iter().map(|name| within(name));
+    let common: Vec<_> = common.filter(|dirs| dirs.iter().all(has)).collect();
+    if common.is_empty() {
+        // Its error names what is missing.
+        return one(dirs);
+    }
+    let texts = common.iter().map(|dirs| one(dirs));
+    Ok(texts.collect::<Result<Vec<_>, _>>()?.join("\n"))
+}
+
+fn one(dirs: &[PathBuf]) -> Result<String, CompareError> {
     let load = |dir: &PathBuf| {
         Ok(Named {
             name: dir.display().to_string(),
@@ -237,6 +255,29 @@ mod tests {
             .into_iter()
             .find(|line| line.trim_start().starts_with(measure))
             .unwrap()
+    }
+
+    #[test]
+    fn evaluations_are_compared_scenario_by_scenario() {
+        let dirs = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        let save = |dir: &std::path::Path, name: &str| {
+            let results = Results {
+                scenario: name.into(),
+                ..sample::results()
+            };
+            std::fs::create_dir(dir.join(name)).unwrap();
+            results.save(&dir.join(name)).unwrap();
+        };
+        for dir in &dirs {
+            save(dir.path(), "irlm-fig4");
+        }
+        save(dirs[0].path(), "peers");
+        let paths = dirs.each_ref().map(|dir| dir.path().to_owned());
+        let comparison = run(&paths).unwrap();
+        assert!(comparison.contains("irlm-fig4") && !comparison.contains("peers"));
+        assert!(comparison.contains("work lost to the move"), "{comparison}");
+        let empty = [(); 2].map(|()| tempfile::tempdir().unwrap());
+        assert!(run(&empty.each_ref().map(|dir| dir.path().to_owned())).is_err());
     }
 
     #[test]

@@ -11,7 +11,8 @@ use anyhow::Context;
 use crate::cgroup::Cgroup;
 use crate::clock::UnixMs;
 use crate::install::{Image, Qemu};
-use crate::net::{HostAddress, OBSERVER};
+use crate::load;
+use crate::net::{HostAddress, OBSERVER, SERVER};
 use crate::observer;
 use crate::qmp::Qmp;
 use crate::scenario::{Machine, Scenario};
@@ -93,6 +94,12 @@ impl Vm {
     #[must_use]
     pub fn tap(&self) -> String {
         format!("tap{}", self.number)
+    }
+
+    /// Name of the tap of its second card.
+    #[must_use]
+    pub fn rack_tap(&self) -> String {
+        format!("rtap{}", self.number)
     }
 
     /// QMP socket on `host` that belongs to the lab.
@@ -177,6 +184,15 @@ impl Vm {
         .into_iter()
         .flat_map(|(option, value)| [option.to_owned(), value])
         .collect();
+        if scenario.guests_share_links() {
+            let (tap, mac) = (self.rack_tap(), self.rack_mac());
+            arguments.extend([
+                "-netdev".into(),
+                format!("tap,id=net1,ifname={tap},script=no,downscript=no"),
+                "-device".into(),
+                format!("virtio-net-pci,netdev=net1,mac={mac},romfile="),
+            ]);
+        }
         if vm.disk {
             let file = self.disk().display().to_string();
             let drive = format!("file={file},format=raw,if=none,id=disk0,cache=none,aio=threads");
@@ -193,10 +209,11 @@ impl Vm {
     fn kernel_command_line(&self, scenario: &Scenario) -> String {
         let vm = &scenario.vm;
         let busy = self.number.is_multiple_of(vm.busy_every);
+        // An emulated processor that gets no time looks to the kernel like a broken timer.
         format!(
-            "console=ttyS0 quiet panic=-1 lab.id={} lab.ip={} lab.observer={OBSERVER}:{} \
+            "console=ttyS0 quiet panic=-1 no_timer_check lab.id={} lab.ip={} lab.observer={OBSERVER}:{} \
              lab.heartbeat_ms={} lab.mode={} lab.stamp_mb={} lab.dirty_mb={} lab.dirty_rate_mb={} \
-             lab.work_log2={} lab.template={}",
+             lab.work_log2={} lab.template={}{}",
             self.name,
             self.ip(),
             observer::PORT,
@@ -206,8 +223,34 @@ impl Vm {
             vm.dirty_mb,
             vm.dirty_rate_mb,
             vm.work_log2,
-            u8::from(vm.template)
+            u8::from(vm.template),
+            self.rack_words(scenario)
         )
+    }
+
+    /// What a guest must know that has a card in the rack's network.
+    fn rack_words(&self, scenario: &Scenario) -> String {
+        if !scenario.guests_share_links() {
+            return String::new();
+        }
+        let peer = load::partner(self.number, scenario.vms())
+            .map_or(String::new(), |peer| format!(" lab.peer={}", rack_ip(peer)));
+        format!(
+            " lab.number={} lab.rack_ip={} lab.server={SERVER}{peer}",
+            self.number,
+            self.rack_ip()
+        )
+    }
+
+    /// Its address in the rack's network.
+    #[must_use]
+    pub fn rack_ip(&self) -> Ipv4Addr {
+        rack_ip(self.number)
+    }
+
+    fn rack_mac(&self) -> String {
+        let [high, low] = self.bytes();
+        format!("52:54:00:68:{high:02x}:{low:02x}")
     }
 
     fn bytes(&self) -> [u8; 2] {
@@ -231,6 +274,12 @@ impl Vm {
         let [high, low] = self.bytes();
         format!("52:54:00:67:{high:02x}:{low:02x}")
     }
+}
+
+/// Address of a VM in the rack's network, beyond those of hosts.
+fn rack_ip(number: u32) -> Ipv4Addr {
+    let [.., high, low] = number.to_be_bytes();
+    Ipv4Addr::new(10, 77, 128 + high, low)
 }
 
 /// A running source QEMU.

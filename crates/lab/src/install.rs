@@ -70,6 +70,49 @@ pub fn image() -> anyhow::Result<Image> {
     })
 }
 
+/// What scenarios with applications run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Workloads {
+    /// A tree with the programs of the hosts and all that these need.
+    pub root: PathBuf,
+    /// What guests unpack over their own initramfs.
+    pub initrd: PathBuf,
+}
+
+/// Finds the applications.
+pub fn workloads() -> anyhow::Result<Workloads> {
+    let dir = lab_dir()?.join("workloads");
+    let initrd = dir.join("initrd");
+    ensure!(
+        initrd.is_file(),
+        "no applications in {}; run scripts/build-workload-image",
+        dir.display()
+    );
+    Ok(Workloads {
+        root: dir.join("root"),
+        initrd,
+    })
+}
+
+impl Image {
+    /// The image with the applications in it. A kernel unpacks archives that follow each other one
+    /// over the other.
+    pub fn with(&self, workloads: &Workloads) -> anyhow::Result<Self> {
+        let path = workloads.initrd.with_extension("whole");
+        let mut both = std::fs::read(&self.initrd).context("reading the initramfs")?;
+        // Each archive begins at a word.
+        both.resize(both.len().next_multiple_of(4), 0);
+        both.extend(std::fs::read(&workloads.initrd).context("reading the applications")?);
+        let part = path.with_extension(format!("part{}", std::process::id()));
+        std::fs::write(&part, both).with_context(|| format!("writing {}", part.display()))?;
+        std::fs::rename(&part, &path).with_context(|| format!("writing {}", path.display()))?;
+        Ok(Self {
+            initrd: path,
+            ..self.clone()
+        })
+    }
+}
+
 /// Finds `gangway`: as configured, else beside this program.
 pub fn gangway(configured: Option<&Path>) -> anyhow::Result<PathBuf> {
     let path = match configured {

@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod bounds;
+pub mod catalog;
 pub mod cgroup;
 pub mod clock;
 pub mod compare;
@@ -11,9 +12,11 @@ pub mod gangway;
 pub mod guest;
 pub mod install;
 pub mod ksm;
+pub mod load;
 pub mod matrix;
 pub mod measure;
 pub mod memory;
+pub mod meter;
 pub mod net;
 pub mod observer;
 pub mod outcome;

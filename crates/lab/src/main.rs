@@ -1,13 +1,14 @@
 //! `gangway-lab`: racks of real VMs on one machine, and what a migration does to them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
-use lab::results::Results;
+use lab::report::papers;
+use lab::results::{FILE_NAME, Results};
 use lab::scenario::Scenario;
-use lab::{compare, report, run};
+use lab::{catalog, compare, report, run};
 
 #[derive(Parser)]
 #[command(
@@ -26,7 +27,7 @@ enum Command {
     List,
     /// Run a scenario (needs root) and write results.json, report.html and events.jsonl.
     Run {
-        /// Name of a scenario, or a .toml file.
+        /// Name of a scenario or of a paper's figure, a .toml file, or `papers` for all of the papers.
         scenario: String,
         /// Directory for the results.
         #[arg(long, value_name = "DIR")]
@@ -34,6 +35,9 @@ enum Command {
         /// Change a key of the scenario, as in `--set vm.memory_mb=512`.
         #[arg(long = "set", value_name = "KEY=VALUE")]
         settings: Vec<String>,
+        /// Run the scenario's quick variant, once.
+        #[arg(long)]
+        quick: bool,
     },
     /// Write the report of a run again, from its results.json.
     Report {
@@ -64,29 +68,38 @@ fn execute(command: Command) -> anyhow::Result<ExitCode> {
             for (name, title) in Scenario::list()? {
                 println!("{name:14} {title}");
             }
+            for (figure, name) in catalog::same_runs() {
+                println!("{figure:14} the runs of {name}");
+            }
+            println!("{PAPERS:14} all of the papers' evaluation, with a report over them");
             Ok(ExitCode::SUCCESS)
         }
         Command::Run {
             scenario: name,
             out,
             settings,
+            quick,
         } => {
-            let scenario = Scenario::load(&name, &settings)?;
-            let out = out.unwrap_or_else(|| PathBuf::from("out").join(&name));
-            let results = run::scenario(&name, &scenario, &out)?;
-            let page = report::write(&results, &out).context("writing the report")?;
-            print!("{}", report::table(&results));
-            println!("report: {}", page.display());
-            Ok(if run::all_intact(&results) {
+            let name = catalog::resolve(&name);
+            let out = out.unwrap_or_else(|| PathBuf::from("out").join(name));
+            let intact = if name == PAPERS {
+                run_papers(&out, &settings, quick)?
+            } else {
+                run_one(name, &out, &settings, quick)?
+            };
+            Ok(if intact {
                 ExitCode::SUCCESS
             } else {
                 ExitCode::FAILURE
             })
         }
         Command::Report { dir } => {
-            let results = Results::load(&dir)?;
-            let page = report::write(&results, &dir).context("writing the report")?;
-            println!("report: {}", page.display());
+            let page = if dir.join(FILE_NAME).exists() || dir.is_file() {
+                report::write(&Results::load(&dir)?, &dir)
+            } else {
+                papers::write(&papers::load(&dir)?, &dir)
+            };
+            println!("report: {}", page.context("writing the report")?.display());
             Ok(ExitCode::SUCCESS)
         }
         Command::Compare { dirs } => {
@@ -94,4 +107,35 @@ fn execute(command: Command) -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
     }
+}
+
+/// Name that stands for all of the papers' scenarios.
+const PAPERS: &str = "papers";
+
+/// Runs one scenario; says whether every VM is intact.
+fn run_one(name: &str, out: &Path, settings: &[String], quick: bool) -> anyhow::Result<bool> {
+    let scenario = Scenario::load(name, settings, quick)?;
+    let results = run::scenario(name, &scenario, out)?;
+    let page = report::write(&results, out).context("writing the report")?;
+    print!("{}", report::table(&results));
+    println!("report: {}", page.display());
+    Ok(run::all_intact(&results))
+}
+
+/// Runs the papers' scenarios one after the other, and writes the report over all of them after
+/// each. One that cannot be run is said, and the others are run.
+fn run_papers(out: &Path, settings: &[String], quick: bool) -> anyhow::Result<bool> {
+    let mut intact = true;
+    for name in catalog::PAPERS {
+        match run_one(name, &out.join(name), settings, quick) {
+            Ok(well) => intact &= well,
+            Err(error) => {
+                eprintln!("gangway-lab: {name}: {error:#}");
+                intact = false;
+            }
+        }
+        let page = papers::write(&papers::load(out)?, out).context("writing the report")?;
+        println!("report: {}", page.display());
+    }
+    Ok(intact)
 }

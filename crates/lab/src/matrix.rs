@@ -169,7 +169,7 @@ mod tests {
 
     fn matrix(settings: &[&str]) -> anyhow::Result<Matrix> {
         let settings: Vec<String> = settings.iter().map(|&s| s.to_owned()).collect();
-        Ok(Scenario::load("faults", &settings)?.matrix.unwrap())
+        Ok(Scenario::load("faults", &settings, false)?.matrix.unwrap())
     }
 
     #[test]

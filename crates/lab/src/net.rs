@@ -11,7 +11,11 @@
 //! bridge in a namespace of its own; the core link joins the two bridges. `tbf` shapes both
 //! directions of edge and core links.
 //!
-//! Guests' taps hang on a separate network that is not shaped, and whose far ends the observer
+//! Hosts that take no part in the migration can be added: pairs of senders and receivers in the two
+//! racks, and a server in the source rack, all on edge links of their own. Where guests have a second
+//! card for the rack's network, a host's edge link ends in a bridge that also holds their taps.
+//!
+//! Guests' first taps hang on a separate network that is not shaped, and whose far ends the observer
 //! holds: one interface for each host, all with the same two addresses (IP and MAC). A guest finds
 //! the observer at the same place wherever it runs, and the observer knows from which host each
 //! heartbeat came.
@@ -28,10 +32,14 @@ use crate::shell::{output, output_with_input};
 
 /// Where the observer listens, on every host's observation link.
 pub const OBSERVER: Ipv4Addr = Ipv4Addr::new(10, 78, 0, 1);
+/// Where servers for the guests are.
+pub const SERVER: Ipv4Addr = Ipv4Addr::new(10, 77, 5, 1);
 /// Name of the observer's namespace.
 pub const OBSERVER_HOST: &str = "obs";
 const OBSERVER_MAC: &str = "02:67:77:00:00:01";
 
+/// Bridge between a host's edge link and its guests' second cards.
+const RACK_BRIDGE: &str = "ebr";
 /// Of no card in the lab.
 const NOBODY_MAC: &str = "02:67:77:ff:ff:ff";
 
@@ -42,6 +50,15 @@ const QUEUE_MS: u64 = 30;
 const BURST_MS: u64 = 1;
 /// `tbf` drops packets above its burst; larger segments are split for it by the kernel.
 const BURST_MIN_BYTES: u64 = 16 * 1024;
+
+/// What stands beside the hosts of the migration.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Beside {
+    /// Pairs of a sender in the source rack and a receiver in the target rack.
+    pub pairs: u32,
+    /// A server in the source rack, with the guests on the rack's network.
+    pub server: bool,
+}
 
 /// Which rack a host stands in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,17 +172,19 @@ impl Counters {
 #[derive(Debug)]
 pub struct Net {
     hosts: Vec<HostAddress>,
+    pairs: Vec<[HostAddress; 2]>,
+    server: Option<HostAddress>,
     observer_namespace: String,
     core_namespaces: [String; 2],
 }
 
 impl Net {
-    /// Builds both racks with so many hosts each.
+    /// Builds both racks with so many hosts each, and what stands beside them.
     pub fn build(
         session: &Session,
-        sources: u32,
-        targets: u32,
+        [sources, targets]: [u32; 2],
         links: Links,
+        beside: Beside,
     ) -> anyhow::Result<Self> {
         let hosts: Vec<HostAddress> = [(Rack::Source, sources), (Rack::Target, targets)]
             .into_iter()
@@ -174,8 +193,22 @@ impl Net {
             .collect::<anyhow::Result<_>>()?;
         let core_namespaces = [Rack::Source, Rack::Target].map(|r| session.namespace(r.switch()));
         let observer_namespace = session.namespace(OBSERVER_HOST);
+        let pairs = (1..=beside.pairs)
+            .map(|nth| {
+                Ok([
+                    further(session, Rack::Source, ("bs", 3), nth)?,
+                    further(session, Rack::Target, ("bt", 4), nth)?,
+                ])
+            })
+            .collect::<anyhow::Result<_>>()?;
+        let server = beside
+            .server
+            .then(|| further(session, Rack::Source, ("srv", 5), 1))
+            .transpose()?;
         let net = Self {
             hosts,
+            pairs,
+            server,
             observer_namespace,
             core_namespaces,
         };
@@ -185,7 +218,44 @@ impl Net {
             net.make_host(host, links)
                 .with_context(|| format!("connecting host {}", host.name))?;
         }
+        for host in net.further() {
+            net.make_edge(host, links)
+                .with_context(|| format!("connecting host {}", host.name))?;
+        }
         Ok(net)
+    }
+
+    /// Pairs of hosts that have traffic of their own.
+    #[must_use]
+    pub fn pairs(&self) -> &[[HostAddress; 2]] {
+        &self.pairs
+    }
+
+    /// The host with servers for the guests.
+    #[must_use]
+    pub fn server(&self) -> Option<&HostAddress> {
+        self.server.as_ref()
+    }
+
+    fn further(&self) -> impl Iterator<Item = &HostAddress> {
+        self.pairs.iter().flatten().chain(&self.server)
+    }
+
+    /// Adds a tap for a guest to `host` and connects it to the rack's network.
+    pub fn add_rack_tap(&self, host: &HostAddress, tap: &str) -> anyhow::Result<()> {
+        ip(
+            &host.namespace,
+            &format!("tuntap add dev {tap} mode tap\nlink set {tap} master {RACK_BRIDGE} up\n"),
+        )
+    }
+
+    /// The interface that has a host's address in the rack's network.
+    fn card(&self) -> &'static str {
+        if self.server.is_some() {
+            RACK_BRIDGE
+        } else {
+            "edge"
+        }
     }
 
     /// All hosts, sources first.
@@ -214,9 +284,16 @@ impl Net {
             let hosts = self.hosts.iter().filter(|host| host.rack == rack);
             hosts.map(|host| bytes(&host.namespace, "edge", way)).sum()
         };
+        // What the pairs have received took the core link, and is none of the migration's.
+        let of_pairs = |end: usize| -> anyhow::Result<u64> {
+            let ends = self.pairs.iter().map(|pair| &pair[end].namespace);
+            ends.map(|name| bytes(name, "edge", Way::Received)).sum()
+        };
+        let [back, forth] = [of_pairs(0)?, of_pairs(1)?];
+        let core = |nth: usize| bytes(&self.core_namespaces[nth], "core", Way::Sent);
         Ok(Counters {
-            core_to_target: bytes(&self.core_namespaces[0], "core", Way::Sent)?,
-            core_to_source: bytes(&self.core_namespaces[1], "core", Way::Sent)?,
+            core_to_target: core(0)?.saturating_sub(forth),
+            core_to_source: core(1)?.saturating_sub(back),
             target_edges_sent: of_rack(Rack::Target, Way::Sent)?,
             source_edges_received: of_rack(Rack::Source, Way::Received)?,
         })
@@ -233,12 +310,13 @@ impl Net {
     /// they are sent to a card that nobody has, as when a switch has gone wrong between two ports.
     pub fn set_peers(&self, host: &HostAddress, up: bool) -> anyhow::Result<()> {
         let is_peer = |other: &&HostAddress| other.rack == host.rack && *other != host;
+        let card = self.card();
         let set = |at: &HostAddress, to: &HostAddress| {
             let line = if up {
-                format!("neigh del {} dev edge\n", to.ip)
+                format!("neigh del {} dev {card}\n", to.ip)
             } else {
                 format!(
-                    "neigh replace {} lladdr {NOBODY_MAC} dev edge nud permanent\n",
+                    "neigh replace {} lladdr {NOBODY_MAC} dev {card} nud permanent\n",
                     to.ip
                 )
             };
@@ -259,8 +337,9 @@ impl Net {
     }
 
     fn make_namespaces(&self) -> anyhow::Result<()> {
-        let hosts = self.hosts.iter().map(|host| &host.namespace);
+        let hosts = self.hosts.iter().chain(self.further());
         let all = hosts
+            .map(|host| &host.namespace)
             .chain(&self.core_namespaces)
             .chain([&self.observer_namespace]);
         let lines: String = all.map(|name| format!("netns add {name}\n")).collect();
@@ -284,26 +363,45 @@ impl Net {
         Ok(())
     }
 
-    fn make_host(&self, host: &HostAddress, links: Links) -> anyhow::Result<()> {
+    /// A host's link to its rack's switch, and its address there.
+    fn make_edge(&self, host: &HostAddress, links: Links) -> anyhow::Result<()> {
         let switch = self.switch_of(host);
-        let (name, observer) = (&host.name, &self.observer_namespace);
+        let (name, card) = (&host.name, self.card());
+        let bridge = if card == "edge" {
+            String::new()
+        } else {
+            format!(
+                "link add {card} type bridge\nlink set edge master {card}\nlink set {card} up\n"
+            )
+        };
         ip(
             &host.namespace,
             &format!(
                 "link set lo up\n\
                  link add edge type veth peer name {name} netns {switch}\n\
-                 addr add {}/16 dev edge\n\
-                 link set edge up\n\
-                 link add obs type veth peer name {name} netns {observer}\n\
-                 link add obr type bridge\n\
-                 link set obs master obr up\n\
-                 link set obr up\n",
+                 {bridge}\
+                 addr add {}/16 dev {card}\n\
+                 link set edge up\n",
                 host.ip
             ),
         )?;
         ip(switch, &format!("link set {name} master br0 up\n"))?;
         shape(&host.namespace, "edge", links.edge_mbit)?;
-        shape(switch, name, links.edge_mbit)?;
+        shape(switch, name, links.edge_mbit)
+    }
+
+    fn make_host(&self, host: &HostAddress, links: Links) -> anyhow::Result<()> {
+        self.make_edge(host, links)?;
+        let (name, observer) = (&host.name, &self.observer_namespace);
+        ip(
+            &host.namespace,
+            &format!(
+                "link add obs type veth peer name {name} netns {observer}\n\
+                 link add obr type bridge\n\
+                 link set obs master obr up\n\
+                 link set obr up\n"
+            ),
+        )?;
         ip(
             observer,
             &format!(
@@ -313,6 +411,23 @@ impl Net {
             ),
         )
     }
+}
+
+/// A host beside those of the migration.
+fn further(
+    session: &Session,
+    rack: Rack,
+    (kind, subnet): (&str, u8),
+    nth: u32,
+) -> anyhow::Result<HostAddress> {
+    let last = u8::try_from(nth).context("too many hosts beside the racks")?;
+    let name = format!("{kind}{nth}");
+    Ok(HostAddress {
+        namespace: session.namespace(&name),
+        ip: Ipv4Addr::new(10, 77, subnet, last),
+        name,
+        rack,
+    })
 }
 
 fn address(session: &Session, rack: Rack, nth: u32) -> anyhow::Result<HostAddress> {

@@ -65,6 +65,9 @@ pub struct Run {
     /// The fault that struck it, as a matrix of faults names it: `cut-2s@switch-over`.
     #[serde(default)]
     pub fault: Option<String>,
+    /// What ran beside it: an application in the guests, or the traffic of other hosts.
+    #[serde(default)]
+    pub beside: Option<String>,
     /// Number of this repetition of the technique, from 0.
     pub repeat: u32,
     /// VMs that were to be moved.
@@ -366,9 +369,9 @@ impl Run {
             name.push(' ');
             name.push_str(&self.mode);
         }
-        if let Some(fault) = &self.fault {
+        for more in [&self.beside, &self.fault].into_iter().flatten() {
             name.push_str(", ");
-            name.push_str(fault);
+            name.push_str(more);
         }
         name
     }

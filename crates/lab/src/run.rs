@@ -11,8 +11,9 @@ use crate::bounds;
 use crate::clock::UnixMs;
 use crate::footprint::Footprint;
 use crate::gangway::{self, Agents};
-use crate::install;
+use crate::install::{self, Image};
 use crate::ksm::{self, Merged};
+use crate::load::Load;
 use crate::measure::{self, Before};
 use crate::net::Rack;
 use crate::outcome::{EventLog, Outcome};
@@ -30,7 +31,7 @@ pub fn scenario(name: &str, scenario: &Scenario, out: &Path) -> anyhow::Result<R
     let programs = Programs {
         source: install::qemu(&scenario.qemu.source)?,
         target: install::qemu(&scenario.qemu.target)?,
-        image: install::image()?,
+        image: image(scenario)?,
     };
     let _ = std::fs::remove_file(out.join("events.jsonl"));
     let session = Session::start()?;
@@ -49,11 +50,16 @@ pub fn scenario(name: &str, scenario: &Scenario, out: &Path) -> anyhow::Result<R
             results.save(out)?;
         }
         for &technique in &scenario.techniques {
-            for (fault, scenario) in variants(scenario)? {
-                let what = match &fault {
-                    Some(fault) => format!("{technique}, {fault}"),
-                    None => technique.to_string(),
-                };
+            for Variant {
+                beside,
+                fault,
+                scenario,
+            } in variants(scenario)?
+            {
+                let mut what = technique.to_string();
+                for more in [&beside, &fault].into_iter().flatten() {
+                    what += &format!(", {more}");
+                }
                 let (nth, of) = (repeat + 1, scenario.repeats);
                 say(&format!("{name}: {what}, run {nth} of {of}"));
                 let log = EventLog::open(out, what.clone(), repeat)?;
@@ -66,6 +72,7 @@ pub fn scenario(name: &str, scenario: &Scenario, out: &Path) -> anyhow::Result<R
                     technique: technique.base().into(),
                     mode: "pre-copy".into(),
                     compression: technique.compression().into(),
+                    beside,
                     fault,
                     repeat,
                     source_hosts: Some(scenario.hosts.source),
@@ -116,18 +123,51 @@ fn overheads(
     Ok(runs)
 }
 
-/// The scenario as it is, or with each fault of its matrix, under the fault's name.
-fn variants(scenario: &Scenario) -> anyhow::Result<Vec<(Option<String>, Scenario)>> {
+/// What the guests boot: with applications, if any guest needs one.
+fn image(scenario: &Scenario) -> anyhow::Result<Image> {
+    let image = install::image()?;
+    let busy = scenario
+        .each_beside()
+        .iter()
+        .any(|(_, one)| one.beside().pairs > 0);
+    if !busy && !scenario.guests_share_links() {
+        return Ok(image);
+    }
+    let workloads = install::workloads()?;
+    if scenario.guests_share_links() {
+        image.with(&workloads)
+    } else {
+        // The hosts alone run some of it.
+        Ok(image)
+    }
+}
+
+/// One way in which a technique runs.
+struct Variant {
+    beside: Option<String>,
+    fault: Option<String>,
+    scenario: Scenario,
+}
+
+/// The scenario as it is, with each of what runs beside it, or with each fault of its matrix.
+fn variants(scenario: &Scenario) -> anyhow::Result<Vec<Variant>> {
     let Some(matrix) = &scenario.matrix else {
-        return Ok(vec![(None, scenario.clone())]);
+        let each = scenario.each_beside().into_iter();
+        let variant = |(beside, scenario): (Option<&str>, Scenario)| Variant {
+            beside: beside.map(str::to_owned),
+            fault: None,
+            scenario,
+        };
+        return Ok(each.map(variant).collect());
     };
-    let with = |(name, fault)| {
-        let scenario = Scenario {
+    let with = |(name, fault)| Variant {
+        beside: None,
+        fault: Some(name),
+        scenario: Scenario {
             fault: Some(fault),
             matrix: None,
             ..scenario.clone()
-        };
-        (Some(name), scenario)
+        },
     };
     Ok(matrix.cells()?.into_iter().map(with).collect())
 }
@@ -164,6 +204,7 @@ fn one(
         .ksm
         .then(|| ksm::merge(session, &pids))
         .transpose()?;
+    let load = Load::start(&bench).context("starting what runs beside the move")?;
     let mut mover = Mover::start(technique, &bench)?;
     let source_footprint = Footprint::read(&bench, Rack::Source, &mover.agents(Rack::Source));
     let before = Before::read(&bench)?;
@@ -183,6 +224,13 @@ fn one(
         Rack::Target,
         &mover.agents(Rack::Target),
     ));
+    run.application.extend(load.figures(&outcome, &run)?);
+    if scenario.guests_share_links() {
+        // The guests' own traffic is on the same links.
+        run.core_bytes = None;
+        run.target_to_target_bytes = None;
+        run.index_bytes = None;
+    }
     run.application.extend(merged.iter().flat_map(ksm_figures));
     if scenario.bounds {
         say("computing what the guests' memory comes to at best");

@@ -1,55 +1,18 @@
 //! Scenarios: what is built, what runs on it and which techniques move it. Files in `scenarios/`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use serde::Deserialize;
-use toml::{Table, Value};
+use toml::Table;
 
+use crate::catalog;
 use crate::fault::Fault;
+pub use crate::load::{Background, Workload};
 use crate::matrix::Matrix;
-use crate::net::Links;
+use crate::net::{Beside, Links};
 use crate::overhead::Preparation;
 pub use crate::technique::{Preset, Stock, Technique};
-
-/// The scenarios that come with the lab.
-const BUILT_IN: &[(&str, &str)] = &[
-    ("pair", include_str!("../scenarios/pair.toml")),
-    ("racks-small", include_str!("../scenarios/racks-small.toml")),
-    ("racks", include_str!("../scenarios/racks.toml")),
-    ("pair-big", include_str!("../scenarios/pair-big.toml")),
-    ("dirty", include_str!("../scenarios/dirty.toml")),
-    ("versions", include_str!("../scenarios/versions.toml")),
-    (
-        "versions-old",
-        include_str!("../scenarios/versions-old.toml"),
-    ),
-    ("fault", include_str!("../scenarios/fault.toml")),
-    ("faults", include_str!("../scenarios/faults.toml")),
-    ("rack-faults", include_str!("../scenarios/rack-faults.toml")),
-    ("rack-stale", include_str!("../scenarios/rack-stale.toml")),
-    (
-        "agent-memory",
-        include_str!("../scenarios/agent-memory.toml"),
-    ),
-    ("unshaped", include_str!("../scenarios/unshaped.toml")),
-    (
-        "racks-loaded",
-        include_str!("../scenarios/racks-loaded.toml"),
-    ),
-    ("irlm-fig4-5", include_str!("../scenarios/irlm-fig4-5.toml")),
-    ("irlm-table2", include_str!("../scenarios/irlm-table2.toml")),
-    ("slm-fig2-4", include_str!("../scenarios/slm-fig2-4.toml")),
-    (
-        "slm-template",
-        include_str!("../scenarios/slm-template.toml"),
-    ),
-    ("slm-fig5", include_str!("../scenarios/slm-fig5.toml")),
-    (
-        "slm-downtime",
-        include_str!("../scenarios/slm-downtime.toml"),
-    ),
-];
 
 /// One experiment.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -99,6 +62,19 @@ pub struct Scenario {
     /// the memory again.
     #[serde(default)]
     pub stale_s: Option<f64>,
+    /// What the guests do, each in runs of its own, with its throughput measured.
+    #[serde(default)]
+    pub workloads: Vec<Workload>,
+    /// What other hosts send over the core link, each kind in runs of its own.
+    #[serde(default)]
+    pub background: Vec<Background>,
+    /// Seconds for which what runs beside the move is measured before it.
+    #[serde(default = "measure")]
+    pub measure_s: u64,
+    /// Whether each VM is held at hand-over until its memory has been compared. Without, what an
+    /// application sees is the technique's own.
+    #[serde(default = "yes")]
+    pub compare: bool,
     /// Keys of the agents' configuration, beside those that the lab sets.
     #[serde(default)]
     pub agent: Table,
@@ -143,7 +119,8 @@ pub struct Vm {
     /// Whether all VMs begin as copies of one that was booted, its memory mapped copy-on-write.
     #[serde(default)]
     pub template: bool,
-    /// `idle`, `stamp`, `dirty`, `cpu`, `random`, `subset-sum` or `random-writes`.
+    /// `idle`, `stamp`, `dirty`, `cpu`, `random`, `cache`, `subset-sum` or `random-writes`. A
+    /// scenario's workloads are in its place.
     pub mode: String,
     /// Only every so many-th VM has the mode, the others are idle.
     #[serde(default = "every_one")]
@@ -154,7 +131,7 @@ pub struct Vm {
     /// MiB that are stamped and checked.
     #[serde(default)]
     pub stamp_mb: u32,
-    /// MiB that `dirty`, `random` and `random-writes` fill.
+    /// MiB that `dirty`, `random`, `cache` and `random-writes` fill.
     #[serde(default)]
     pub dirty_mb: u32,
     /// MiB/s that `dirty` writes.
@@ -211,6 +188,14 @@ fn patience() -> u64 {
     600
 }
 
+fn measure() -> u64 {
+    8
+}
+
+fn yes() -> bool {
+    true
+}
+
 fn one_cpu() -> u32 {
     1
 }
@@ -224,13 +209,15 @@ fn every_one() -> u32 {
 }
 
 impl Scenario {
-    /// Loads a scenario by name, or from a file, with `KEY=VALUE` settings on top.
-    pub fn load(name: &str, settings: &[String]) -> anyhow::Result<Self> {
-        let mut table = text_of(name)?
+    /// Loads a scenario by name, or from a file, with `KEY=VALUE` settings on top; its quick
+    /// variant with what the scenario changes for it.
+    pub fn load(name: &str, settings: &[String], quick: bool) -> anyhow::Result<Self> {
+        let mut table = catalog::text_of(name)?
             .parse::<Table>()
             .with_context(|| format!("reading {name}"))?;
+        catalog::shorten(&mut table, quick).with_context(|| format!("shortening {name}"))?;
         for setting in settings {
-            apply(&mut table, setting).with_context(|| format!("--set {setting}"))?;
+            catalog::apply(&mut table, setting).with_context(|| format!("--set {setting}"))?;
         }
         let scenario: Self = table
             .try_into()
@@ -239,16 +226,65 @@ impl Scenario {
         Ok(scenario)
     }
 
-    /// Names and titles of the built-in scenarios.
-    pub fn list() -> anyhow::Result<Vec<(&'static str, String)>> {
-        let titled = |(name, _): &(&'static str, &str)| Ok((*name, Self::load(name, &[])?.title));
-        BUILT_IN.iter().map(titled).collect()
+    /// Whether the guests have a card in the network that the migration takes.
+    #[must_use]
+    pub fn guests_share_links(&self) -> bool {
+        self.workloads.iter().any(|one| one.shares_links())
+    }
+
+    /// What stands beside the hosts of the migration.
+    #[must_use]
+    pub fn beside(&self) -> Beside {
+        let busy = self.background.iter().any(|one| *one != Background::None);
+        let Links {
+            core_mbit,
+            edge_mbit,
+        } = self.links;
+        Beside {
+            // As in section 3.4 of the IRLM paper: 7 of 10 parts of the core link.
+            pairs: if busy && edge_mbit > 0 {
+                u32::try_from(core_mbit * 7 / 10 / edge_mbit).unwrap_or(0)
+            } else {
+                0
+            },
+            server: self.guests_share_links(),
+        }
+    }
+
+    /// Each of what runs beside the moves, by itself, with its name.
+    #[must_use]
+    pub fn each_beside(&self) -> Vec<(Option<&'static str>, Self)> {
+        let workloads: Vec<Option<Workload>> = some_or_none(&self.workloads);
+        let background: Vec<Option<Background>> = some_or_none(&self.background);
+        let both = workloads
+            .into_iter()
+            .flat_map(|workload| background.iter().map(move |kind| (workload, *kind)));
+        both.map(|(workload, kind)| {
+            let mut one = self.clone();
+            one.workloads = workload.into_iter().collect();
+            one.background = kind.into_iter().collect();
+            if let Some(workload) = workload {
+                workload.name().clone_into(&mut one.vm.mode);
+            }
+            let named = workload.map(Workload::name).or(kind
+                .filter(|kind| *kind != Background::None)
+                .map(Background::name));
+            (named, one)
+        })
+        .collect()
     }
 
     /// VMs of all hosts.
     #[must_use]
     pub fn vms(&self) -> u32 {
         self.hosts.source * self.hosts.vms_per_host
+    }
+
+    /// Names and titles of the built-in scenarios.
+    pub fn list() -> anyhow::Result<Vec<(&'static str, String)>> {
+        let titled =
+            |(name, _): (&'static str, &str)| Ok((name, Self::load(name, &[], false)?.title));
+        catalog::all().map(titled).collect()
     }
 
     /// The scenario once for each repeat and each of the sweep's points, in the order of running.
@@ -340,6 +376,24 @@ impl Scenario {
             !self.vm.template || (self.vm.mode == "idle" && self.vm.stamp_mb == 0 && !self.vm.disk),
             "vm.template: copies of one guest have no workload or disk of their own"
         );
+        ensure!(
+            !self.vm.template || self.workloads.is_empty(),
+            "vm.template: copies of one guest have no workload"
+        );
+        ensure!(
+            self.workloads.is_empty() || self.background.iter().all(|k| *k == Background::None),
+            "a scenario has workloads or background traffic"
+        );
+        ensure!(
+            self.background.iter().all(|kind| *kind == Background::None)
+                || (self.links.edge_mbit > 0 && (1..=200).contains(&self.beside().pairs)),
+            "background: 7 of 10 parts of the core link must be 1 to 200 edge links"
+        );
+        ensure!(
+            (1..=120).contains(&self.measure_s),
+            "measure_s = {}: must be 1 to 120",
+            self.measure_s
+        );
         if let Some(matrix) = &self.matrix {
             ensure!(
                 self.fault.is_none(),
@@ -359,90 +413,53 @@ impl Scenario {
     }
 }
 
+/// All of them, or that there is none.
+fn some_or_none<T: Copy>(all: &[T]) -> Vec<Option<T>> {
+    if all.is_empty() {
+        vec![None]
+    } else {
+        all.iter().copied().map(Some).collect()
+    }
+}
+
 /// The counts of a sweep, to be checked as those of its single points.
 fn swept(name: &'static str, counts: &[u32]) -> impl Iterator<Item = (&'static str, u32, u32)> {
     counts.iter().map(move |&count| (name, count, 64))
 }
 
-fn text_of(name: &str) -> anyhow::Result<String> {
-    if let Some((_, text)) = BUILT_IN.iter().find(|(known, _)| *known == name) {
-        return Ok((*text).to_owned());
-    }
-    if Path::new(name)
-        .extension()
-        .is_some_and(|extension| extension == "toml")
-    {
-        return std::fs::read_to_string(name).with_context(|| format!("reading {name}"));
-    }
-    let known: Vec<_> = BUILT_IN.iter().map(|(name, _)| *name).collect();
-    bail!(
-        "there is no scenario `{name}`; there are {} (or name a .toml file)",
-        known.join(", ")
-    )
-}
-
-/// Sets `a.b=value`. The value is TOML, or text if it is not; a comma makes a list of a list's key.
-fn apply(table: &mut Table, setting: &str) -> anyhow::Result<()> {
-    let (path, text) = setting.split_once('=').context("must be KEY=VALUE")?;
-    let mut keys: Vec<&str> = path.split('.').collect();
-    let last = keys.pop().context("must be KEY=VALUE")?;
-    let mut place = table;
-    for key in keys {
-        place = place
-            .entry(key)
-            .or_insert_with(|| Value::Table(Table::new()))
-            .as_table_mut()
-            .with_context(|| format!("`{key}` is not a table"))?;
-    }
-    let value = match place.get(last) {
-        Some(Value::Array(items)) if !text.starts_with('[') => {
-            let numbers = items.iter().all(Value::is_integer) && !items.is_empty();
-            let item = |item: &str| {
-                if numbers {
-                    parse_value(item)
-                } else {
-                    Value::String(item.to_owned())
-                }
-            };
-            Value::Array(text.split(',').map(item).collect())
-        }
-        Some(Value::Array(_)) if !text.starts_with('[') => list(text),
-        _ if path == "matrix.only" => list(text),
-        Some(Value::String(_)) => Value::String(text.to_owned()),
-        // Versions look like numbers, but are names.
-        _ if path.starts_with("qemu.") => Value::String(text.to_owned()),
-        _ => parse_value(text),
-    };
-    place.insert(last.to_owned(), value);
-    Ok(())
-}
-
-fn list(text: &str) -> Value {
-    let items = text.split(',');
-    Value::Array(items.map(|item| Value::String(item.to_owned())).collect())
-}
-
-fn parse_value(text: &str) -> Value {
-    let parsed = format!("value = {text}").parse::<Table>().ok();
-    parsed
-        .and_then(|mut table| table.remove("value"))
-        .unwrap_or_else(|| Value::String(text.to_owned()))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     #[test]
-    fn every_scenario_that_comes_with_the_lab_is_valid() {
-        assert_eq!(Scenario::list().unwrap().len(), BUILT_IN.len());
+    fn what_runs_beside_the_moves_has_runs_of_its_own() {
+        let load = |name: &str, settings: &[&str]| {
+            let settings: Vec<String> = settings.iter().map(|&s| s.to_owned()).collect();
+            Scenario::load(name, &settings, false)
+        };
+        let plain = load("pair", &[]).unwrap();
+        assert_eq!(plain.each_beside(), [(None, plain.clone())]);
+        assert_eq!(plain.beside(), Beside::default());
+        let shaped = ["links.edge_mbit=100", "background=[\"none\",\"udp\"]"];
+        let beside = load("pair", &shaped).unwrap().each_beside();
+        let names: Vec<_> = beside.iter().map(|(name, _)| *name).collect();
+        assert_eq!(names, [None, Some("udp")]);
+        let pairs: Vec<_> = beside.iter().map(|(_, one)| one.beside().pairs).collect();
+        assert_eq!(pairs, [0, 7]);
+        let busy = load("pair", &["workloads=[\"nfs\",\"subset-sum\"]"]).unwrap();
+        let each = busy.each_beside();
+        assert!(each[0].1.guests_share_links() && !each[1].1.guests_share_links());
+        assert_eq!(each[0].1.vm.mode, "nfs");
+        assert!(load("pair", &["links.core_mbit=10", "background=[\"udp\"]"]).is_err());
     }
 
     #[test]
     fn settings_change_a_scenario_and_wrong_ones_are_named() {
         let load = |settings: &[&str]| {
             let settings: Vec<String> = settings.iter().map(|&s| s.to_owned()).collect();
-            Scenario::load("pair", &settings)
+            Scenario::load("pair", &settings, false)
         };
         let changed = load(&[
             "repeats=3",
@@ -458,7 +475,7 @@ mod tests {
         let names: Vec<_> = changed.techniques.iter().map(ToString::to_string).collect();
         assert_eq!(names, ["stock", "gang+zstd"]);
         assert_eq!(changed.gangway.as_deref(), Some(Path::new("/x/gangway")));
-        let fault = Scenario::load("fault", &["fault.for_s=-1".to_owned()]).unwrap_err();
+        let fault = Scenario::load("fault", &["fault.for_s=-1".to_owned()], false).unwrap_err();
         assert!(fault.to_string().contains("0 to 600"), "{fault}");
         for wrong in [
             "hosts.sweep=[0]",
@@ -488,7 +505,7 @@ mod tests {
     #[test]
     fn a_sweep_runs_every_topology_in_every_repeat() {
         let settings = ["hosts.sweep=1,3", "repeats=2"].map(str::to_owned);
-        let scenario = Scenario::load("irlm-fig4-5", &settings).unwrap();
+        let scenario = Scenario::load("irlm-fig4", &settings, false).unwrap();
         let rounds: Vec<_> = scenario
             .rounds()
             .map(|(repeat, one)| (repeat, one.hosts.source, one.hosts.target, one.vms()))
@@ -498,7 +515,7 @@ mod tests {
             [(0, 1, 1, 4), (0, 3, 3, 12), (1, 1, 1, 4), (1, 3, 3, 12)]
         );
         assert_eq!(scenario.largest().hosts.source, 3);
-        let plain = Scenario::load("pair", &[]).unwrap();
+        let plain = Scenario::load("pair", &[], false).unwrap();
         assert_eq!(plain.points(), std::slice::from_ref(&plain));
     }
 }

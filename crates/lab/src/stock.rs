@@ -25,6 +25,16 @@ const FIRST_PORT: u32 = 4000;
 const LOOK: Duration = Duration::from_millis(250);
 /// How long a source that has sent everything may take to hear that the target has loaded.
 const RETURN_PATIENCE: Duration = Duration::from_secs(30);
+/// Name of the figure that says what QEMU was told to use.
+pub const SETTINGS: &str = "qemu_settings";
+/// Channels of multifd: QEMU's default, and one for each processor of a small machine.
+const MULTIFD_CHANNELS: u32 = 2;
+/// QEMU's default level, which keeps up with a link of 1 Gbit/s.
+const MULTIFD_ZSTD_LEVEL: u32 = 1;
+/// Percent of a processor's time that auto-converge takes at first, and more with each round that
+/// does not converge: QEMU's defaults.
+const THROTTLE_INITIAL: u32 = 20;
+const THROTTLE_INCREMENT: u32 = 10;
 
 /// Moves all VMs of the bench.
 pub fn migrate(bench: &Bench<'_>, stock: Stock, log: &EventLog) -> Outcome {
@@ -63,10 +73,62 @@ pub fn migrate(bench: &Bench<'_>, stock: Stock, log: &EventLog) -> Outcome {
     Outcome {
         started,
         moved,
-        figures: Vec::new(),
+        figures: vec![(
+            SETTINGS.to_owned(),
+            json!(Settings::of(stock, bench.scenario.vm.memory_mb).text()),
+        )],
         cpu_seconds: Vec::new(),
         agent_peak: None,
         unexpected: None,
+    }
+}
+
+/// What both ends are told before a migration.
+struct Settings {
+    capabilities: Vec<&'static str>,
+    parameters: Value,
+}
+
+impl Settings {
+    /// The best that suits every scenario: no limit of the bandwidth, and what the technique is
+    /// named after.
+    fn of(stock: Stock, memory_mb: u64) -> Self {
+        // 0 lifts QEMU's own limit of 128 MiB/s.
+        let mut parameters = json!({"max-bandwidth": 0});
+        let mut capabilities = Vec::new();
+        match stock {
+            Stock::Plain => {}
+            Stock::Xbzrle => {
+                capabilities.push("xbzrle");
+                // Room for every page of the guest: what is not in the cache cannot be a difference.
+                parameters["xbzrle-cache-size"] = (memory_mb.next_power_of_two() << 20).into();
+            }
+            Stock::Multifd | Stock::MultifdZstd => {
+                capabilities.push("multifd");
+                parameters["multifd-channels"] = MULTIFD_CHANNELS.into();
+                if stock == Stock::MultifdZstd {
+                    parameters["multifd-compression"] = "zstd".into();
+                    parameters["multifd-zstd-level"] = MULTIFD_ZSTD_LEVEL.into();
+                }
+            }
+            Stock::AutoConverge => {
+                capabilities.push("auto-converge");
+                parameters["cpu-throttle-initial"] = THROTTLE_INITIAL.into();
+                parameters["cpu-throttle-increment"] = THROTTLE_INCREMENT.into();
+            }
+        }
+        Self {
+            capabilities,
+            parameters,
+        }
+    }
+
+    /// As the report shows it.
+    fn text(&self) -> String {
+        let on = self.capabilities.iter().map(|name| format!("{name}=on"));
+        let set = self.parameters.as_object().into_iter().flatten();
+        let set = set.map(|(name, value)| format!("{name}={value}").replace('"', ""));
+        on.chain(set).collect::<Vec<_>>().join(" ")
     }
 }
 
@@ -126,20 +188,12 @@ impl Move<'_> {
     }
 
     fn configure(&self, qmp: &mut Qmp, side: &str) -> anyhow::Result<()> {
+        let settings = Settings::of(self.stock, self.bench.scenario.vm.memory_mb);
         let mut on = vec!["events"];
         if side == "source" {
             on.push("return-path");
         }
-        // 0 lifts QEMU's own limit of 128 MiB/s.
-        let mut parameters = json!({"max-bandwidth": 0});
-        match self.stock {
-            Stock::Plain => {}
-            Stock::Xbzrle => on.push("xbzrle"),
-            Stock::MultifdZstd => {
-                on.push("multifd");
-                parameters["multifd-compression"] = "zstd".into();
-            }
-        }
+        on.extend(settings.capabilities);
         let capabilities: Vec<Value> = on
             .iter()
             .map(|name| json!({"capability": name, "state": true}))
@@ -148,7 +202,7 @@ impl Move<'_> {
             "migrate-set-capabilities",
             json!({"capabilities": capabilities}),
         )
-        .and_then(|_| qmp.execute("migrate-set-parameters", parameters))
+        .and_then(|_| qmp.execute("migrate-set-parameters", settings.parameters))
         .with_context(|| format!("configuring the {side} of {}", self.vm.name))?;
         Ok(())
     }
@@ -205,6 +259,14 @@ impl Move<'_> {
         loaded: UnixMs,
         moved: &mut Moved,
     ) -> anyhow::Result<()> {
+        if !self.bench.scenario.compare {
+            target
+                .execute("cont", json!({}))
+                .context("letting the target run")?;
+            let fields = json!({"phase": "released"});
+            self.log.note(&self.vm.name, "phase", fields);
+            return Ok(());
+        }
         let compared = compare(&GuestMemory::of(source)?, &GuestMemory::of(target)?)?;
         moved.compared = Some(compared);
         let to = UnixMs::now();
@@ -252,6 +314,18 @@ fn pages(ram: &Value) -> Option<Pages> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_settings_of_a_baseline_are_said() {
+        let said = |stock, memory_mb| Settings::of(stock, memory_mb).text();
+        assert_eq!(said(Stock::Plain, 128), "max-bandwidth=0");
+        assert_eq!(
+            said(Stock::Xbzrle, 144),
+            "xbzrle=on max-bandwidth=0 xbzrle-cache-size=268435456"
+        );
+        assert!(said(Stock::MultifdZstd, 128).contains("multifd-compression=zstd"));
+        assert!(said(Stock::AutoConverge, 128).starts_with("auto-converge=on"));
+    }
 
     #[test]
     fn pages_are_counted_as_qemu_counts_them() {

@@ -28,8 +28,34 @@ pub enum Stock {
     Plain,
     /// Differences to pages sent before.
     Xbzrle,
+    /// Several channels.
+    Multifd,
     /// Several channels, compressed.
     MultifdZstd,
+    /// The guest is slowed down until it dirties less than can be sent.
+    AutoConverge,
+}
+
+impl Stock {
+    const ALL: [Self; 5] = [
+        Self::Plain,
+        Self::Xbzrle,
+        Self::Multifd,
+        Self::MultifdZstd,
+        Self::AutoConverge,
+    ];
+
+    /// As scenarios and results write it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Plain => "stock",
+            Self::Xbzrle => "stock-xbzrle",
+            Self::Multifd => "stock-multifd",
+            Self::MultifdZstd => "stock-multifd-zstd",
+            Self::AutoConverge => "stock-auto-converge",
+        }
+    }
 }
 
 /// Presets that the lab runs.
@@ -80,9 +106,7 @@ impl Technique {
     #[must_use]
     pub fn base(self) -> &'static str {
         match self {
-            Self::Stock(Stock::Plain) => "stock",
-            Self::Stock(Stock::Xbzrle) => "stock-xbzrle",
-            Self::Stock(Stock::MultifdZstd) => "stock-multifd-zstd",
+            Self::Stock(stock) => stock.name(),
             Self::Gangway { preset, .. } => preset.name(),
         }
     }
@@ -121,21 +145,20 @@ impl FromStr for Technique {
             Some(base) => (base, true),
             None => (text, false),
         };
-        match (base, zstd) {
-            ("stock", false) => Ok(Self::Stock(Stock::Plain)),
-            ("stock-xbzrle", false) => Ok(Self::Stock(Stock::Xbzrle)),
-            ("stock-multifd-zstd", false) => Ok(Self::Stock(Stock::MultifdZstd)),
-            (name, zstd) => Preset::ALL
-                .into_iter()
-                .find(|preset| preset.name() == name && !(zstd && preset.compresses()))
-                .map(|preset| Self::Gangway { preset, zstd })
-                .with_context(|| {
-                    format!(
-                        "`{text}` is no technique; there are stock, stock-xbzrle, \
-                         stock-multifd-zstd, oc, gang, irlm, slm (each with +zstd too) and full"
-                    )
-                }),
+        if let Some(stock) = Stock::ALL.into_iter().find(|stock| stock.name() == text) {
+            return Ok(Self::Stock(stock));
         }
+        Preset::ALL
+            .into_iter()
+            .find(|preset| preset.name() == base && !(zstd && preset.compresses()))
+            .map(|preset| Self::Gangway { preset, zstd })
+            .with_context(|| {
+                let stock = Stock::ALL.map(Stock::name).join(", ");
+                format!(
+                    "`{text}` is no technique; there are {stock}, oc, gang, irlm, slm (each with \
+                     +zstd too) and full"
+                )
+            })
     }
 }
 
@@ -155,7 +178,10 @@ mod tests {
     fn a_name_is_read_as_it_is_written() {
         for name in [
             "stock",
+            "stock-xbzrle",
+            "stock-multifd",
             "stock-multifd-zstd",
+            "stock-auto-converge",
             "oc",
             "gang+zstd",
             "irlm",

@@ -8,7 +8,7 @@ use lab::scenario::Scenario;
 
 fn results_of(name: &str, settings: &[&str]) -> Results {
     let settings: Vec<String> = settings.iter().map(|&setting| setting.to_owned()).collect();
-    let scenario = Scenario::load(name, &settings).expect("the scenario is valid");
+    let scenario = Scenario::load(name, &settings, false).expect("the scenario is valid");
     let out = tempfile::tempdir().expect("a directory for results");
     run::scenario(name, &scenario, out.path()).expect("the lab works")
 }

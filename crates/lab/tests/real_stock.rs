@@ -6,7 +6,7 @@ use lab::scenario::Scenario;
 #[test]
 fn real_stock_pair_arrives_whole_and_every_page_is_compared() {
     let settings = ["techniques=stock", "vm.memory_mb=128", "settle_s=1"].map(str::to_owned);
-    let scenario = Scenario::load("pair", &settings).unwrap();
+    let scenario = Scenario::load("pair", &settings, false).unwrap();
     let out = tempfile::tempdir().unwrap();
     let results = run::scenario("pair", &scenario, out.path()).unwrap();
 

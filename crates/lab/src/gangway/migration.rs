@@ -41,7 +41,7 @@ pub fn migrate(
     let settings = Settings {
         preset,
         zstd,
-        confirm_handover: true,
+        confirm_handover: bench.scenario.compare,
         stale: bench.scenario.stale_s.is_some(),
     };
     if let Some(seconds) = bench.scenario.stale_s {

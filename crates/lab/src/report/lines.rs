@@ -13,6 +13,8 @@ const LEFT: f64 = 70.0;
 /// Room to the right for the lines' names.
 const RIGHT: f64 = 104.0;
 const AXIS: f64 = 40.0;
+/// Values that are written below the axis.
+const MOST_TICKS: usize = 12;
 /// Between the baselines of two names.
 const NAME: f64 = 14.0;
 
@@ -73,7 +75,7 @@ pub(crate) fn draw(title: &str, axis: &str, unit: Unit, all: &[Series]) -> Optio
                     (unit.write(tick))
                 }
             }
-            @for value in &values {
+            @for value in values.iter().step_by(values.len().div_ceil(MOST_TICKS)) {
                 text class="tick" x=(px(x(*value))) y=(px(bottom + 16.0)) text-anchor="middle" {
                     (value)
                 }

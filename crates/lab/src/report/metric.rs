@@ -2,6 +2,7 @@
 
 use super::spread::Spread;
 use super::text;
+use crate::load::{BACKGROUND, Throughput, WORKLOAD};
 use crate::results::{Run, Technique};
 
 /// Technique that all others are set against.
@@ -32,6 +33,13 @@ pub(crate) enum Unit {
     Milliseconds,
     /// Of 4 KiB.
     Pages,
+    /// A part of a whole, or of another measure.
+    Share,
+    /// A difference in percent.
+    Percent,
+    BitsPerSecond,
+    /// Of whatever an application counts.
+    PerSecond,
 }
 
 impl Unit {
@@ -51,6 +59,10 @@ impl Unit {
             Self::Seconds => text::seconds(value),
             Self::Milliseconds => text::milliseconds(value),
             Self::Pages => text::pages(value),
+            Self::Share => text::ratio(value),
+            Self::Percent => format!("{value:.2} %"),
+            Self::BitsPerSecond => text::bits_per_second(value),
+            Self::PerSecond => format!("{}/s", text::pages(value)),
         }
     }
 }
@@ -136,6 +148,24 @@ pub(crate) const CPU_TIME: Metric = Metric {
     read: |run| (!run.cpu_seconds.is_empty()).then(|| run.cpu_seconds.values().sum()),
 };
 
+pub(crate) const WORK_LOST: Metric = Metric {
+    field: "application.workload.lost_s",
+    title: "Work lost to the move",
+    noun: "work lost to the move",
+    meaning: "How much later the guests' work is done that had to be done meanwhile",
+    unit: Unit::Seconds,
+    read: |run| Throughput::of_run(run, WORKLOAD)?.lost_s,
+};
+
+pub(crate) const BACKGROUND_LOST: Metric = Metric {
+    field: "application.background.lost_s",
+    title: "Traffic of other hosts lost to the move",
+    noun: "traffic of other hosts lost to the move",
+    meaning: "How much later other hosts' data arrives that was sent meanwhile",
+    unit: Unit::Seconds,
+    read: |run| Throughput::of_run(run, BACKGROUND)?.lost_s,
+};
+
 /// In the order in which they are plotted and compared.
 pub(crate) const ALL: &[Metric] = &[
     CORE_BYTES,
@@ -147,6 +177,8 @@ pub(crate) const ALL: &[Metric] = &[
     SOURCE_FOOTPRINT,
     TARGET_FOOTPRINT,
     CPU_TIME,
+    WORK_LOST,
+    BACKGROUND_LOST,
 ];
 
 impl Metric {

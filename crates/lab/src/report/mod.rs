@@ -12,8 +12,10 @@ mod lines;
 pub(crate) mod metric;
 mod overhead;
 mod page;
+pub mod papers;
 #[cfg(test)]
 pub(crate) mod sample;
+mod scale;
 mod sentence;
 pub(crate) mod spread;
 mod svg;

@@ -9,7 +9,7 @@ use super::table::{self, COLUMNS, Integrity, Verdict};
 use super::{bars, bounds, overhead, sentence, sweep, text, timeline};
 use crate::results::{Results, Run, Technique};
 
-const STYLE: &str = include_str!("style.css");
+pub(super) const STYLE: &str = include_str!("style.css");
 
 pub(crate) fn render(results: &Results) -> Markup {
     let techniques = results.techniques();
@@ -87,7 +87,7 @@ fn verdict(results: &Results) -> Markup {
     }
 }
 
-fn integrity_sentence(integrity: &Integrity) -> String {
+pub(super) fn integrity_sentence(integrity: &Integrity) -> String {
     let compared = match (integrity.compared, integrity.mismatched) {
         (Some(compared), Some(mismatched)) => format!(
             "{} compared between source and target, {} different",

@@ -2,6 +2,9 @@
 
 use std::collections::BTreeMap;
 
+use serde_json::json;
+
+use crate::load::{BACKGROUND, Throughput, WORKLOAD};
 use crate::results::{Downtime, Pages, Results, Run, Sample, Topology, VmResult, VmTimeline};
 
 /// What sets one technique of the sample apart.
@@ -130,8 +133,23 @@ fn run(shape: &Shape, repeat: u32) -> Run {
             })
             .collect(),
         timeline: (0..4).map(|vm| timeline(vm, seconds, core_mb)).collect(),
+        application: [WORKLOAD, BACKGROUND]
+            .map(|key| (key.to_owned(), json!(throughput(seconds))))
+            .into(),
         cpu_seconds: BTreeMap::from([("qemu_source".into(), 3.1), ("agents".into(), 1.4)]),
         ..Run::default()
+    }
+}
+
+/// Of something that does 100 a second, and 60 while the VMs move.
+fn throughput(seconds: f64) -> Throughput {
+    Throughput {
+        before_per_s: 100.0,
+        during_per_s: 60.0,
+        after_per_s: 100.0,
+        during_of_before: Some(0.6),
+        lost_s: Some(0.4 * seconds),
+        ..Throughput::default()
     }
 }
 

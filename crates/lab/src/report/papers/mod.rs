@@ -1,0 +1,462 @@
+//! One page over all scenarios of the papers' evaluation: for each table and figure what the paper
+//! has, what was measured here, and what it comes to.
+
+mod claim;
+mod exhibits;
+
+use std::path::{Path, PathBuf};
+
+use maud::{DOCTYPE, Markup, PreEscaped, html};
+
+use self::claim::{Claim, Value, plain_name, runs, spread, word};
+use self::exhibits::{Exhibit, IRLM_HARDWARE, Measure, Plot, SLM_HARDWARE};
+use super::lines::{self, Series};
+use super::metric::{Metric, Unit};
+use super::page::{STYLE, integrity_sentence};
+use super::spread::Spread;
+use super::table::{self, Integrity, Verdict};
+use super::{FILE_NAME, WriteError, bars, scale, text};
+use crate::catalog;
+use crate::load::Throughput;
+use crate::results::{self, FileError, Point, Results, Run, Technique};
+use crate::stock;
+
+/// Reads the results of those scenarios of the papers that `dir` has.
+pub fn load(dir: &Path) -> Result<Vec<Results>, FileError> {
+    let dirs = catalog::PAPERS.iter().map(|name| dir.join(name));
+    dirs.filter(|dir| dir.join(results::FILE_NAME).exists())
+        .map(|dir| Results::load(&dir))
+        .collect()
+}
+
+/// Writes the page into `dir` and returns its path.
+pub fn write(all: &[Results], dir: &Path) -> Result<PathBuf, WriteError> {
+    let path = dir.join(FILE_NAME);
+    match std::fs::write(&path, html(all)) {
+        Ok(()) => Ok(path),
+        Err(source) => Err(WriteError { path, source }),
+    }
+}
+
+/// The page itself.
+#[must_use]
+pub fn html(all: &[Results]) -> String {
+    let shown: Vec<(&Exhibit, &Results)> = exhibits::all()
+        .filter_map(|exhibit| {
+            let results = all.iter().find(|one| one.scenario == exhibit.scenario)?;
+            Some((exhibit, results))
+        })
+        .collect();
+    let page = html! {
+        (DOCTYPE)
+        html lang="en" {
+            head {
+                meta charset="utf-8";
+                meta name="viewport" content="width=device-width, initial-scale=1";
+                meta name="color-scheme" content="light dark";
+                title { "Gangway lab: the papers' evaluation" }
+                style { (PreEscaped(STYLE)) }
+            }
+            body {
+                header {
+                    p.eyebrow { "Gangway lab" }
+                    h1 { "The papers' evaluation" }
+                    p.lead {
+                        "Every table and figure of IRLM section 3 and SLM section IV, measured on \
+                         one machine with emulated guests, beside the techniques that QEMU brings."
+                    }
+                }
+                main {
+                    (verdict(all))
+                    (summary(&shown))
+                    @for (exhibit, results) in &shown { (section(exhibit, results)) }
+                    (scale::section(all))
+                    (settings(all))
+                    (origin(all))
+                }
+            }
+        }
+    };
+    page.into_string()
+}
+
+fn verdict(all: &[Results]) -> Markup {
+    let every = || all.iter().flat_map(|results| &results.runs);
+    let integrity = Integrity::of(every());
+    let (class, mark) = match integrity.verdict() {
+        Verdict::Whole => ("whole", "✓"),
+        Verdict::Open => ("open", "?"),
+        Verdict::Broken => ("broken", "✕"),
+    };
+    let failed: Vec<&Run> = every().filter(|run| run.failure.is_some()).collect();
+    html! {
+        section class={ "verdict " (class) } {
+            p.state { span.mark { (mark) } (integrity_sentence(&integrity)) }
+            p {
+                (text::plural(every().count() as u64, "run")) " of "
+                (text::plural(all.len() as u64, "scenario")) ", "
+                (text::plural(failed.len() as u64, "failure")) "."
+            }
+        }
+        @for run in failed {
+            p.failure {
+                strong { (run.name()) " failed: " } (run.failure.as_deref().unwrap_or_default())
+            }
+        }
+    }
+}
+
+/// All claims with a number, in one table.
+fn summary(shown: &[(&Exhibit, &Results)]) -> Markup {
+    html! {
+        section {
+            h2 { "What the papers say, and what is so here" }
+            p.lead {
+                "Numbers in the column “paper” are typed from the papers and were measured on their \
+                 hardware. " (IRLM_HARDWARE) " " (SLM_HARDWARE) " All others are computed from this \
+                 page's results; in parentheses the range that the runs allow, where a technique \
+                 ran more than once."
+            }
+            div.scroll { table {
+                thead { tr {
+                    th { "measure" } th { "technique" } th { "against" } th { "paper" }
+                    th { "here" } th { "full, here" }
+                } }
+                tbody { @for (exhibit, results) in shown {
+                    @for claim in exhibit.claims.iter().filter(|claim| claim.paper.is_some()) {
+                        (claim_row(claim, results))
+                    }
+                } }
+            } }
+        }
+    }
+}
+
+fn claim_row(claim: &Claim, results: &Results) -> Markup {
+    let write = |value: Option<Value>| {
+        value.map_or_else(|| "–".to_owned(), |value| value.write(claim.unit))
+    };
+    let paper = claim.paper.map(|mean| Value { mean, range: None });
+    html! {
+        tr {
+            th scope="row" { (claim.what) br; code { (claim.field) } }
+            td { (claim.of) }
+            td { (claim.against.unwrap_or("–")) }
+            td { (write(paper)) }
+            td { (write(claim.of_technique(results, claim.of))) }
+            td { (write(claim.of_technique(results, "full"))) }
+        }
+    }
+}
+
+fn section(exhibit: &Exhibit, results: &Results) -> Markup {
+    html! {
+        section {
+            h2 { (exhibit.title) }
+            @for claim in exhibit.claims {
+                @if let Some(sentence) = claim.sentence(results) { p { (sentence) } }
+            }
+            @if exhibit.scenario == "peers" {
+                @for sentence in best_of_stock(results) { p { (sentence) } }
+            }
+            p.source {
+                "The paper: " (exhibit.paper) " Here: " code { (exhibit.scenario) } ", "
+                (table::topology(&results.topology)) "."
+            }
+            div.cards { @for plot in exhibit.plots { (draw(plot, results)) } }
+        }
+    }
+}
+
+/// Full against the best that QEMU offers, for each of what ran beside.
+fn best_of_stock(results: &Results) -> Vec<String> {
+    besides(results)
+        .into_iter()
+        .filter_map(|beside| {
+            let core = |run: &Run| run.core_bytes.map(|bytes| bytes as f64);
+            let full = spread(results, ("full", beside), core)?;
+            let stock = techniques(results, beside).into_iter();
+            let (name, best) = stock
+                .filter(|technique| technique.name.starts_with("stock"))
+                .filter_map(|technique| {
+                    let of = spread(results, (&technique.name, beside), core)?;
+                    Some((technique.name, of))
+                })
+                .min_by(|a, b| a.1.mean.total_cmp(&b.1.mean))?;
+            Some(format!(
+                "With {} guests {name} sends least of QEMU's own, {}; full's {} is {} it.",
+                beside.unwrap_or("all"),
+                text::wire_bytes(best.mean),
+                text::wire_bytes(full.mean),
+                word(full.relation_to(&best)),
+            ))
+        })
+        .collect()
+}
+
+/// What ran beside the moves, in the order of the runs.
+fn besides(results: &Results) -> Vec<Option<&str>> {
+    let mut found = Vec::new();
+    for run in &results.runs {
+        let beside = run.beside.as_deref();
+        if !found.contains(&beside) {
+            found.push(beside);
+        }
+    }
+    found
+}
+
+fn draw(plot: &Plot, results: &Results) -> Markup {
+    match plot {
+        Plot::Sweep(measure) => html! {
+            @for beside in besides(results) { (measured(measure, results, beside)) }
+        },
+        Plot::Seconds { title, key, unit } => seconds(results, (title, key, *unit)),
+    }
+}
+
+/// Lines over the topologies, or bars if there is one.
+fn measured(measure: &Measure, results: &Results, beside: Option<&str>) -> Markup {
+    let title = match beside {
+        Some(beside) => format!("{}, {beside}", measure.title),
+        None => measure.title.to_owned(),
+    };
+    let mut points = results.points();
+    points.sort_unstable();
+    let drawing = if points.len() > 1 {
+        let by_hosts = points.iter().any(|point| point.hosts != points[0].hosts);
+        let label = if by_hosts { "hosts" } else { "VMs" };
+        let all = series(results, (measure, beside), &points, by_hosts);
+        lines::draw(&title, label, measure.unit, &all)
+    } else {
+        let metric = Metric {
+            field: measure.field,
+            title: measure.title,
+            noun: measure.title,
+            meaning: "",
+            unit: measure.unit,
+            read: measure.read,
+        };
+        bars::draw(&metric, &techniques(results, beside))
+    };
+    html! {
+        @if let Some(drawing) = drawing {
+            figure {
+                h3 { (title) }
+                (drawing)
+                figcaption { code { "runs[]." (measure.field) } }
+            }
+        }
+    }
+}
+
+fn series(
+    results: &Results,
+    (measure, beside): (&Measure, Option<&str>),
+    points: &[Point],
+    by_hosts: bool,
+) -> Vec<Series> {
+    let names = techniques(results, beside).into_iter().map(|one| one.name);
+    names
+        .map(|technique| {
+            let at = |point: &Point| {
+                let here = runs(results, &technique, beside);
+                let here = here.filter(|run| results.point(run) == *point);
+                let counted = if by_hosts {
+                    point.hosts
+                } else {
+                    point.vms_per_host
+                };
+                Some((
+                    f64::from(counted),
+                    Spread::of(here.filter_map(measure.read))?,
+                ))
+            };
+            Series {
+                points: points.iter().filter_map(at).collect(),
+                technique: technique.clone(),
+                end: None,
+            }
+        })
+        .filter(|series| !series.points.is_empty())
+        .collect()
+}
+
+/// The runs of the largest topology by technique, without what ran beside in the name.
+fn techniques<'a>(results: &'a Results, beside: Option<&str>) -> Vec<Technique<'a>> {
+    let largest = results.points().into_iter().max_by_key(Point::vms);
+    let mut found: Vec<Technique<'a>> = Vec::new();
+    for run in &results.runs {
+        if run.beside.as_deref() != beside || Some(results.point(run)) != largest {
+            continue;
+        }
+        let name = plain_name(run);
+        match found.iter_mut().find(|one| one.name == name) {
+            Some(technique) => technique.runs.push(run),
+            None => found.push(Technique {
+                name,
+                runs: vec![run],
+            }),
+        }
+    }
+    found
+}
+
+/// The first run of each technique, second by second.
+fn seconds(results: &Results, (title, key, unit): (&str, &str, Unit)) -> Markup {
+    let all: Vec<Series> = besides(results)
+        .into_iter()
+        .flat_map(|beside| techniques(results, beside))
+        .filter_map(|technique| {
+            let measured = technique
+                .runs
+                .iter()
+                .find_map(|run| Throughput::of_run(run, key))?;
+            let at = |[second, rate]: &[f64; 2]| Some((*second, Spread::of([*rate])?));
+            Some(Series {
+                technique: technique.name,
+                end: None,
+                points: measured.series.iter().filter_map(at).collect(),
+            })
+        })
+        .collect();
+    html! {
+        @if let Some(drawing) = lines::draw(title, "seconds from the first start", unit, &all) {
+            figure {
+                h3 { (title) }
+                (drawing)
+                figcaption {
+                    "First run of each technique. "
+                    code { "runs[].application." (key) ".series" }
+                }
+            }
+        }
+    }
+}
+
+/// What the baselines were told to use, as they were told.
+fn settings(all: &[Results]) -> Markup {
+    let mut said: Vec<(String, String)> = Vec::new();
+    for run in all.iter().flat_map(|results| &results.runs) {
+        let settings = run.application.get(stock::SETTINGS);
+        if let Some(settings) = settings.and_then(serde_json::Value::as_str) {
+            let pair = (plain_name(run), settings.to_owned());
+            if !said.contains(&pair) {
+                said.push(pair);
+            }
+        }
+    }
+    said.sort();
+    html! {
+        @if !said.is_empty() {
+            section {
+                h2 { "Settings of the baselines" }
+                dl { @for (name, settings) in &said { dt { (name) } dd { code { (settings) } } } }
+                p.source { code { "runs[].application.qemu_settings" } }
+            }
+        }
+    }
+}
+
+fn origin(all: &[Results]) -> Markup {
+    html! {
+        section {
+            h2 { "Where it comes from" }
+            div.scroll { table {
+                thead { tr { th { "scenario" } th { "runs" } th { "command" } } }
+                tbody { @for results in all { tr {
+                    th scope="row" { (results.scenario) }
+                    td { (results.runs.len()) }
+                    td { code { (command(results)) } }
+                } } }
+            } }
+            @if let Some(first) = all.first() {
+                dl { @for (name, version) in &first.versions { dt { (name) } dd { (version) } } }
+            }
+            p.source {
+                "Each scenario has a directory with its " code { (results::FILE_NAME) }
+                " and a report of its own beside this page."
+            }
+        }
+    }
+}
+
+/// The command without the directory that the program stands in.
+fn command(results: &Results) -> String {
+    let mut words = results.command.iter();
+    let program = words.next().map_or("", String::as_str);
+    let name = program.rsplit('/').next().unwrap_or_default();
+    std::iter::once(name)
+        .chain(words.map(String::as_str))
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(technique: &str, beside: Option<&str>, core_mb: u64) -> Run {
+        Run {
+            technique: technique.into(),
+            mode: "pre-copy".into(),
+            beside: beside.map(str::to_owned),
+            core_bytes: Some(core_mb * 1_000_000),
+            total_migration_time_s: Some(3.0),
+            vms: 4,
+            vms_lost: Some(0),
+            ..Run::default()
+        }
+    }
+
+    fn results(scenario: &str, runs: Vec<Run>) -> Results {
+        Results {
+            scenario: scenario.into(),
+            runs,
+            ..Results::default()
+        }
+    }
+
+    #[test]
+    fn a_figure_shows_the_papers_value_beside_ours() {
+        let runs = vec![
+            run("stock", None, 100),
+            run("irlm", None, 40),
+            run("full", None, 6),
+        ];
+        let page = html(&[results("irlm-fig4", runs)]);
+        let said = "Core traffic with irlm set against stock is 0.40, the paper has 0.56; full comes \
+                    to 0.06.";
+        assert!(page.contains(said), "{page}");
+        for outside in ["http:", "https:", "<script", "@import", "url(", "<link"] {
+            assert!(!page.contains(outside), "the page contains {outside}");
+        }
+        assert!(!page.contains("SLM figure 5"), "nothing of it was measured");
+    }
+
+    #[test]
+    fn peers_are_told_apart_by_what_their_guests_do() {
+        let of = |beside| {
+            [("stock", 100), ("stock-multifd-zstd", 50), ("full", 6)]
+                .map(|(name, core)| run(name, Some(beside), core))
+        };
+        let runs = [of("idle"), of("dirty")].concat();
+        let page = html(&[results("peers", runs)]);
+        assert!(page.contains("Bytes on the core link, idle"), "{page}");
+        assert!(page.contains(
+            "With dirty guests stock-multifd-zstd sends least of QEMU's own, 50 MB; full's 6 MB is \
+             below it."
+        ));
+    }
+
+    #[test]
+    fn every_exhibit_is_of_a_scenario_that_is_run() {
+        for exhibit in exhibits::all() {
+            assert!(
+                catalog::PAPERS.contains(&exhibit.scenario),
+                "{}",
+                exhibit.title
+            );
+        }
+    }
+}
