@@ -109,7 +109,10 @@ fn move_line(one: &MoveStatus, from: &str) -> [String; 6] {
         render::phase(one.phase).to_owned(),
         format!("sent {}", render::bytes(one.progress.wire_bytes)),
         format!("saved {}", render::saved(&one.progress)),
-        one.message.clone(),
+        match &one.note {
+            Some(note) => format!("{}; {note}", one.message),
+            None => one.message.clone(),
+        },
     ]
 }
 

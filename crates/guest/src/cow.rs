@@ -24,6 +24,12 @@ use crate::RamBlock;
 /// How long an answer may take. A full batch takes milliseconds; a host that swaps, seconds.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How often it is looked meanwhile whether there is still somebody to answer.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Name of the library's thread.
+const THREAD: &str = "gangway-cow";
+
 /// The loader's variable.
 const PRELOAD_ENV: &str = "LD_PRELOAD";
 
@@ -51,8 +57,9 @@ pub enum CowError {
         /// Their size.
         bytes: u32,
     },
-    /// The library closed: QEMU is gone, or it was told to.
-    #[error("the mapping library has closed its connection")]
+    /// The library closed, or its thread is gone: it maps nothing any more. Whatever it has mapped, a
+    /// copy that is forwarded after this lies over it.
+    #[error("the mapping library has closed its connection, or its thread has ended")]
     Closed,
     /// No answer. Whether the pages of the request were or will be mapped is not known, so that
     /// nothing about them may be forwarded: this migration cannot go on.
@@ -159,10 +166,8 @@ impl CowListener {
                 peer if peer == pid => {}
                 _ => continue,
             }
-            socket
-                .set_timeout(ANSWER_TIMEOUT)
-                .map_err(CowError::Socket)?;
-            match CowLibrary::welcome(socket) {
+            socket.set_timeout(LOOK).map_err(CowError::Socket)?;
+            match CowLibrary::welcome(socket, pid) {
                 // One that went away or is no library; the right one may still come.
                 Err(CowError::Closed | CowError::Answer(_) | CowError::Unexpected) => {}
                 other => return other,
@@ -175,15 +180,17 @@ impl CowListener {
 #[derive(Debug)]
 pub struct CowLibrary {
     socket: SeqPacket,
+    pid: u32,
     sequence: u64,
     buffer: Box<[u8; PACKET_BYTES_MAX]>,
     features: Features,
 }
 
 impl CowLibrary {
-    fn welcome(socket: SeqPacket) -> Result<Self, CowError> {
+    fn welcome(socket: SeqPacket, pid: u32) -> Result<Self, CowError> {
         let mut library = Self {
             socket,
+            pid,
             sequence: 0,
             buffer: Box::new([0; PACKET_BYTES_MAX]),
             features: Features::default(),
@@ -332,8 +339,16 @@ impl CowLibrary {
     }
 
     fn receive(&mut self) -> Result<(u64, FromLibrary<'_>), CowError> {
-        let len = self.socket.receive(self.buffer.as_mut_slice());
-        match len.map_err(socket_error)? {
+        let since = Instant::now();
+        let len = loop {
+            let len = self.socket.receive(self.buffer.as_mut_slice());
+            match len.map_err(socket_error) {
+                Err(CowError::Timeout) if !has_thread(self.pid) => return Err(CowError::Closed),
+                Err(CowError::Timeout) if since.elapsed() < ANSWER_TIMEOUT => {}
+                other => break other?,
+            }
+        };
+        match len {
             0 => Err(CowError::Closed),
             len => {
                 let packet = self.buffer.get(..len).unwrap_or_default();
@@ -341,6 +356,15 @@ impl CowLibrary {
             }
         }
     }
+}
+
+/// Whether the library's thread lives in the process.
+fn has_thread(pid: u32) -> bool {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
+    tasks.into_iter().flatten().flatten().any(|task| {
+        let name = std::fs::read_to_string(task.path().join("comm"));
+        name.is_ok_and(|name| name.trim_end() == THREAD)
+    })
 }
 
 fn socket_error(error: io::Error) -> CowError {

@@ -6,6 +6,7 @@ use anyhow::{Context, bail, ensure};
 use serde::Deserialize;
 use toml::{Table, Value};
 
+use crate::after::After;
 use crate::fault::Fault;
 use crate::matrix::Matrix;
 use crate::net::Links;
@@ -40,6 +41,12 @@ const BUILT_IN: &[(&str, &str)] = &[
     ("irlm-fig4-5", include_str!("../scenarios/irlm-fig4-5.toml")),
     ("irlm-table2", include_str!("../scenarios/irlm-table2.toml")),
     ("slm-fig2-4", include_str!("../scenarios/slm-fig2-4.toml")),
+    ("slm-hops", include_str!("../scenarios/slm-hops.toml")),
+    (
+        "slm-isolation",
+        include_str!("../scenarios/slm-isolation.toml"),
+    ),
+    ("slm-dirty", include_str!("../scenarios/slm-dirty.toml")),
     (
         "slm-template",
         include_str!("../scenarios/slm-template.toml"),
@@ -83,6 +90,9 @@ pub struct Scenario {
     /// Whether the source hosts' guests are merged by KSM before they are moved.
     #[serde(default)]
     pub ksm: bool,
+    /// Whether KSM goes on while they move.
+    #[serde(default)]
+    pub ksm_goes_on: bool,
     /// Whether the least that `full` could send is computed from the guests' memory.
     #[serde(default)]
     pub bounds: bool,
@@ -92,6 +102,9 @@ pub struct Scenario {
     /// Faults that are tried one after the other, each on freshly booted guests.
     #[serde(default)]
     pub matrix: Option<Matrix>,
+    /// What happens to the group once it has arrived; with Gangway's techniques only.
+    #[serde(default)]
+    pub after: After,
     /// Processes of a stand-alone index in the source rack; with none, an agent has the index.
     #[serde(default)]
     pub index: u32,
@@ -143,7 +156,7 @@ pub struct Vm {
     /// Whether all VMs begin as copies of one that was booted, its memory mapped copy-on-write.
     #[serde(default)]
     pub template: bool,
-    /// `idle`, `stamp`, `dirty`, `cpu`, `random`, `subset-sum` or `random-writes`.
+    /// `idle`, `stamp`, `dirty`, `alike` (as `dirty`, with the same bytes in every guest), `cpu`, `random`, `subset-sum` or `random-writes`.
     pub mode: String,
     /// Only every so many-th VM has the mode, the others are idle.
     #[serde(default = "every_one")]

@@ -29,7 +29,7 @@ mod waiting;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use page::{BlockIndex, EntryId, HostSet, PAGE_SIZE, PageNo};
+use page::{BlockIndex, EntryId, FrameSharing, HostSet, PAGE_SIZE, PageNo};
 use qstream::{BlockList, Decoder, Item, StreamError};
 use wire::{MAX_BODY, Op, OpReader, Remote, WireError, split_pages_body};
 
@@ -183,7 +183,7 @@ impl Unpacker {
                 Origin::Stream { position }
             },
             block: BlockIndex(0),
-            is_shared: false,
+            sharing: FrameSharing::No,
             bytes: PageCursor {
                 at: body.len() - parts.pages.len(),
                 end: body.len(),
@@ -192,7 +192,7 @@ impl Unpacker {
         for op in OpReader::new(parts.ops) {
             match op? {
                 Op::Block(block) => frame.block = block,
-                Op::Shared(is_shared) => frame.is_shared = is_shared,
+                Op::Shared(sharing) => frame.sharing = sharing,
                 op => self.apply_op(op, &mut frame, contents, batch)?,
             }
         }

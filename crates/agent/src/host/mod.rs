@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use guest::{HostMemory, QmpError, SourceGuest};
+use page::ByteLen;
 
 use crate::api::mover::{Admission, Bandwidth, EventSink, MoveCheck, Mover, Refusal, RefusalCode};
 use crate::api::preparer::Preparer;
@@ -64,7 +65,8 @@ impl HostMover {
             journal: journal("incoming")?,
             hold: hold.clone(),
             store_bytes: usize::try_from(config.store_bytes)?,
-            pools: Pools::start().context("starting the pools of shared pages")?,
+            pools: Pools::start(ByteLen(config.pool_bytes_max))
+                .context("starting the pools of shared pages")?,
             cow_library: config.cow_library.clone(),
         })?;
         target::listen(

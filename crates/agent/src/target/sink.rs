@@ -16,7 +16,7 @@ use wire::{BackMessage, MAX_ENTRIES, Reached};
 use crate::link::Buffer;
 
 use super::contents::SessionContents;
-use super::mapper::{Mapper, Wanted};
+use super::mapper::{Mapper, Wanted, spot};
 use super::session::{GuestMemory, TargetSession, lock};
 
 /// Most bytes that wait for one QEMU. The source's window keeps far below it (8 MiB of QEMU's
@@ -270,6 +270,9 @@ impl Sink {
             self.place(&placed);
             unpacker.shared_done(&is_mapped, batch);
         }
+        for note in mapper.take_notes() {
+            self.session.say(self.vm, BackMessage::Note(note));
+        }
         let pages = mapper.mapped();
         let is_over = unpacker.is_past_memory();
         self.mapper = Some(mapper);
@@ -334,17 +337,22 @@ fn wanted<'a>(
         let bytes = bytes_of(&shared.bytes, batch, body);
         let bytes: &PageBytes = bytes.try_into().ok()?;
         // What somebody else could map must be hashed here: the source's word is not enough.
-        let content = match shared.entry {
-            None => *fills
-                .entry(bytes[0])
-                .or_insert_with(|| session.key.id_of(bytes)),
-            Some(_) => session.key.id_of(bytes),
+        let (content, fill) = match shared.entry {
+            None => {
+                let id = fills.entry(bytes[0]);
+                (
+                    *id.or_insert_with(|| session.key.id_of(bytes)),
+                    Some(bytes[0]),
+                )
+            }
+            Some(_) => (session.key.id_of(bytes), None),
         };
         Some(Wanted {
             block: shared.block,
             page: shared.page,
             content,
             bytes,
+            spot: spot(session.number, shared, fill),
         })
     });
     pages.collect()

@@ -81,6 +81,30 @@ pub fn migrate(
     })
 }
 
+/// Moves the VMs once more, on the ways that they have now.
+pub fn move_again(
+    (agents, bench): (&Agents, &Bench<'_>),
+    (preset, zstd): (Preset, bool),
+    vms: &[Vm],
+    log: &EventLog,
+) -> anyhow::Result<Vec<Moved>> {
+    let settings = Settings {
+        preset,
+        zstd,
+        confirm_handover: true,
+        stale: false,
+    };
+    let started = UnixMs::now();
+    let attempt = Attempt {
+        agents,
+        bench,
+        log,
+        started,
+    };
+    let all: Vec<&Vm> = vms.iter().collect();
+    Ok(attempt.run(&all, settings, None)?.moved)
+}
+
 /// One `gangway migrate`.
 pub(super) struct Attempt<'a> {
     pub(super) agents: &'a Agents,
