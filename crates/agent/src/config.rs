@@ -67,7 +67,7 @@ pub struct Config {
     #[serde(default = "default_store_bytes")]
     pub store_bytes: u64,
     /// The library that maps shared pages into target QEMUs; if absent `libgangway_cow.so` beside
-    /// the program, or in `../lib/gangway` from there.
+    /// the program, in `../lib/gangway` from there, or in `/usr/lib/gangway`.
     #[serde(default)]
     pub cow_library: Option<PathBuf>,
     /// Most memory that the shared pages of a trust domain may take here; what does not fit is copied.

@@ -142,7 +142,7 @@ pub(crate) async fn doctor(client: &Client, json: bool) -> anyhow::Result<Exit> 
 }
 
 fn without_agent(error: &CallError) -> DoctorReport {
-    let mut report = examine();
+    let mut report = examine(None);
     report.findings.push(Finding {
         about: "agent".to_owned(),
         verdict: Verdict::Broken,

@@ -33,8 +33,11 @@ const THREAD: &str = "gangway-cow";
 /// The loader's variable.
 const PRELOAD_ENV: &str = "LD_PRELOAD";
 
-/// Where an installed library lies, seen from the directory of the program.
-const INSTALLED: &str = "../lib/gangway";
+/// Where an installed library lies, seen from the directory above that of the program.
+const INSTALLED: &str = "lib/gangway";
+
+/// Where a package puts it.
+const PACKAGED: &str = "/usr/lib/gangway";
 
 /// Why pages cannot be mapped, or no more.
 #[derive(Debug, thiserror::Error)]
@@ -94,21 +97,31 @@ pub enum CowError {
     Limit,
 }
 
-/// The library: the file `configured` if there is one, else the one beside this program, else the
-/// installed one.
+/// The library, if it is in one of its [places](cow_library_places).
 #[must_use]
 pub fn find_cow_library(configured: Option<&Path>) -> Option<PathBuf> {
+    let mut places = cow_library_places(configured).into_iter();
+    places.find(|file| file.is_file())
+}
+
+/// Where the library is looked for, in this order: the file `configured` alone if there is one, else
+/// beside this program, where it is installed seen from there, and where packages put it.
+#[must_use]
+pub fn cow_library_places(configured: Option<&Path>) -> Vec<PathBuf> {
+    if let Some(file) = configured {
+        return vec![file.to_owned()];
+    }
     let program = std::env::current_exe().ok();
     let directory = program.as_deref().and_then(Path::parent);
-    let beside = directory.map(|directory| directory.join(LIBRARY_FILE));
-    let installed = directory.map(|directory| directory.join(INSTALLED).join(LIBRARY_FILE));
-    match configured {
-        Some(file) => Some(file.to_owned()).filter(|file| file.is_file()),
-        None => [beside, installed]
-            .into_iter()
-            .flatten()
-            .find(|file| file.is_file()),
+    let mut places = Vec::new();
+    if let Some(directory) = directory {
+        places.push(directory.join(LIBRARY_FILE));
+        let prefix = directory.parent().unwrap_or(directory);
+        places.push(prefix.join(INSTALLED).join(LIBRARY_FILE));
     }
+    places.push(Path::new(PACKAGED).join(LIBRARY_FILE));
+    places.dedup();
+    places
 }
 
 /// Waits for the library of one target QEMU.

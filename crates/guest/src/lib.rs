@@ -28,7 +28,7 @@ mod target;
 pub use argv::{ArgvError, pin_machine, qmp_socket, target_argv};
 pub use binary::{QemuBinary, QemuVersion};
 pub use cgroup::MemoryCgroup;
-pub use cow::{CowError, CowLibrary, CowListener, find_cow_library};
+pub use cow::{CowError, CowLibrary, CowListener, cow_library_places, find_cow_library};
 pub use error::GuestError;
 pub use host::{HostMemory, HostReport, KsmState, MemoryReading, host_report};
 pub use migration::{MigrationInfo, MigrationStatus};
