@@ -37,7 +37,7 @@ pub use qmp::{Qmp, QmpError, QmpEvent};
 pub use ram::RamBlock;
 pub use settings::{MigrationParameters, SavedSettings};
 pub use shared::{ClassNo, FramePage, MemoryBlock, ScanReport, SharedFrames, VmMemory};
-pub use source::SourceGuest;
+pub use source::{HeldMemory, SourceGuest};
 pub use state::RunState;
 pub use target::TargetGuest;
 

@@ -47,6 +47,7 @@ const BUILT_IN: &[(&str, &str)] = &[
         include_str!("../scenarios/slm-isolation.toml"),
     ),
     ("slm-dirty", include_str!("../scenarios/slm-dirty.toml")),
+    ("slm-tight", include_str!("../scenarios/slm-tight.toml")),
     (
         "slm-template",
         include_str!("../scenarios/slm-template.toml"),
@@ -130,6 +131,9 @@ pub struct Hosts {
     pub target: u32,
     /// VMs on each source host.
     pub vms_per_host: u32,
+    /// Memory of each target host, in MiB; all of the machine's if absent.
+    #[serde(default)]
+    pub target_memory_mb: Option<u64>,
     /// Runs with so many hosts in each rack, one set of runs for each count.
     #[serde(default)]
     pub sweep: Vec<u32>,
@@ -288,6 +292,7 @@ impl Scenario {
                 source,
                 target,
                 vms_per_host,
+                target_memory_mb: hosts.target_memory_mb,
                 sweep: Vec::new(),
                 vms_sweep: Vec::new(),
             },

@@ -152,6 +152,11 @@ impl Arrivals {
         Ok((pid, note))
     }
 
+    /// Whether VMs that come here can share memory, as far as can be known before they come.
+    pub(crate) fn can_share(&self) -> bool {
+        guest::find_cow_library(self.context.cow_library.as_deref()).is_some()
+    }
+
     /// Promises memory to the VMs of a group if it fits into `available`, beside what others were
     /// promised and what is still arriving; otherwise returns what is left.
     pub(crate) fn promise(
