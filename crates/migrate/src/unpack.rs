@@ -138,6 +138,12 @@ impl Unpacker {
         matches!(&self.state, State::Streaming(s) if matches!(s.phase, Phase::Tail))
     }
 
+    /// Whether the guest is stopped: the last round of its memory has begun, or is through.
+    #[must_use]
+    pub fn is_in_last_round(&self) -> bool {
+        matches!(&self.state, State::Streaming(s) if !matches!(s.phase, Phase::Parts))
+    }
+
     /// Whether a return-path PONG answers one of our pings; the source must not see those.
     #[must_use]
     pub fn is_our_ping(value: u32) -> bool {

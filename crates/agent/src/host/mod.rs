@@ -17,7 +17,7 @@ use crate::journal::Journal;
 use crate::link::{Bucket, Hold, Security, Terms};
 use crate::prepare::{OverLinks, Preparations};
 use crate::source::{Entry, IndexLinks, Input, MoveContext, MoveRun, SessionContext, Sessions};
-use crate::target::{self, Arrivals, Pools, TargetContext};
+use crate::target::{self, Arrivals, Pools, Pressure, TargetContext};
 use crate::tls::Tls;
 use crate::types::{Happening, MoveSpec, Phase, PrepareSpec, PrepareStatus, ResolveSpec, Sharing};
 
@@ -71,6 +71,7 @@ impl HostMover {
             store_bytes: usize::try_from(config.store_bytes)?,
             pools: Pools::start(ByteLen(config.pool_bytes_max))
                 .context("starting the pools of shared pages")?,
+            pressure: Pressure::start().context("watching this host's memory")?,
             cow_library: config.cow_library.clone(),
         })?;
         target::listen(
