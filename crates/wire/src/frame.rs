@@ -286,7 +286,7 @@ impl BackMessage {
                 varint::put(out, *pages);
             }
             Self::Note(message) => {
-                out.push(8);
+                out.push(10);
                 out.extend_from_slice(message.as_bytes());
             }
         }
@@ -320,7 +320,7 @@ impl BackMessage {
             7 => Self::Mapped {
                 pages: varint::take(&mut rest)?,
             },
-            8 => return Ok(Self::Note(String::from_utf8_lossy(rest).into_owned())),
+            10 => return Ok(Self::Note(String::from_utf8_lossy(rest).into_owned())),
             other => return Err(WireError::UnknownOp(other)),
         };
         if rest.is_empty() {

@@ -121,7 +121,7 @@ mod tag {
     pub(super) const REMOTE_PUSHED: u8 = 14;
     pub(super) const SHARED: u8 = 15;
     pub(super) const NOT_SHARED: u8 = 16;
-    pub(super) const SHARED_FILE: u8 = 17;
+    pub(super) const SHARED_FILE: u8 = 18;
 }
 
 /// Kinds of page operations that extend a run.
