@@ -67,9 +67,12 @@ pub struct Config {
     #[serde(default = "default_store_bytes")]
     pub store_bytes: u64,
     /// The library that maps shared pages into target QEMUs; if absent `libgangway_cow.so` beside
-    /// the program, or in `../lib/gangway` from there.
+    /// the program, in `../lib/gangway` from there, or in `/usr/lib/gangway`.
     #[serde(default)]
     pub cow_library: Option<PathBuf>,
+    /// Most memory that the shared pages of a trust domain may take here; what does not fit is copied.
+    #[serde(default = "default_pool_bytes_max")]
+    pub pool_bytes_max: u64,
     /// zstd window, for each host pair; a power of two.
     #[serde(default = "default_compression_window_bytes")]
     pub compression_window_bytes: u64,
@@ -92,6 +95,10 @@ fn default_peer_timeout_s() -> u64 {
 }
 fn default_switchover_stall_limit_s() -> u64 {
     5
+}
+// As much as its VMs have memory: that it can never exceed.
+fn default_pool_bytes_max() -> u64 {
+    i64::MAX.cast_unsigned()
 }
 fn default_store_bytes() -> u64 {
     32 * MIB

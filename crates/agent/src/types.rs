@@ -415,6 +415,9 @@ pub struct MoveStatus {
     pub phase: Phase,
     /// Message of the newest phase event.
     pub message: String,
+    /// What a person should know of the move beside its phase: the newest note.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
     /// Newest progress.
     pub progress: Progress,
 }

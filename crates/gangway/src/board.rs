@@ -192,6 +192,7 @@ mod tests {
                 target: "b".to_owned(),
                 phase: Phase::Bulk,
                 message: String::new(),
+                note: None,
                 progress: Progress::default(),
             },
             source: "a".to_owned(),

@@ -192,6 +192,7 @@ mod tests {
                     Phase::Bulk
                 },
                 message: String::new(),
+                note: None,
                 progress: Progress::default(),
             },
             source: "a".to_owned(),

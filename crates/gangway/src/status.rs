@@ -109,7 +109,10 @@ fn move_line(one: &MoveStatus, from: &str) -> [String; 6] {
         render::phase(one.phase).to_owned(),
         format!("sent {}", render::bytes(one.progress.wire_bytes)),
         format!("saved {}", render::saved(&one.progress)),
-        one.message.clone(),
+        match &one.note {
+            Some(note) => format!("{}; {note}", one.message),
+            None => one.message.clone(),
+        },
     ]
 }
 
@@ -139,7 +142,7 @@ pub(crate) async fn doctor(client: &Client, json: bool) -> anyhow::Result<Exit> 
 }
 
 fn without_agent(error: &CallError) -> DoctorReport {
-    let mut report = examine();
+    let mut report = examine(None);
     report.findings.push(Finding {
         about: "agent".to_owned(),
         verdict: Verdict::Broken,

@@ -24,11 +24,20 @@ use crate::RamBlock;
 /// How long an answer may take. A full batch takes milliseconds; a host that swaps, seconds.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How often it is looked meanwhile whether there is still somebody to answer.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Name of the library's thread.
+const THREAD: &str = "gangway-cow";
+
 /// The loader's variable.
 const PRELOAD_ENV: &str = "LD_PRELOAD";
 
-/// Where an installed library lies, seen from the directory of the program.
-const INSTALLED: &str = "../lib/gangway";
+/// Where an installed library lies, seen from the directory above that of the program.
+const INSTALLED: &str = "lib/gangway";
+
+/// Where a package puts it.
+const PACKAGED: &str = "/usr/lib/gangway";
 
 /// Why pages cannot be mapped, or no more.
 #[derive(Debug, thiserror::Error)]
@@ -51,8 +60,9 @@ pub enum CowError {
         /// Their size.
         bytes: u32,
     },
-    /// The library closed: QEMU is gone, or it was told to.
-    #[error("the mapping library has closed its connection")]
+    /// The library closed, or its thread is gone: it maps nothing any more. Whatever it has mapped, a
+    /// copy that is forwarded after this lies over it.
+    #[error("the mapping library has closed its connection, or its thread has ended")]
     Closed,
     /// No answer. Whether the pages of the request were or will be mapped is not known, so that
     /// nothing about them may be forwarded: this migration cannot go on.
@@ -87,21 +97,31 @@ pub enum CowError {
     Limit,
 }
 
-/// The library: the file `configured` if there is one, else the one beside this program, else the
-/// installed one.
+/// The library, if it is in one of its [places](cow_library_places).
 #[must_use]
 pub fn find_cow_library(configured: Option<&Path>) -> Option<PathBuf> {
+    let mut places = cow_library_places(configured).into_iter();
+    places.find(|file| file.is_file())
+}
+
+/// Where the library is looked for, in this order: the file `configured` alone if there is one, else
+/// beside this program, where it is installed seen from there, and where packages put it.
+#[must_use]
+pub fn cow_library_places(configured: Option<&Path>) -> Vec<PathBuf> {
+    if let Some(file) = configured {
+        return vec![file.to_owned()];
+    }
     let program = std::env::current_exe().ok();
     let directory = program.as_deref().and_then(Path::parent);
-    let beside = directory.map(|directory| directory.join(LIBRARY_FILE));
-    let installed = directory.map(|directory| directory.join(INSTALLED).join(LIBRARY_FILE));
-    match configured {
-        Some(file) => Some(file.to_owned()).filter(|file| file.is_file()),
-        None => [beside, installed]
-            .into_iter()
-            .flatten()
-            .find(|file| file.is_file()),
+    let mut places = Vec::new();
+    if let Some(directory) = directory {
+        places.push(directory.join(LIBRARY_FILE));
+        let prefix = directory.parent().unwrap_or(directory);
+        places.push(prefix.join(INSTALLED).join(LIBRARY_FILE));
     }
+    places.push(Path::new(PACKAGED).join(LIBRARY_FILE));
+    places.dedup();
+    places
 }
 
 /// Waits for the library of one target QEMU.
@@ -159,10 +179,8 @@ impl CowListener {
                 peer if peer == pid => {}
                 _ => continue,
             }
-            socket
-                .set_timeout(ANSWER_TIMEOUT)
-                .map_err(CowError::Socket)?;
-            match CowLibrary::welcome(socket) {
+            socket.set_timeout(LOOK).map_err(CowError::Socket)?;
+            match CowLibrary::welcome(socket, pid) {
                 // One that went away or is no library; the right one may still come.
                 Err(CowError::Closed | CowError::Answer(_) | CowError::Unexpected) => {}
                 other => return other,
@@ -175,15 +193,17 @@ impl CowListener {
 #[derive(Debug)]
 pub struct CowLibrary {
     socket: SeqPacket,
+    pid: u32,
     sequence: u64,
     buffer: Box<[u8; PACKET_BYTES_MAX]>,
     features: Features,
 }
 
 impl CowLibrary {
-    fn welcome(socket: SeqPacket) -> Result<Self, CowError> {
+    fn welcome(socket: SeqPacket, pid: u32) -> Result<Self, CowError> {
         let mut library = Self {
             socket,
+            pid,
             sequence: 0,
             buffer: Box::new([0; PACKET_BYTES_MAX]),
             features: Features::default(),
@@ -332,8 +352,16 @@ impl CowLibrary {
     }
 
     fn receive(&mut self) -> Result<(u64, FromLibrary<'_>), CowError> {
-        let len = self.socket.receive(self.buffer.as_mut_slice());
-        match len.map_err(socket_error)? {
+        let since = Instant::now();
+        let len = loop {
+            let len = self.socket.receive(self.buffer.as_mut_slice());
+            match len.map_err(socket_error) {
+                Err(CowError::Timeout) if !has_thread(self.pid) => return Err(CowError::Closed),
+                Err(CowError::Timeout) if since.elapsed() < ANSWER_TIMEOUT => {}
+                other => break other?,
+            }
+        };
+        match len {
             0 => Err(CowError::Closed),
             len => {
                 let packet = self.buffer.get(..len).unwrap_or_default();
@@ -341,6 +369,15 @@ impl CowLibrary {
             }
         }
     }
+}
+
+/// Whether the library's thread lives in the process.
+fn has_thread(pid: u32) -> bool {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
+    tasks.into_iter().flatten().flatten().any(|task| {
+        let name = std::fs::read_to_string(task.path().join("comm"));
+        name.is_ok_and(|name| name.trim_end() == THREAD)
+    })
 }
 
 fn socket_error(error: io::Error) -> CowError {

@@ -29,7 +29,7 @@ mod target;
 pub use argv::{ArgvError, pin_machine, qmp_socket, target_argv};
 pub use binary::{QemuBinary, QemuVersion};
 pub use cgroup::MemoryCgroup;
-pub use cow::{CowError, CowLibrary, CowListener, find_cow_library};
+pub use cow::{CowError, CowLibrary, CowListener, cow_library_places, find_cow_library};
 pub use error::GuestError;
 pub use found::{FoundVm, running_vms};
 pub use host::{HostMemory, HostReport, KsmState, MemoryReading, host_report};
@@ -39,7 +39,7 @@ pub use qmp::{Qmp, QmpError, QmpEvent};
 pub use ram::RamBlock;
 pub use settings::{MigrationParameters, SavedSettings};
 pub use shared::{ClassNo, FramePage, MemoryBlock, ScanReport, SharedFrames, VmMemory};
-pub use source::SourceGuest;
+pub use source::{HeldMemory, SourceGuest};
 pub use state::RunState;
 pub use target::TargetGuest;
 

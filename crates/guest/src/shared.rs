@@ -118,6 +118,15 @@ impl SharedFrames {
         }
     }
 
+    /// Looks at these VMs instead from the next refresh on; nothing is shared until then. Files keep
+    /// their numbers.
+    pub fn set_vms(&mut self, vms: Vec<VmMemory>) {
+        self.vms = vms;
+        self.class_of.clear();
+        self.classes.clear();
+        self.members.clear();
+    }
+
     /// Reads every page table and joins. Half a millisecond for each 256 MiB of a VM's memory, and
     /// a few more for the join.
     ///
@@ -221,6 +230,25 @@ impl SharedFrames {
         let end = self.classes.get(at + 1).map(|(_, end)| *end as usize);
         let end = end.unwrap_or(self.members.len());
         self.members.get(*start as usize..end).unwrap_or_default()
+    }
+
+    /// The file whose page the pages of a class map, by number, and that page. None if their frame
+    /// was merged.
+    #[must_use]
+    pub fn file_page(&self, class: ClassNo) -> Option<(u16, u64)> {
+        let (key, _) = self.classes.get(class.0 as usize)?;
+        let file = u16::try_from((key & !FILE_KEY) >> FILE_PAGE_BITS).ok()?;
+        (key & FILE_KEY != 0).then_some((file, key & ((1 << FILE_PAGE_BITS) - 1)))
+    }
+
+    /// The pages of a VM that share their frame, in the order of blocks and pages.
+    pub fn shared_of(&self, vm: u16) -> impl Iterator<Item = (BlockIndex, PageNo, ClassNo)> {
+        let blocks = self.class_of.get(usize::from(vm)).into_iter().flatten();
+        (0..).zip(blocks).flat_map(|(number, pages)| {
+            let numbered = (0..).map(PageNo).zip(pages);
+            let shared = numbered.filter(|(_, class)| **class != NO_CLASS);
+            shared.map(move |(page, class)| (BlockIndex(number), page, ClassNo(*class)))
+        })
     }
 
     /// All classes.

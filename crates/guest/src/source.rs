@@ -107,6 +107,13 @@ impl SourceGuest {
         &self.name
     }
 
+    /// What its process holds now; none if the kernel does not tell.
+    #[must_use]
+    pub fn held_memory(&self) -> Option<HeldMemory> {
+        let path = format!("/proc/{}/smaps_rollup", self.pid());
+        HeldMemory::parse(&fs::read_to_string(path).ok()?)
+    }
+
     /// QEMU's process id.
     #[must_use]
     pub fn pid(&self) -> u32 {
@@ -336,6 +343,30 @@ pub(crate) fn unix_uri(socket: &Path) -> Result<String, GuestError> {
         _ => Err(GuestError::SocketPath {
             path: socket.to_owned(),
         }),
+    }
+}
+
+/// Memory that a QEMU holds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct HeldMemory {
+    /// Pages that other processes hold too are counted by its share of them.
+    pub shared: ByteLen,
+    /// Every page is counted whole.
+    pub whole: ByteLen,
+}
+
+impl HeldMemory {
+    /// From the text of `smaps_rollup`.
+    fn parse(text: &str) -> Option<Self> {
+        let of = |name: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+            let kib: u64 = line.trim().strip_suffix(" kB")?.trim().parse().ok()?;
+            Some(ByteLen(kib.checked_mul(1024)?))
+        };
+        Some(Self {
+            shared: of("Pss:")?,
+            whole: of("Rss:")?,
+        })
     }
 }
 

@@ -13,6 +13,8 @@ pub(crate) enum Mode {
     Idle,
     /// Writes `dirty_rate_mb` MB/s into an area of `dirty_mb`.
     Dirty,
+    /// As `Dirty`, with the same bytes in every guest.
+    Alike,
     /// Burns one processor.
     Cpu,
     /// Has filled `dirty_mb` with data that is unique and cannot be compressed.
@@ -81,6 +83,7 @@ impl Settings {
             // `stamp` is idle with an area to stamp.
             "idle" | "stamp" => Mode::Idle,
             "dirty" => Mode::Dirty,
+            "alike" => Mode::Alike,
             "cpu" => Mode::Cpu,
             "random" => Mode::Random,
             "subset-sum" => Mode::SubsetSum,

@@ -37,13 +37,18 @@ pub(crate) fn start(settings: &Settings, health: &Arc<Health>) -> anyhow::Result
     }
     match settings.mode {
         Mode::Idle => {}
-        Mode::Dirty => {
+        Mode::Dirty | Mode::Alike => {
             let pages = settings.dirty_rate_mb * PAGES_PER_MB / TURNS_PER_S;
             let pace = Pace {
                 check: pages,
                 write: pages,
             };
-            let area = Area::new(stamp::owner(&settings.id, "dirty"), settings.dirty_mb);
+            // Guests that write alike give KSM the same pages again and again.
+            let writer = match settings.mode {
+                Mode::Alike => "everybody",
+                _ => &settings.id,
+            };
+            let area = Area::new(stamp::owner(writer, "dirty"), settings.dirty_mb);
             spawn("dirty", health, move |health| area.tend(pace, health))?;
         }
         Mode::Cpu => spawn("burn", health, |_| burn())?,

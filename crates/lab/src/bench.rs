@@ -82,6 +82,12 @@ impl<'a> Bench<'a> {
                 std::fs::create_dir_all(&dir)
                     .with_context(|| format!("making {}", dir.display()))?;
                 let cgroup = Cgroup::create(session.prefix(), &address.name)?;
+                let limit = counts
+                    .target_memory_mb
+                    .filter(|_| address.rack == Rack::Target);
+                if let Some(mb) = limit {
+                    cgroup.limit_memory(mb << 20)?;
+                }
                 Ok(Host {
                     address: address.clone(),
                     dir,

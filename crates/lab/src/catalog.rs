@@ -71,6 +71,13 @@ const BUILT_IN: &[(&str, &str)] = &[
         "slm-downtime",
         include_str!("../scenarios/slm-downtime.toml"),
     ),
+    ("slm-hops", include_str!("../scenarios/slm-hops.toml")),
+    (
+        "slm-isolation",
+        include_str!("../scenarios/slm-isolation.toml"),
+    ),
+    ("slm-dirty", include_str!("../scenarios/slm-dirty.toml")),
+    ("slm-tight", include_str!("../scenarios/slm-tight.toml")),
     ("peers", include_str!("../scenarios/peers.toml")),
     ("unlike", include_str!("../scenarios/unlike.toml")),
     ("scale", include_str!("../scenarios/scale.toml")),

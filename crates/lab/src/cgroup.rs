@@ -39,6 +39,19 @@ impl Cgroup {
         ]
     }
 
+    /// Gives the host no more memory than this: what its processes take beyond it is swapped, or one
+    /// of them is killed.
+    pub fn limit_memory(&self, bytes: u64) -> anyhow::Result<()> {
+        let name = if is_v2() {
+            "memory.max"
+        } else {
+            "memory.limit_in_bytes"
+        };
+        let path = self.memory.join(name);
+        fs::write(&path, bytes.to_string())
+            .with_context(|| format!("writing {bytes} to {}", path.display()))
+    }
+
     /// Memory that the host's processes hold: anonymous and shared, without files' page cache
     /// (which they share with the rest of the machine).
     #[must_use]

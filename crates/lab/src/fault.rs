@@ -21,6 +21,7 @@ use crate::gangway::{Agents, control_socket};
 use crate::guest::{Host, Vm};
 use crate::matrix::Expect;
 use crate::outcome::EventLog;
+use crate::process;
 use crate::shell::say;
 
 /// How often the lab looks whether an agent has reached the instant.
@@ -85,6 +86,8 @@ pub enum Action {
     FillDisk,
     /// A person cancels the move.
     Cancel,
+    /// The connection between the mapping library in a QEMU and its agent is cut.
+    CutLibrary,
 }
 
 /// Who is struck.
@@ -246,7 +249,11 @@ impl<'a> Armed<'a> {
                 Ok(())
             }
             (Action::Kill, false) => agents.restart_dead(),
-            (Action::Cancel, false) => Ok(()),
+            (Action::CutLibrary, true) => {
+                let qemu = self.vm.qmp(self.host()?)?.peer_pid()?;
+                process::shut_seqpackets(qemu)
+            }
+            (Action::Cancel | Action::CutLibrary, false) => Ok(()),
         }
     }
 

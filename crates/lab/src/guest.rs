@@ -90,6 +90,16 @@ impl Vm {
         }
     }
 
+    /// The VM on another way.
+    #[must_use]
+    pub fn on_the_way(&self, from: &Host, to: &Host) -> Self {
+        Self {
+            source: from.clone(),
+            target: to.clone(),
+            ..self.clone()
+        }
+    }
+
     /// Name of its tap, the same on both hosts.
     #[must_use]
     pub fn tap(&self) -> String {

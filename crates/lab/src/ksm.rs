@@ -51,8 +51,9 @@ pub struct Merged {
     pub shared: u64,
 }
 
-/// Merges the memory of the processes `pids` until nothing more comes of it, then stops.
-pub fn merge(session: &Session, pids: &[u32]) -> anyhow::Result<Merged> {
+/// Merges the memory of the processes `pids` until nothing more comes of it; then stops, unless it
+/// `goes_on` until the session's end.
+pub fn merge(session: &Session, pids: &[u32], goes_on: bool) -> anyhow::Result<Merged> {
     ensure!(Path::new(DIR).is_dir(), "this kernel has no KSM");
     save(session)?;
     say("merging the guests' memory with KSM");
@@ -77,7 +78,9 @@ pub fn merge(session: &Session, pids: &[u32]) -> anyhow::Result<Merged> {
             bail!("KSM still merges after {PATIENCE:?}");
         }
     }
-    write("run", "0")?;
+    if !goes_on {
+        write("run", "0")?;
+    }
     let merged = Merged {
         seconds: started.elapsed().as_secs_f64(),
         pages: merged_pages(pids)?,

@@ -1,5 +1,6 @@
 //! The lab: racks of network namespaces with real VMs, and what is measured on them.
 
+pub mod after;
 pub mod bench;
 pub mod bounds;
 pub mod catalog;
@@ -22,6 +23,7 @@ pub mod observer;
 pub mod outcome;
 pub mod overhead;
 pub mod pki;
+pub mod pool_use;
 pub mod process;
 pub mod qmp;
 pub mod report;

@@ -278,6 +278,16 @@ impl Net {
         )
     }
 
+    /// As [`Net::add_tap`], unless the host has it already.
+    pub fn ensure_tap(&self, host: &HostAddress, tap: &str) -> anyhow::Result<()> {
+        let show = ["-n", &host.namespace, "link", "show", "dev", tap];
+        let known = Command::new("ip").args(show).output();
+        if known.context("looking for a tap")?.status.success() {
+            return Ok(());
+        }
+        self.add_tap(host, tap)
+    }
+
     /// Reads the interfaces' counters.
     pub fn counters(&self) -> anyhow::Result<Counters> {
         let of_rack = |rack, way| -> anyhow::Result<u64> {

@@ -12,6 +12,32 @@ pub fn peer_pid(stream: &UnixStream) -> anyhow::Result<u32> {
     Ok(peer.pid.as_raw_nonzero().get().unsigned_abs())
 }
 
+/// Shuts the sockets of packets in sequence down that the process has: nobody else's are of this kind
+/// but the mapping library's.
+pub fn shut_seqpackets(pid: u32) -> anyhow::Result<()> {
+    use rustix::net::{Shutdown, SocketType, shutdown, sockopt::socket_type};
+    use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+    let process = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    let process = process.context("not a process id")?;
+    let process = pidfd_open(process, PidfdFlags::empty()).context("opening the process")?;
+    let mut shut = 0;
+    for entry in fs::read_dir(format!("/proc/{pid}/fd")).context("listing descriptors")? {
+        let name = entry.context("listing descriptors")?.file_name();
+        let Some(number) = name.to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        let Ok(socket) = pidfd_getfd(&process, number, PidfdGetfdFlags::empty()) else {
+            continue;
+        };
+        if socket_type(&socket).is_ok_and(|kind| kind == SocketType::SEQPACKET) {
+            shutdown(&socket, Shutdown::Both).context("shutting the socket down")?;
+            shut += 1;
+        }
+    }
+    anyhow::ensure!(shut > 0, "process {pid} has no mapping library");
+    Ok(())
+}
+
 /// Whether the process exists and is not a zombie.
 #[must_use]
 pub fn is_alive(pid: u32) -> bool {

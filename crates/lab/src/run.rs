@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::Context;
 use serde_json::{Value, json};
 
+use crate::after::{self, Afterwards};
 use crate::bench::{Bench, Programs};
 use crate::bounds;
 use crate::clock::UnixMs;
@@ -16,7 +17,7 @@ use crate::ksm::{self, Merged};
 use crate::load::Load;
 use crate::measure::{self, Before};
 use crate::net::Rack;
-use crate::outcome::{EventLog, Outcome};
+use crate::outcome::{EventLog, Figures, Outcome};
 use crate::overhead;
 use crate::results::{Results, Run, Topology};
 use crate::scenario::{Preset, Scenario, Stock, Technique};
@@ -202,7 +203,7 @@ fn one(
     let pids: Vec<u32> = bench.running.iter().map(|running| running.pid).collect();
     let merged = scenario
         .ksm
-        .then(|| ksm::merge(session, &pids))
+        .then(|| ksm::merge(session, &pids, scenario.ksm_goes_on))
         .transpose()?;
     let load = Load::start(&bench).context("starting what runs beside the move")?;
     let mut mover = Mover::start(technique, &bench)?;
@@ -232,6 +233,9 @@ fn one(
         run.index_bytes = None;
     }
     run.application.extend(merged.iter().flat_map(ksm_figures));
+    let mappings = json!(after::pool_mappings(&bench.vms));
+    run.application
+        .insert("pool_mappings_max".to_owned(), mappings);
     if scenario.bounds {
         say("computing what the guests' memory comes to at best");
         // What the move was measured to be holds without them.
@@ -240,11 +244,14 @@ fn one(
             .ok();
     }
     say(&summary(&run));
+    let (figures, trouble) = mover.afterwards(&bench, log)?;
+    run.application.extend(figures);
     let remarks = run
         .per_vm
         .iter()
         .filter_map(|vm| Some(format!("{}: {}", vm.vm, vm.remark.as_ref()?)));
-    let wrong: Vec<String> = outcome.unexpected.into_iter().chain(remarks).collect();
+    let wrong = outcome.unexpected.into_iter().chain(trouble).chain(remarks);
+    let wrong: Vec<String> = wrong.collect();
     let failure = (!wrong.is_empty()).then(|| wrong.join("; "));
     Ok(Run {
         source_footprint_bytes,
@@ -300,6 +307,33 @@ impl Mover {
                 preset,
                 zstd,
             } => gangway::migrate(agents, bench, (*preset, *zstd), log),
+        }
+    }
+}
+
+impl Mover {
+    /// What the scenario does once the group has arrived.
+    fn afterwards(
+        &self,
+        bench: &Bench<'_>,
+        log: &EventLog,
+    ) -> anyhow::Result<(Figures, Option<String>)> {
+        match self {
+            Self::Gangway {
+                agents,
+                preset,
+                zstd,
+            } => {
+                let preset = (*preset, *zstd);
+                let afterwards = Afterwards {
+                    agents,
+                    bench,
+                    preset,
+                    log,
+                };
+                afterwards.run(&bench.scenario.after)
+            }
+            Self::Stock(_) => Ok((Figures::new(), None)),
         }
     }
 }

@@ -6,6 +6,7 @@ use anyhow::{Context, ensure};
 use serde::Deserialize;
 use toml::Table;
 
+use crate::after::After;
 use crate::catalog;
 use crate::fault::Fault;
 pub use crate::load::{Background, Workload};
@@ -46,6 +47,9 @@ pub struct Scenario {
     /// Whether the source hosts' guests are merged by KSM before they are moved.
     #[serde(default)]
     pub ksm: bool,
+    /// Whether KSM goes on while they move.
+    #[serde(default)]
+    pub ksm_goes_on: bool,
     /// Whether the least that `full` could send is computed from the guests' memory.
     #[serde(default)]
     pub bounds: bool,
@@ -55,6 +59,9 @@ pub struct Scenario {
     /// Faults that are tried one after the other, each on freshly booted guests.
     #[serde(default)]
     pub matrix: Option<Matrix>,
+    /// What happens to the group once it has arrived; with Gangway's techniques only.
+    #[serde(default)]
+    pub after: After,
     /// Processes of a stand-alone index in the source rack; with none, an agent has the index.
     #[serde(default)]
     pub index: u32,
@@ -93,6 +100,9 @@ pub struct Hosts {
     pub target: u32,
     /// VMs on each source host.
     pub vms_per_host: u32,
+    /// Memory of each target host, in MiB; all of the machine's if absent.
+    #[serde(default)]
+    pub target_memory_mb: Option<u64>,
     /// Runs with so many hosts in each rack, one set of runs for each count.
     #[serde(default)]
     pub sweep: Vec<u32>,
@@ -119,8 +129,8 @@ pub struct Vm {
     /// Whether all VMs begin as copies of one that was booted, its memory mapped copy-on-write.
     #[serde(default)]
     pub template: bool,
-    /// `idle`, `stamp`, `dirty`, `cpu`, `random`, `cache`, `subset-sum` or `random-writes`. A
-    /// scenario's workloads are in its place.
+    /// `idle`, `stamp`, `dirty`, `alike` (as `dirty`, with the same bytes in every guest), `cpu`,
+    /// `random`, `cache`, `subset-sum` or `random-writes`. A scenario's workloads are in its place.
     pub mode: String,
     /// Only every so many-th VM has the mode, the others are idle.
     #[serde(default = "every_one")]
@@ -311,6 +321,7 @@ impl Scenario {
                 source,
                 target,
                 vms_per_host,
+                target_memory_mb: hosts.target_memory_mb,
                 sweep: Vec::new(),
                 vms_sweep: Vec::new(),
             },

@@ -41,31 +41,6 @@ fn real_gang_needs_fewer_bytes_than_stock_and_every_page_arrives() {
 }
 
 #[test]
-fn real_vms_that_share_memory_share_it_at_the_target_and_send_it_once() {
-    let results = results_of(
-        "slm-template",
-        &[
-            "hosts.vms_per_host=2",
-            "vm.memory_mb=128",
-            "settle_s=1",
-            "techniques=stock,slm",
-        ],
-    );
-    let [stock, slm] = &results.runs[..] else {
-        panic!("two techniques, {} runs", results.runs.len())
-    };
-    for run in [stock, slm] {
-        assert_intact(run);
-        assert_eq!(run.compared_pages, Some(2 * (128 << 20) / 4096));
-    }
-    assert!(slm.pages.expect("the events count pages").mapped.unwrap() > 10_000);
-    assert!(slm.core_bytes.unwrap() < stock.core_bytes.unwrap());
-    let target = |run: &Run| run.target_footprint.unwrap().guest_pss_bytes.unwrap();
-    let (shared, private) = (target(slm), target(stock));
-    assert!(shared * 10 < private * 8, "{shared} of {private} bytes");
-}
-
-#[test]
 fn real_vm_runs_on_at_its_source_when_the_target_agent_dies_and_then_moves() {
     let results = results_of("fault", &[]);
     let [run] = &results.runs[..] else {

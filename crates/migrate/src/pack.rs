@@ -23,15 +23,21 @@
 //!
 //! Succeeds or fails, the source VM is untouched: this machine only reads.
 
+mod shared;
+
 use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::Arc;
 
 use content::{Claim, HostTable};
-use page::{BlockIndex, ContentId, ContentKey, EntryId, PAGE_SIZE, PageNo, fill_byte};
+use page::{
+    BlockIndex, ContentId, ContentKey, EntryId, FrameSharing, PAGE_SIZE, PageNo, fill_byte,
+};
 use qstream::{Decoder, Item, Step, StreamError};
 use wire::index::Verdict;
 use wire::{OpWriter, RemoteContent};
+
+pub use shared::SharedPages;
 
 /// One step of the stream, as scanned from a buffer. Ranges and offsets are of that buffer.
 #[derive(Debug)]
@@ -41,7 +47,7 @@ enum Piece {
         page: PageNo,
         at: u32,
         id: Option<ContentId>,
-        is_shared: bool,
+        sharing: FrameSharing,
     },
     Zero {
         block: BlockIndex,
@@ -51,7 +57,7 @@ enum Piece {
         block: BlockIndex,
         page: PageNo,
         byte: u8,
-        is_shared: bool,
+        sharing: FrameSharing,
     },
     Raw(Range<usize>),
     RamStart(Range<usize>),
@@ -115,53 +121,6 @@ impl Packed {
     pub fn raw_len(&self) -> usize {
         self.front.len() + self.pages.len() * PAGE_SIZE
     }
-}
-
-/// Which pages of a VM share their frame with another page that moves along, as far as is known.
-#[derive(Debug, Default)]
-pub struct SharedPages {
-    /// By block: its name, and a bit for each page.
-    blocks: Vec<(String, Vec<u64>)>,
-}
-
-impl SharedPages {
-    /// None yet, of blocks with these names and numbers of pages.
-    #[must_use]
-    pub fn of_blocks<'a>(blocks: impl Iterator<Item = (&'a str, u32)>) -> Self {
-        let words = |pages: u32| vec![0; pages.div_ceil(u64::BITS) as usize];
-        Self {
-            blocks: blocks
-                .map(|(name, pages)| (name.to_owned(), words(pages)))
-                .collect(),
-        }
-    }
-
-    /// Marks a page of a block, which is given by its position in the list.
-    pub fn mark(&mut self, position: usize, page: PageNo) {
-        let words = self.blocks.get_mut(position).map(|(_, words)| words);
-        if let Some(word) = words.and_then(|words| words.get_mut(word_of(page))) {
-            *word |= bit_of(page);
-        }
-    }
-
-    fn has(&self, position: usize, page: PageNo) -> bool {
-        let words = self.blocks.get(position).map(|(_, words)| words);
-        words
-            .and_then(|words| words.get(word_of(page)))
-            .is_some_and(|word| word & bit_of(page) != 0)
-    }
-
-    fn position_of(&self, name: &str) -> Option<usize> {
-        self.blocks.iter().position(|(known, _)| known == name)
-    }
-}
-
-fn word_of(page: PageNo) -> usize {
-    (page.0 / u64::BITS) as usize
-}
-
-fn bit_of(page: PageNo) -> u64 {
-    1 << (page.0 % u64::BITS)
 }
 
 /// Turns one VM's stream into operations.
@@ -240,10 +199,13 @@ impl Packer {
                                 .key
                                 .as_ref()
                                 .filter(|_| self.enters_table[usize::from(block.0)]);
-                            let is_shared = key.is_some() && self.shares(block, page);
-                            let key = key.filter(|_| is_shared || !self.shared_only);
+                            let sharing = match key {
+                                Some(_) => self.sharing(block, page),
+                                None => FrameSharing::No,
+                            };
+                            let key = key.filter(|_| sharing.is_shared() || !self.shared_only);
                             let at = range.end - PAGE_SIZE;
-                            Some(piece_of_page((key, is_shared), block, page, bytes, at))
+                            Some(piece_of_page((key, sharing), block, page, bytes, at))
                         }
                         Item::Zero { block, page } => Some(Piece::Zero { block, page }),
                         Item::Header { .. } | Item::Command { .. } | Item::Opaque(_) => {
@@ -293,9 +255,11 @@ impl Packer {
             .collect();
     }
 
-    fn shares(&self, block: BlockIndex, page: PageNo) -> bool {
+    fn sharing(&self, block: BlockIndex, page: PageNo) -> FrameSharing {
         let position = self.shared_at.get(usize::from(block.0)).copied().flatten();
-        position.is_some_and(|position| self.shared.has(position, page))
+        position.map_or(FrameSharing::No, |position| {
+            self.shared.sharing(position, page)
+        })
     }
 
     /// Whether a scan found something that has not been taken.
@@ -375,8 +339,8 @@ impl Scan {
                     page,
                     at,
                     id,
-                    is_shared,
-                } => out.page((block, page), at, id, is_shared),
+                    sharing,
+                } => out.page((block, page), at, id, sharing),
                 Piece::Zero { block, page } => {
                     out.counts.zero += 1;
                     out.ops.zero(block, page);
@@ -385,10 +349,10 @@ impl Scan {
                     block,
                     page,
                     byte,
-                    is_shared,
+                    sharing,
                 } => {
                     out.counts.fill += 1;
-                    out.ops.shared(is_shared);
+                    out.ops.shared(sharing);
                     out.ops.fill(block, page, byte);
                 }
                 Piece::Raw(range) => out.ops.raw(&input[range]),
@@ -424,7 +388,7 @@ impl Resolver<'_> {
         (block, page): (BlockIndex, PageNo),
         at: u32,
         id: Option<ContentId>,
-        is_shared: bool,
+        sharing: FrameSharing,
     ) {
         let Some(id) = id else {
             self.counts.literal += 1;
@@ -432,7 +396,7 @@ impl Resolver<'_> {
             self.ops.plain(block, page);
             return;
         };
-        self.ops.shared(is_shared);
+        self.ops.shared(sharing);
         let known = self.table.find(id);
         match (self.answer(id), known) {
             // Nobody else sends the bytes, even if another VM of this session has named the
@@ -492,7 +456,7 @@ impl Resolver<'_> {
 }
 
 fn piece_of_page(
-    (key, is_shared): (Option<&ContentKey>, bool),
+    (key, sharing): (Option<&ContentKey>, FrameSharing),
     block: BlockIndex,
     page: PageNo,
     bytes: &page::PageBytes,
@@ -504,7 +468,7 @@ fn piece_of_page(
             block,
             page,
             byte,
-            is_shared,
+            sharing,
         },
         None => {
             #[expect(
@@ -517,7 +481,7 @@ fn piece_of_page(
                 page,
                 at,
                 id: key.map(|key| key.id_of(bytes)),
-                is_shared,
+                sharing,
             }
         }
     }

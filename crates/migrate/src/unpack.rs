@@ -29,7 +29,7 @@ mod waiting;
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use page::{BlockIndex, EntryId, HostSet, PAGE_SIZE, PageNo};
+use page::{BlockIndex, EntryId, FrameSharing, HostSet, PAGE_SIZE, PageNo};
 use qstream::{BlockList, Decoder, Item, StreamError};
 use wire::{MAX_BODY, Op, OpReader, Remote, WireError, split_pages_body};
 
@@ -138,6 +138,12 @@ impl Unpacker {
         matches!(&self.state, State::Streaming(s) if matches!(s.phase, Phase::Tail))
     }
 
+    /// Whether the guest is stopped: the last round of its memory has begun, or is through.
+    #[must_use]
+    pub fn is_in_last_round(&self) -> bool {
+        matches!(&self.state, State::Streaming(s) if !matches!(s.phase, Phase::Parts))
+    }
+
     /// Whether a return-path PONG answers one of our pings; the source must not see those.
     #[must_use]
     pub fn is_our_ping(value: u32) -> bool {
@@ -183,7 +189,7 @@ impl Unpacker {
                 Origin::Stream { position }
             },
             block: BlockIndex(0),
-            is_shared: false,
+            sharing: FrameSharing::No,
             bytes: PageCursor {
                 at: body.len() - parts.pages.len(),
                 end: body.len(),
@@ -192,7 +198,7 @@ impl Unpacker {
         for op in OpReader::new(parts.ops) {
             match op? {
                 Op::Block(block) => frame.block = block,
-                Op::Shared(is_shared) => frame.is_shared = is_shared,
+                Op::Shared(sharing) => frame.sharing = sharing,
                 op => self.apply_op(op, &mut frame, contents, batch)?,
             }
         }

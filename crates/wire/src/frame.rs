@@ -245,6 +245,8 @@ pub enum BackMessage {
         /// Pages.
         pages: u64,
     },
+    /// What a person should know of the VM at the target; its move goes on.
+    Note(String),
 }
 
 impl BackMessage {
@@ -283,6 +285,10 @@ impl BackMessage {
                 out.push(7);
                 varint::put(out, *pages);
             }
+            Self::Note(message) => {
+                out.push(10);
+                out.extend_from_slice(message.as_bytes());
+            }
         }
     }
 
@@ -314,6 +320,7 @@ impl BackMessage {
             7 => Self::Mapped {
                 pages: varint::take(&mut rest)?,
             },
+            10 => return Ok(Self::Note(String::from_utf8_lossy(rest).into_owned())),
             other => return Err(WireError::UnknownOp(other)),
         };
         if rest.is_empty() {
@@ -406,6 +413,7 @@ mod tests {
                 BackMessage::RepairRequest(vec![(BlockIndex(block), run); 3]),
                 BackMessage::Loaded,
                 BackMessage::Mapped { pages: position },
+                BackMessage::Note("its pages are copied".into()),
                 BackMessage::LoadFailed(text.clone()),
                 BackMessage::Lost {
                     carrier: HostNo(block),

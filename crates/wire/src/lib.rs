@@ -57,7 +57,7 @@ pub use ops::{
 /// |---|---|
 /// | 1 | first: pre-copy, scopes none and host, compression none and zstd |
 /// | 2 | scope rack: remote references, forwards and pulls between target hosts, the index |
-/// | 3 | sharing: pages that share their frames, how many were mapped, a note about what cannot be |
+/// | 3 | sharing: pages that share their frames, how many were mapped, a note about what cannot be, files that pages map |
 pub const PROTOCOL_VERSION: u16 = 3;
 
 /// First bytes of every connection, before the JSON of [`Hello`]: tells a stray client apart.

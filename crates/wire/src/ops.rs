@@ -7,7 +7,9 @@
 //! its distance from the end of the run before, so that a sweep over memory costs one byte a
 //! run for it. Page bytes stand at the end, in the order of the operations that need them.
 
-use page::{BlockIndex, ContentId, EntryId, HostNo, HostSet, PageNo, PageRun};
+use page::{
+    BlockIndex, ContentId, EntryId, FileRange, FrameSharing, HostNo, HostSet, PageNo, PageRun,
+};
 
 use crate::frame::take_u32;
 use crate::{MAX_BODY, WireError, varint};
@@ -34,9 +36,9 @@ pub enum Op<'a> {
     /// Literals that follow in this body are to be passed on to these target hosts, until
     /// another operation of this kind; at the start of a body to none.
     Forward(HostSet),
-    /// Whether the pages of the fills, literals and references that follow in this body share their
-    /// frame with other pages at the source (SLM section III-B); at the start of a body they do not.
-    Shared(bool),
+    /// How the pages of the fills, literals and references that follow in this body share their frame
+    /// with other pages at the source (SLM section III-B); at the start of a body they do not.
+    Shared(FrameSharing),
     /// Pages with their bytes, which become the entries from this one on.
     Literal(PageRun, EntryId),
     /// Pages whose bytes are those of the entries from this one on.
@@ -119,6 +121,7 @@ mod tag {
     pub(super) const REMOTE_PUSHED: u8 = 14;
     pub(super) const SHARED: u8 = 15;
     pub(super) const NOT_SHARED: u8 = 16;
+    pub(super) const SHARED_FILE: u8 = 18;
 }
 
 /// Kinds of page operations that extend a run.
@@ -165,8 +168,8 @@ pub struct OpWriter {
     open_ids: Vec<u8>,
     /// Whom literals are passed on to.
     forward: HostSet,
-    /// Whether the pages share their frames at the source.
-    is_shared: bool,
+    /// How the pages share their frames at the source.
+    sharing: FrameSharing,
     block: Option<BlockIndex>,
     /// End of the run before, as in the module's page.
     last_end: u32,
@@ -222,17 +225,22 @@ impl OpWriter {
         self.page(block, page, RunKind::Literal(entry));
     }
 
-    /// Says whether the pages that are not plain and follow share their frames at the source.
-    pub fn shared(&mut self, is_shared: bool) {
-        if is_shared != self.is_shared {
-            self.close_run();
-            self.out.push(if is_shared {
-                tag::SHARED
-            } else {
-                tag::NOT_SHARED
-            });
-            self.is_shared = is_shared;
+    /// Says how the pages that are not plain and follow share their frames at the source.
+    pub fn shared(&mut self, sharing: FrameSharing) {
+        if sharing == self.sharing {
+            return;
         }
+        self.close_run();
+        match sharing {
+            FrameSharing::No => self.out.push(tag::NOT_SHARED),
+            FrameSharing::Merged => self.out.push(tag::SHARED),
+            FrameSharing::File(range) => {
+                self.out.push(tag::SHARED_FILE);
+                varint::put(&mut self.out, range.file.into());
+                varint::put(&mut self.out, varint::zigzag(range.ahead));
+            }
+        }
+        self.sharing = sharing;
     }
 
     /// A page whose content another connection brings.
@@ -516,8 +524,14 @@ impl<'a> OpReader<'a> {
                 Op::Reference(run, self.entries(run)?)
             }
             tag::FORWARD => Op::Forward(HostSet::from_bits(varint::take(&mut self.rest)?)),
-            tag::SHARED => Op::Shared(true),
-            tag::NOT_SHARED => Op::Shared(false),
+            tag::SHARED => Op::Shared(FrameSharing::Merged),
+            tag::NOT_SHARED => Op::Shared(FrameSharing::No),
+            tag::SHARED_FILE => {
+                let file = u16::try_from(varint::take(&mut self.rest)?)
+                    .map_err(|_| WireError::NumberTooLarge)?;
+                let ahead = varint::unzigzag(varint::take(&mut self.rest)?);
+                Op::Shared(FrameSharing::File(FileRange { file, ahead }))
+            }
             tag::REMOTE => Op::Remote(self.remote(false)?),
             tag::REMOTE_PUSHED => Op::Remote(self.remote(true)?),
             tag::END_BEGIN => Op::EndBegin,
@@ -620,7 +634,7 @@ mod tests {
         Reference(u32),
         LiteralFor(u32, u64),
         Remote(u32, u16, bool),
-        Shared(bool),
+        Shared(FrameSharing),
         Raw(Vec<u8>),
         End,
     }
@@ -634,9 +648,18 @@ mod tests {
             (0_u32..50).prop_map(Step::Reference),
             (0_u32..50, 0_u64..3).prop_map(|(e, hosts)| Step::LiteralFor(e, hosts)),
             (0_u32..50, 0_u16..2, any::<bool>()).prop_map(|(e, c, p)| Step::Remote(e, c, p)),
-            any::<bool>().prop_map(Step::Shared),
+            sharing().prop_map(Step::Shared),
             proptest::collection::vec(any::<u8>(), 0..20).prop_map(Step::Raw),
             Just(Step::End),
+        ]
+    }
+
+    fn sharing() -> impl Strategy<Value = FrameSharing> {
+        prop_oneof![
+            Just(FrameSharing::No),
+            Just(FrameSharing::Merged),
+            (0_u16..2, any::<i64>())
+                .prop_map(|(file, ahead)| FrameSharing::File(FileRange { file, ahead })),
         ]
     }
 
@@ -650,13 +673,13 @@ mod tests {
         /// Whom it is passed on to, or who has it and whether it is pushed.
         hosts: u64,
         id: [u8; 16],
-        is_shared: bool,
+        sharing: FrameSharing,
     }
 
     /// Pages one by one, whatever the runs.
     fn flat(ops: &[Op<'_>]) -> Vec<Flat> {
         let (mut block, mut forward, mut out) = (0, 0, Vec::new());
-        let mut is_shared = false;
+        let mut sharing = FrameSharing::No;
         for op in ops {
             let (run, kind, value, hosts) = match *op {
                 Op::Block(b) => {
@@ -668,7 +691,7 @@ mod tests {
                     continue;
                 }
                 Op::Shared(shared) => {
-                    is_shared = shared;
+                    sharing = shared;
                     continue;
                 }
                 Op::Zero(run) => (run, 0, 0, 0),
@@ -693,7 +716,7 @@ mod tests {
                     value,
                     hosts,
                     id,
-                    is_shared,
+                    sharing,
                 });
             }
         }
@@ -718,14 +741,14 @@ mod tests {
         fn what_was_written_is_read(steps in proptest::collection::vec((step(), 0_u16..3, 0_u32..6), 0..60)) {
             let mut w = OpWriter::new();
             let mut expected = Vec::new();
-            let mut is_shared = false;
+            let mut sharing = FrameSharing::No;
             for (step, block, page) in &steps {
                 let (b, p) = (BlockIndex(*block), PageNo(*page));
                 if let Step::Shared(shared) = step {
-                    is_shared = *shared;
+                    sharing = *shared;
                 }
                 let mut is = |kind, value, hosts, id| {
-                    expected.push(Flat { block: *block, page: *page, kind, value, hosts, id, is_shared });
+                    expected.push(Flat { block: *block, page: *page, kind, value, hosts, id, sharing });
                 };
                 let none = [0; 16];
                 match step {

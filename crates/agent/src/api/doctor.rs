@@ -1,5 +1,7 @@
 //! Whether this host is ready for migrations, in words.
 
+use std::path::{Path, PathBuf};
+
 use guest::{HostReport, MemoryReading};
 use page::ByteLen;
 use serde::{Deserialize, Serialize};
@@ -38,13 +40,17 @@ pub enum Verdict {
     Broken,
 }
 
-/// Looks at this host. Starts each QEMU found, to ask for its version: some tens of milliseconds.
+/// Looks at this host, whose mapping library may be configured to be at `cow_library`. Starts each
+/// QEMU found, to ask for its version: some tens of milliseconds.
 #[must_use]
-pub fn examine() -> DoctorReport {
-    judge(&guest::host_report())
+pub fn examine(cow_library: Option<&Path>) -> DoctorReport {
+    judge(
+        &guest::host_report(),
+        &guest::cow_library_places(cow_library),
+    )
 }
 
-fn judge(host: &HostReport) -> DoctorReport {
+fn judge(host: &HostReport, library_places: &[PathBuf]) -> DoctorReport {
     DoctorReport {
         findings: vec![
             qemu(host),
@@ -52,6 +58,8 @@ fn judge(host: &HostReport) -> DoctorReport {
             memory_reading(host),
             kvm(host),
             ksm(host),
+            shared_at_source(host),
+            shared_at_target(host, library_places),
         ],
     }
 }
@@ -127,11 +135,67 @@ fn ksm(host: &HostReport) -> Finding {
     finding("kernel same-page merging", Verdict::Fine, &found, None)
 }
 
+fn shared_at_source(host: &HostReport) -> Finding {
+    let about = "finding shared memory";
+    if host.frame_numbers {
+        return finding(
+            about,
+            Verdict::Fine,
+            "the numbers of frames can be read",
+            None,
+        );
+    }
+    let advice = "run the agent with CAP_SYS_ADMIN, so that it sees which pages guests share here; \
+                  without it they arrive as copies of their own";
+    let found = "the numbers of frames cannot be read";
+    finding(about, Verdict::Limited, found, Some(advice))
+}
+
+fn shared_at_target(host: &HostReport, places: &[PathBuf]) -> Finding {
+    let about = "sharing memory again";
+    let limit = host.max_map_count.map_or(String::new(), |limit| {
+        format!("; a process may have {limit} mappings")
+    });
+    if let Some(library) = places.iter().find(|file| file.is_file()) {
+        let found = format!("{}{limit}", library.display());
+        return finding(about, Verdict::Fine, &found, None);
+    }
+    let places: Vec<_> = places
+        .iter()
+        .map(|file| file.display().to_string())
+        .collect();
+    let found = format!("the mapping library is not there: {}", places.join(", "));
+    let advice = "install it there, or say where it is with `cow_library`; without it, pages that \
+                  guests share arrive here as copies of their own";
+    finding(about, Verdict::Limited, &found, Some(advice))
+}
+
 fn finding(about: &str, verdict: Verdict, found: &str, advice: Option<&str>) -> Finding {
     Finding {
         about: about.to_owned(),
         verdict,
         found: found.to_owned(),
         advice: advice.map(str::to_owned),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_library_is_said_with_every_place_where_it_was_looked_for() {
+        let report = examine(Some(Path::new("/nowhere/cow.so")));
+        let found = |report: &DoctorReport| {
+            let of = |finding: &&Finding| finding.about == "sharing memory again";
+            report.findings.iter().find(of).cloned().unwrap()
+        };
+        let missing = found(&report);
+        assert_eq!(missing.verdict, Verdict::Limited);
+        assert!(missing.found.contains("/nowhere/cow.so") && missing.advice.is_some());
+        let here = std::env::current_exe().unwrap();
+        let present = found(&examine(Some(&here)));
+        assert_eq!(present.verdict, Verdict::Fine);
+        assert!(present.found.starts_with(&here.display().to_string()));
     }
 }

@@ -280,6 +280,8 @@ impl Mover for FakeHost {
             Some(_) => Ok(MoveCheck {
                 vm: vm.clone(),
                 memory_bytes: VM_BYTES,
+                shared_bytes: None,
+                expanded_bytes: None,
                 program: PathBuf::from("/usr/bin/qemu-system-x86_64"),
                 machine: "pc-q35-7.2".to_owned(),
                 qemu_version: "10.0.2".to_owned(),

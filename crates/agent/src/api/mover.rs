@@ -66,6 +66,14 @@ pub struct MoveCheck {
     pub vm: String,
     /// Guest memory that the target needs for it.
     pub memory_bytes: u64,
+    /// With sharing: what its QEMU holds now, pages that others hold too counted by its share of them.
+    /// The target needs that if they share there again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shared_bytes: Option<u64>,
+    /// With sharing: what its QEMU holds now with every page counted whole. The target needs that if
+    /// sharing is lost.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expanded_bytes: Option<u64>,
     /// Program of the target's command line.
     #[schema(value_type = String)]
     pub program: PathBuf,

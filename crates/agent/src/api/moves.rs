@@ -276,6 +276,7 @@ impl MoveRecord {
             phase: Phase::Queued,
             message: String::new(),
             progress: Progress::default(),
+            note: None,
         };
         Self {
             number,
@@ -333,7 +334,10 @@ impl MoveRecord {
                 status.progress = *progress;
                 (Life::Passing, false)
             }
-            Happening::Note { .. } => (Life::Passing, false),
+            Happening::Note { message } => {
+                status.note = Some(message.clone());
+                (Life::Passing, false)
+            }
         };
         // Under the lock, so that the log's order is the status's.
         self.log.push(life, |seq| MoveEvent {

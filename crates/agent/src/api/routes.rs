@@ -31,6 +31,8 @@ pub(crate) struct Api {
     pub(crate) boot: Arc<str>,
     pub(crate) moves: Arc<Moves>,
     pub(crate) coordinator: Arc<Coordinator>,
+    /// Where the mapping library is to be found, if that is configured.
+    pub(crate) cow_library: Option<Arc<std::path::Path>>,
 }
 
 /// All routes.
@@ -288,8 +290,11 @@ async fn status(State(api): State<Api>) -> Json<AgentStatus> {
 
 /// Whether this host is ready for migrations.
 #[utoipa::path(get, path = "/v1/doctor", responses((status = 200, body = doctor::DoctorReport)))]
-async fn doctor_report(State(_): State<Api>) -> Result<Json<doctor::DoctorReport>, Refusal> {
-    blocking(|| Ok(doctor::examine())).await.map(Json)
+async fn doctor_report(State(api): State<Api>) -> Result<Json<doctor::DoctorReport>, Refusal> {
+    let library = api.cow_library;
+    blocking(move || Ok(doctor::examine(library.as_deref())))
+        .await
+        .map(Json)
 }
 
 /// Counters and gauges in Prometheus' text format.

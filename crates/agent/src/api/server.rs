@@ -123,6 +123,7 @@ impl Agent {
             boot: hex::encode(boot).into(),
             moves: moves.clone(),
             coordinator: coordinator.clone(),
+            cow_library: config.cow_library.as_deref().map(Arc::from),
         });
         let server = Server {
             router,

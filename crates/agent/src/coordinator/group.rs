@@ -287,7 +287,10 @@ impl Group {
                 state.status.progress = *progress;
                 Life::Passing
             }
-            Happening::Note { .. } => Life::Passing,
+            Happening::Note { message } => {
+                state.status.note = Some(message.clone());
+                Life::Passing
+            }
         };
         let (id, vm) = (state.status.id.clone(), state.status.vm.clone());
         self.log.push(life, |seq| {
@@ -462,6 +465,7 @@ impl MemberState {
             phase: Phase::Queued,
             message: format!("VM `{}` waits for its turn; it runs at the source", spec.vm),
             progress: Progress::default(),
+            note: None,
         };
         Self {
             status,

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use guest::{HostMemory, QmpError, SourceGuest};
+use page::ByteLen;
 
 use crate::api::mover::{Admission, Bandwidth, EventSink, MoveCheck, Mover, Refusal, RefusalCode};
 use crate::api::preparer::Preparer;
@@ -16,15 +17,19 @@ use crate::journal::Journal;
 use crate::link::{Bucket, Hold, Security, Terms};
 use crate::prepare::{OverLinks, Preparations};
 use crate::source::{Entry, IndexLinks, Input, MoveContext, MoveRun, SessionContext, Sessions};
-use crate::target::{self, Arrivals, Pools, TargetContext};
+use crate::target::{self, Arrivals, Pools, Pressure, TargetContext};
 use crate::tls::Tls;
 use crate::types::{
-    Happening, HostVm, Inventory, MoveSpec, Phase, PrepareSpec, PrepareStatus, ResolveSpec,
+    Happening, HostVm, Inventory, MoveSpec, Phase, PrepareSpec, PrepareStatus, ResolveSpec, Sharing,
 };
 
 /// What a target QEMU takes besides its guest's memory: the process itself, and what a guest
 /// of 2 vCPUs with usual devices was seen to take.
 const QEMU_OVERHEAD_BYTES: u64 = 64 << 20;
+
+/// What a VM that shares takes here beyond what it takes at its source: page tables, which the kernel
+/// does not count there, and pages whose sharing a write breaks during the move.
+const SHARING_MARGIN_BYTES: u64 = 16 << 20;
 
 /// Moves whose source or target is this host.
 pub(crate) struct HostMover {
@@ -68,7 +73,9 @@ impl HostMover {
             journal: journal("incoming")?,
             hold: hold.clone(),
             store_bytes: usize::try_from(config.store_bytes)?,
-            pools: Pools::start().context("starting the pools of shared pages")?,
+            pools: Pools::start(ByteLen(config.pool_bytes_max))
+                .context("starting the pools of shared pages")?,
+            pressure: Pressure::start().context("watching this host's memory")?,
             cow_library: config.cow_library.clone(),
         })?;
         target::listen(
@@ -179,6 +186,16 @@ impl HostMover {
     }
 }
 
+/// Memory that a VM needs here. One that shares is expected to take what it takes at its source: a
+/// host that is overcommitted there may be so here.
+fn needed_for(vm: &MoveCheck, can_share: bool) -> u64 {
+    let private = vm.memory_bytes.saturating_add(QEMU_OVERHEAD_BYTES);
+    match vm.shared_bytes {
+        Some(shared) if can_share => private.min(shared.saturating_add(SHARING_MARGIN_BYTES)),
+        _ => private,
+    }
+}
+
 fn busy(moves: &HashMap<String, Known>, spec: &MoveSpec) -> Option<Refusal> {
     let same = moves
         .values()
@@ -227,9 +244,15 @@ impl Mover for HostMover {
         guest.check().map_err(|e| refuse(&e))?;
         let argv = spec.definition.as_deref().unwrap_or(guest.argv());
         let (major, minor, micro) = guest.version();
+        let held = match spec.settings.sharing {
+            Sharing::Preserve => guest.held_memory(),
+            Sharing::Off => None,
+        };
         Ok(MoveCheck {
             vm: spec.vm.clone(),
             memory_bytes: guest.memory_bytes().0,
+            shared_bytes: held.map(|held| held.shared.0),
+            expanded_bytes: held.map(|held| held.whole.0),
             program: PathBuf::from(argv.first().cloned().unwrap_or_default()),
             machine: machine_of(argv).unwrap_or_default(),
             qemu_version: format!("{major}.{minor}.{micro}"),
@@ -298,18 +321,25 @@ impl Mover for HostMover {
             }
         }
         // Last: only a group that is admitted is promised anything.
-        let needed = |vm: &MoveCheck| vm.memory_bytes.saturating_add(QEMU_OVERHEAD_BYTES);
+        let can_share = self.arrivals.can_share();
+        let needed = |vm: &MoveCheck| needed_for(vm, can_share);
         let vms = request.vms.iter().map(|vm| (vm.vm.clone(), needed(vm)));
         let available = HostMemory::now().for_guests().0;
         let promised = self.arrivals.promise(&request.group, vms, available);
         promised.map_err(|left| {
             let names: Vec<&str> = request.vms.iter().map(|vm| vm.vm.as_str()).collect();
             let needed = request.vms.iter().map(needed).fold(0, u64::saturating_add);
+            let without = request.vms.iter().filter_map(|vm| vm.expanded_bytes);
+            let without = match without.fold(0, u64::saturating_add) {
+                0 => String::new(),
+                _ if !can_share => ", because nothing can be shared here".to_owned(),
+                whole => format!(" ({} if what they share were not shared here)", ByteLen(whole)),
+            };
             let message = format!(
-                "{} need {} here, of which {} are free beside what is promised or arriving; they run at their sources as before. Free memory here or move fewer",
+                "{} need {} here{without}, of which {} are free beside what is promised or arriving; they run at their sources as before. Free memory here or move fewer",
                 names.join(", "),
-                page::ByteLen(needed),
-                page::ByteLen(left),
+                ByteLen(needed),
+                ByteLen(left),
             );
             Refusal::new(RefusalCode::NoMemory, message)
         })

@@ -87,11 +87,17 @@ fn free_address() -> SocketAddr {
 }
 
 fn agents() -> Agents {
+    agents_with(Path::new("/nowhere/cow.so"))
+}
+
+/// Two agents whose mapping library is that file.
+fn agents_with(library: &Path) -> Agents {
     let dir = tempfile::tempdir().unwrap();
     let agent = |name: &str, bulk: SocketAddr| {
         let text = format!(
-            "name = \"{name}\"\nbulk = \"{bulk}\"\ninsecure_plaintext = true\nstate_dir = \"{0}/{name}/state\"\nrun_dir = \"{0}/{name}/run\"\n",
-            dir.path().display()
+            "name = \"{name}\"\nbulk = \"{bulk}\"\ninsecure_plaintext = true\nstate_dir = \"{0}/{name}/state\"\nrun_dir = \"{0}/{name}/run\"\ncow_library = \"{1}\"\n",
+            dir.path().display(),
+            library.display()
         );
         let config = Config::parse(Path::new("test.toml"), &text).unwrap();
         HostMover::start(&config, None).unwrap()
@@ -306,6 +312,34 @@ fn real_a_gang_arrives_compressed() {
 }
 
 #[test]
+fn a_group_that_shares_is_admitted_by_what_it_holds_and_refused_with_the_numbers() {
+    let free = HostMemory::now().for_guests().0;
+    let ask = |agents: &Agents, shared: u64| {
+        let vms = ["a", "b"].map(|name| MoveCheck {
+            vm: name.into(),
+            // As large as the host: only sharing makes two of them fit.
+            memory_bytes: free,
+            shared_bytes: Some(shared),
+            expanded_bytes: Some(free),
+            program: "/bin/true".into(),
+            machine: "pc".into(),
+            qemu_version: "10.0.2".into(),
+        });
+        let (group, vms) = ("g".to_owned(), vms.to_vec());
+        agents.target.admit(&Admission { group, vms })
+    };
+    let here = std::env::current_exe().unwrap();
+    let agents = agents_with(&here);
+    ask(&agents, free / 5).unwrap();
+    let refusal = ask(&agents, free / 5 * 4).unwrap_err();
+    assert_eq!(refusal.code, RefusalCode::NoMemory);
+    let whole = page::ByteLen(2 * free).to_string();
+    assert!(refusal.message.contains(&whole), "{}", refusal.message);
+    let without = ask(&agents_with(Path::new("/nowhere/cow.so")), free / 5).unwrap_err();
+    assert_eq!(without.code, RefusalCode::NoMemory, "it cannot share here");
+}
+
+#[test]
 fn two_groups_admitted_at_once_are_not_promised_the_same_memory() {
     let agents = agents();
     let ask = |group: &str| {
@@ -313,6 +347,8 @@ fn two_groups_admitted_at_once_are_not_promised_the_same_memory() {
             vm: "vm".into(),
             // Of what is free, too much to fit twice.
             memory_bytes: HostMemory::now().for_guests().0 / 5 * 3,
+            shared_bytes: None,
+            expanded_bytes: None,
             program: "/bin/true".into(),
             machine: "pc".into(),
             qemu_version: "10.0.2".into(),

@@ -49,6 +49,8 @@ pub(crate) enum Input {
     Loaded,
     /// The stream, the link or a QEMU failed.
     Failed(String),
+    /// What a person should know; nothing changes.
+    Note(String),
     /// Somebody wants the VM to stay.
     Cancel,
     /// The hand-over is confirmed.
@@ -287,10 +289,15 @@ impl Run {
             .open(open)
             .map_err(|e| anyhow!("the target cannot receive it: {}", plain(&e)))?;
         if let Some(message) = note {
-            tracing::warn!(vm = spec.vm, message);
-            (self.events)(Happening::Note { message });
+            self.note(message);
         }
         Ok(())
+    }
+
+    /// Says what a person should know.
+    fn note(&self, message: String) {
+        tracing::warn!(vm = self.spec.vm, message);
+        (self.events)(Happening::Note { message });
     }
 
     /// The move's place in its group; none if the index cannot be reached, which costs bytes.
@@ -312,8 +319,7 @@ impl Run {
                     "contents are shared on this host pair only: {}",
                     plain(&error)
                 );
-                tracing::warn!(vm = spec.vm, message);
-                (self.events)(Happening::Note { message });
+                self.note(message);
                 Ok(None)
             }
         }
@@ -344,6 +350,7 @@ impl Run {
                 self.handle(SourceEvent::TargetLoaded);
             }
             Input::Failed(reason) => self.handle(SourceEvent::Failed(reason)),
+            Input::Note(message) => self.note(message),
             Input::Cancel => self.handle(SourceEvent::Cancel),
             Input::Confirmed if *self.machine.state() == SourceState::Committed => {
                 self.handle(SourceEvent::Confirmed)

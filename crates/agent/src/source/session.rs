@@ -401,6 +401,7 @@ fn receive(mut link: Link, shared: &Shared, outbox: &Outbox, hold: &Hold) -> Lin
                 hold.at("sent", &stream.name);
                 stream.tell(Input::Loaded);
             }
+            BackMessage::Note(message) => stream.tell(Input::Note(message)),
             BackMessage::LoadFailed(reason) => stream.tell(Input::Failed(reason)),
             BackMessage::Lost { carrier, entries } => {
                 outbox.forget(&entries);

@@ -18,6 +18,7 @@ use crate::link::Hold;
 use super::entry::Entry;
 use super::mapper::{self, Mapper};
 use super::pool::Pools;
+use super::pressure::Pressure;
 use super::promises::Promises;
 use super::session::{GuestMemory, TargetSession, lock};
 use super::sink::{ReturnEnd, Sink, read_return_path};
@@ -44,6 +45,8 @@ pub(crate) struct TargetContext {
     pub(crate) store_bytes: usize,
     /// What VMs of this host share.
     pub(crate) pools: Arc<Pools>,
+    /// Whether memory is scarce here.
+    pub(crate) pressure: Arc<Pressure>,
     /// The library that maps it, if not where it is expected.
     pub(crate) cow_library: Option<PathBuf>,
 }
@@ -150,6 +153,11 @@ impl Arrivals {
             self.session_lost(session);
         }
         Ok((pid, note))
+    }
+
+    /// Whether VMs that come here can share memory, as far as can be known before they come.
+    pub(crate) fn can_share(&self) -> bool {
+        guest::find_cow_library(self.context.cow_library.as_deref()).is_some()
     }
 
     /// Promises memory to the VMs of a group if it fits into `available`, beside what others were
@@ -412,7 +420,13 @@ impl Incoming {
                 .collect();
             Some(GuestMemory { memory, bases })
         });
-        let (sink, handle) = Sink::new(session, vm, socket.try_clone()?, (find, mapper));
+        let (sink, handle) = Sink::new(
+            session,
+            vm,
+            socket.try_clone()?,
+            (find, mapper),
+            &self.context.pressure,
+        );
         session.add_sink(vm, handle);
         let pings = sink.pings();
         let incoming = Arc::clone(self);

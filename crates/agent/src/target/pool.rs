@@ -10,10 +10,11 @@ use std::io;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
-use content::pool::{Pool, PoolPage, PoolRun, PoolUser, PoolVm, uses_pool};
+use content::pool::{Pool, PoolError, PoolPage, PoolRun, PoolSpot, PoolUser, PoolVm, uses_pool};
 use page::{BlockIndex, ByteLen, ContentId, ContentKey, HostAddr, PageBytes, PageNo};
 use sys::{Memfd, Pagemap, PagemapEntry, Process};
 
+use super::mapper::Trouble;
 use super::session::lock;
 
 /// How often it is looked whether pages still use the pool. Reading the page tables of 100 GiB of
@@ -27,21 +28,29 @@ const NAME: &str = "gangway-pool";
 const SWEEP_PAGES: usize = 4096;
 
 /// The pools of all trust domains.
-#[derive(Default)]
 pub(crate) struct Pools {
     /// By what names the domain. A pool stays while a VM may use it.
     open: Mutex<HashMap<[u8; 16], Arc<HostPool>>>,
+    /// Most that each may hold.
+    limit: ByteLen,
 }
 
 impl Pools {
     /// No pools yet, and the thread that looks after them.
-    pub(crate) fn start() -> io::Result<Arc<Self>> {
-        let pools = Arc::new(Self::default());
+    pub(crate) fn start(limit: ByteLen) -> io::Result<Arc<Self>> {
+        let pools = Arc::new(Self::new(limit));
         let weak = Arc::downgrade(&pools);
         std::thread::Builder::new()
             .name("gw-pools".into())
             .spawn(move || look_after(&weak))?;
         Ok(pools)
+    }
+
+    fn new(limit: ByteLen) -> Self {
+        Self {
+            open: Mutex::default(),
+            limit,
+        }
     }
 
     /// The pool of the trust domain with this secret.
@@ -51,7 +60,7 @@ impl Pools {
         if let Some(pool) = open.get(&name) {
             return Ok(Arc::clone(pool));
         }
-        let pool = Arc::new(HostPool::new()?);
+        let pool = Arc::new(HostPool::new(self.limit)?);
         open.insert(name, Arc::clone(&pool));
         Ok(pool)
     }
@@ -75,6 +84,8 @@ pub(crate) struct HostPool {
 
 struct Inner {
     pool: Pool,
+    /// Length of the file.
+    pages: u64,
     next_vm: u32,
     vms: HashMap<PoolVm, Sharer>,
 }
@@ -90,13 +101,14 @@ struct Sharer {
 }
 
 impl HostPool {
-    /// An empty pool. It holds no more than its VMs have memory, because a content goes with the last
-    /// page that uses it.
-    fn new() -> io::Result<Self> {
+    /// An empty pool of at most `limit`. It never holds more than its VMs have memory, because a content
+    /// goes with the last page that uses it.
+    fn new(limit: ByteLen) -> io::Result<Self> {
         Ok(Self {
             file: Memfd::create_growing(NAME)?,
             inner: Mutex::new(Inner {
-                pool: Pool::new(ByteLen(u64::MAX)),
+                pool: Pool::new(limit),
+                pages: 0,
                 next_vm: 0,
                 vms: HashMap::new(),
             }),
@@ -123,30 +135,52 @@ impl HostPool {
         inner.next_vm = inner.next_vm.wrapping_add(1);
         let added = inner.pool.add_vm(vm, &lengths);
         added.map_err(io::Error::other)?;
-        let len = PoolPage(inner.pool.file_pages()).offset();
-        self.file.set_len(ByteLen(len))?;
+        self.grow(&mut inner)?;
         inner.vms.insert(vm, sharer);
         Ok(vm)
     }
 
-    /// Where a page with these bytes, of this id, is to be mapped from. `None`: it is to be written.
+    /// Has the file be as long as its book-keeping says.
+    fn grow(&self, inner: &mut Inner) -> io::Result<()> {
+        let pages = inner.pool.file_pages();
+        if pages > inner.pages {
+            self.file.set_len(ByteLen(PoolPage(pages).offset()))?;
+            inner.pages = pages;
+        }
+        Ok(())
+    }
+
+    /// Where a page with these bytes, of this id, is to be mapped from, at `spot` if there is one that
+    /// is free. `None`: it is to be written, because a page that is used is in its place.
     pub(super) fn place(
         &self,
         user: PoolUser,
-        content: ContentId,
+        (spot, content): (Option<PoolSpot>, ContentId),
         bytes: &PageBytes,
-    ) -> Option<PoolPage> {
+    ) -> Result<Option<PoolPage>, Trouble> {
         // Locked while the bytes are written, so that nobody maps the place before.
         let mut inner = lock(&self.inner);
-        let placed = inner.pool.place(content, user).ok()?;
-        if placed.new
-            && let Err(error) = self.file.write_at(placed.at.offset(), bytes)
-        {
+        let placed = match spot {
+            Some(spot) => inner.pool.place_at(spot, content, user),
+            None => inner.pool.place(content, user),
+        };
+        let placed = match placed {
+            Ok(placed) => placed,
+            Err(PoolError::Full | PoolError::NoRoom) => return Err(Trouble::PoolFull),
+            Err(_) => return Ok(None),
+        };
+        let written = self.grow(&mut inner).and_then(|()| {
+            if placed.new {
+                self.file.write_at(placed.at.offset(), bytes)?;
+            }
+            Ok(())
+        });
+        if let Err(error) = written {
             tracing::warn!("the pool cannot be written: {error}");
             inner.pool.release(user);
-            return None;
+            return Err(Trouble::PoolUnwritable);
         }
-        Some(placed.at)
+        Ok(Some(placed.at))
     }
 
     /// Reads a content that is here.
@@ -264,7 +298,7 @@ mod tests {
     /// This process stands for a QEMU: it maps the pool, writes a page, and the page is given back.
     #[test]
     fn a_content_is_given_back_when_its_last_sharer_has_written_its_page() {
-        let pool = HostPool::new().unwrap();
+        let pool = HostPool::new(ByteLen(u64::MAX)).unwrap();
         let arriving = pool.join(std::process::id(), &[(HostAddr(0), ByteLen(4096))]);
         let user = |vm, page| PoolUser {
             vm,
@@ -273,8 +307,8 @@ mod tests {
         };
         let bytes = [7; PAGE_SIZE];
         let (kept, left) = (ContentId([1; 16]), ContentId([2; 16]));
-        let at = pool.place(user(arriving.unwrap(), 0), kept, &bytes);
-        assert_eq!(at, Some(PoolPage(0)));
+        let at = pool.place(user(arriving.unwrap(), 0), (None, kept), &bytes);
+        assert!(matches!(at, Ok(Some(PoolPage(0)))));
         pool.file.set_len(ByteLen(3 * 4096)).unwrap();
         let memory = pool.file.map_private().unwrap();
         let here = HostAddr(memory.addr().0 + 4096);
@@ -282,7 +316,7 @@ mod tests {
             .join(std::process::id(), &[(here, ByteLen(2 * 4096))])
             .unwrap();
         for (page, content) in [(0, left), (1, kept)] {
-            assert!(pool.place(user(vm, page), content, &bytes).is_some());
+            assert!(pool.place(user(vm, page), (None, content), &bytes).is_ok());
         }
         memory.write(4096, b"new").unwrap();
         pool.sweep();
@@ -297,7 +331,7 @@ mod tests {
 
     #[test]
     fn domains_have_pools_of_their_own_which_go_when_nobody_uses_them() {
-        let pools = Pools::default();
+        let pools = Pools::new(ByteLen(u64::MAX));
         let domains = [1, 2].map(|n| ContentKey::new([n; 32]));
         let [one, other] = domains.each_ref().map(|domain| pools.of(domain).unwrap());
         assert!(!Arc::ptr_eq(&one, &other));

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::TcpStream;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -24,6 +24,9 @@ const HEARTBEAT: Duration = Duration::from_secs(1);
 /// connection that is this far behind is as good as dead.
 const BACK_QUEUE: usize = 4096;
 
+/// Number of the next session; 0 is none.
+static NEXT: AtomicU64 = AtomicU64::new(1);
+
 /// A message about the VM of this number.
 type ToSource = (u16, BackMessage);
 
@@ -36,6 +39,8 @@ pub(crate) struct GuestMemory {
 
 /// One session, for as long as one of its connections or VMs is there.
 pub(crate) struct TargetSession {
+    /// Tells the files of its source host from those of others.
+    pub(crate) number: u64,
     pub(crate) key: ContentKey,
     pub(crate) places: Mutex<Places>,
     pub(crate) recent: Mutex<Recent<Arc<Buffer>>>,
@@ -53,6 +58,7 @@ pub(crate) struct TargetSession {
 impl TargetSession {
     pub(crate) fn new(key: ContentKey, store_bytes: usize, rack: Option<Arc<RackStore>>) -> Self {
         Self {
+            number: NEXT.fetch_add(1, Ordering::Relaxed),
             key,
             places: Mutex::default(),
             recent: Mutex::new(Recent::with_limit(store_bytes)),

@@ -16,7 +16,8 @@ use wire::{BackMessage, MAX_ENTRIES, Reached};
 use crate::link::Buffer;
 
 use super::contents::SessionContents;
-use super::mapper::{Mapper, Wanted};
+use super::mapper::{Mapper, Wanted, spot};
+use super::pressure::{Pressure, UnderPressure};
 use super::session::{GuestMemory, TargetSession, lock};
 
 /// Most bytes that wait for one QEMU. The source's window keeps far below it (8 MiB of QEMU's
@@ -109,6 +110,7 @@ pub(crate) struct Sink {
     has_memory: Vec<bool>,
     /// Maps pages that are shared.
     mapper: Option<Mapper>,
+    pressure: UnderPressure,
     /// Mapped pages that the source was told of.
     mapped_said: u64,
     /// Ids of fill pages, by their byte.
@@ -124,6 +126,7 @@ impl Sink {
         vm: u16,
         socket: UnixStream,
         (memory, mapper): (MemorySource, Option<Mapper>),
+        pressure: &Arc<Pressure>,
     ) -> (Self, SinkHandle) {
         let (sender, frames) = unbounded();
         let queued = Arc::new(AtomicUsize::new(0));
@@ -142,6 +145,7 @@ impl Sink {
             memory: Some(memory),
             has_memory: Vec::new(),
             mapper,
+            pressure: pressure.arriving(),
             mapped_said: 0,
             fills: HashMap::new(),
         };
@@ -161,6 +165,9 @@ impl Sink {
             let left = self.queued.fetch_sub(frame.counted(), Ordering::Relaxed);
             if left > MAX_QUEUED {
                 return Err(SinkError::Dropped);
+            }
+            if !unpacker.is_in_last_round() {
+                self.wait_for_memory();
             }
             batch.clear();
             let body = self.unpack(&mut unpacker, &frame, &mut batch)?;
@@ -192,6 +199,17 @@ impl Sink {
             }
         }
         Ok(())
+    }
+
+    /// Waits a little if memory is scarce: what is not acknowledged slows the source.
+    fn wait_for_memory(&mut self) {
+        let Some((pause, note)) = self.pressure.pause() else {
+            return;
+        };
+        if let Some(note) = note {
+            self.session.say(self.vm, BackMessage::Note(note));
+        }
+        std::thread::sleep(pause);
     }
 
     /// Turns what came into a batch; returns the body that the batch refers to.
@@ -270,6 +288,9 @@ impl Sink {
             self.place(&placed);
             unpacker.shared_done(&is_mapped, batch);
         }
+        for note in mapper.take_notes() {
+            self.session.say(self.vm, BackMessage::Note(note));
+        }
         let pages = mapper.mapped();
         let is_over = unpacker.is_past_memory();
         self.mapper = Some(mapper);
@@ -334,17 +355,22 @@ fn wanted<'a>(
         let bytes = bytes_of(&shared.bytes, batch, body);
         let bytes: &PageBytes = bytes.try_into().ok()?;
         // What somebody else could map must be hashed here: the source's word is not enough.
-        let content = match shared.entry {
-            None => *fills
-                .entry(bytes[0])
-                .or_insert_with(|| session.key.id_of(bytes)),
-            Some(_) => session.key.id_of(bytes),
+        let (content, fill) = match shared.entry {
+            None => {
+                let id = fills.entry(bytes[0]);
+                (
+                    *id.or_insert_with(|| session.key.id_of(bytes)),
+                    Some(bytes[0]),
+                )
+            }
+            Some(_) => (session.key.id_of(bytes), None),
         };
         Some(Wanted {
             block: shared.block,
             page: shared.page,
             content,
             bytes,
+            spot: spot(session.number, shared, fill),
         })
     });
     pages.collect()

@@ -5,10 +5,16 @@
 //! pages lie beside each other and one mapping covers them. A page elsewhere with the same content
 //! refers to that place. What is not used is a hole, which costs nothing.
 //!
+//! Pages that map one file at the source (a template, the pool of an earlier migration) lie in a
+//! region of that file instead, in its order ([`Pool::place_at`]): as few mappings as there cover
+//! them here, whichever VM comes first, and contents that the file has twice are here twice. What
+//! is filled with one byte has a small region too, in which it lies several times in a row.
+//!
 //! Here is the book-keeping: no memory, no file, no kernel. The caller writes bytes where it is
 //! told, lets the file grow to [`Pool::file_pages`], and makes holes of the runs that come back.
 //!
-//! - A content is in the pool at most once, and stays as it is while a page refers to it.
+//! - A content stays as it is while a page refers to it. It is in the pool at most once, and once
+//!   for each place of a file that has it.
 //! - Contents are named by their id: those of different trust domains never meet.
 //! - Which contents are worth it (two sharers or more) the caller knows; see [`plan_runs`].
 
@@ -59,6 +65,27 @@ impl PoolRun {
 /// Number of a VM in the pool, chosen by the caller.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct PoolVm(pub u32);
+
+/// A region of the pool that belongs to no VM: a part of a file that VMs map.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct PoolSpace {
+    /// Who gives the numbers, as known to the caller.
+    pub owner: u64,
+    /// Which of theirs.
+    pub number: u64,
+}
+
+/// Pages of each [`PoolSpace`]: 1 GiB of a file, of which only what is used costs anything.
+pub const SPACE_PAGES: u64 = 1 << 18;
+
+/// A place in a [`PoolSpace`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PoolSpot {
+    /// Where.
+    pub space: PoolSpace,
+    /// The page there, below [`SPACE_PAGES`].
+    pub page: u64,
+}
 
 /// A page of a VM.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -118,6 +145,7 @@ pub struct Pool {
     vms: HashMap<PoolVm, Vm>,
     slots: HashMap<PoolPage, Slot>,
     contents: HashMap<ContentId, PoolPage>,
+    spaces: HashMap<PoolSpace, u64>,
 }
 
 #[derive(Debug)]
@@ -125,6 +153,7 @@ struct Region {
     pages: u64,
     /// Its VM is here. A region without one stays while others use contents in it.
     owned: bool,
+    space: Option<PoolSpace>,
     live: u64,
 }
 
@@ -154,6 +183,7 @@ impl Pool {
             vms: HashMap::new(),
             slots: HashMap::new(),
             contents: HashMap::new(),
+            spaces: HashMap::new(),
         }
     }
 
@@ -199,6 +229,7 @@ impl Pool {
         let region = Region {
             pages,
             owned: true,
+            space: None,
             live: 0,
         };
         self.regions.insert(start, region);
@@ -235,9 +266,71 @@ impl Pool {
         let at = match self.contents.get(&content) {
             Some(&at) => at,
             None if self.slots.contains_key(&home) => return Err(PoolError::Occupied),
-            None if self.slots.len() as u64 >= self.live_pages_max => return Err(PoolError::Full),
+            None if self.is_full() => return Err(PoolError::Full),
             None => home,
         };
+        self.put(content, user, at)
+    }
+
+    /// As [`Pool::place`], at a place that the caller knows: there if it is free, or holds just this
+    /// content; else as if none had been named.
+    ///
+    /// # Errors
+    /// As [`Pool::place`].
+    pub fn place_at(
+        &mut self,
+        spot: PoolSpot,
+        content: ContentId,
+        user: PoolUser,
+    ) -> Result<Placed, PoolError> {
+        self.home(user)?;
+        let Some(at) = self.page_of(spot) else {
+            return self.place(content, user);
+        };
+        match self.slots.get(&at) {
+            Some(slot) if slot.content == content => self.put(content, user, at),
+            None if !self.is_full() => {
+                self.open_space(spot.space, at.0 - spot.page);
+                self.put(content, user, at)
+            }
+            _ => self.place(content, user),
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        self.slots.len() as u64 >= self.live_pages_max
+    }
+
+    /// The page of the file for a spot; none if there is no room for its space.
+    fn page_of(&self, spot: PoolSpot) -> Option<PoolPage> {
+        let start = match self.spaces.get(&spot.space) {
+            Some(&start) => start,
+            None => self.gap(SPACE_PAGES)?,
+        };
+        (spot.page < SPACE_PAGES).then(|| PoolPage(start + spot.page))
+    }
+
+    fn open_space(&mut self, space: PoolSpace, start: u64) {
+        if self.spaces.insert(space, start).is_some() {
+            return;
+        }
+        let region = Region {
+            pages: SPACE_PAGES,
+            owned: false,
+            space: Some(space),
+            live: 0,
+        };
+        self.regions.insert(start, region);
+        self.file_pages = self.file_pages.max(start + SPACE_PAGES);
+    }
+
+    /// Has `user` use `at`, which holds `content` or is free.
+    fn put(
+        &mut self,
+        content: ContentId,
+        user: PoolUser,
+        at: PoolPage,
+    ) -> Result<Placed, PoolError> {
         let vm = self.vms.get_mut(&user.vm).ok_or(PoolError::UnknownVm)?;
         let before = vm.users.insert((user.block, user.page), at);
         if before == Some(at) {
@@ -254,7 +347,7 @@ impl Pool {
             }
             Entry::Vacant(slot) => {
                 slot.insert(Slot { content, users: 1 });
-                self.contents.insert(content, at);
+                self.contents.entry(content).or_insert(at);
                 if let Some(region) = region_of(&mut self.regions, at) {
                     region.live += 1;
                 }
@@ -341,7 +434,9 @@ impl Pool {
             return false;
         }
         let slot = slot.remove();
-        self.contents.remove(&slot.content);
+        if self.contents.get(&slot.content) == Some(&at) {
+            self.contents.remove(&slot.content);
+        }
         if let Some(region) = region_of(&mut self.regions, at) {
             region.live -= 1;
         }
@@ -353,9 +448,13 @@ impl Pool {
 
     fn drop_empty_region(&mut self, start: u64) {
         let region = self.regions.get(&start);
-        if region.is_some_and(|region| !region.owned && region.live == 0) {
-            self.regions.remove(&start);
+        let Some(region) = region.filter(|region| !region.owned && region.live == 0) else {
+            return;
+        };
+        if let Some(space) = region.space {
+            self.spaces.remove(&space);
         }
+        self.regions.remove(&start);
     }
 }
 

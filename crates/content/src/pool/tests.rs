@@ -103,6 +103,43 @@ fn a_full_pool_takes_known_contents_only() {
 }
 
 #[test]
+fn pages_of_a_file_lie_in_its_order_whoever_brings_them_and_twice_if_the_file_has_them_twice() {
+    let mut pool = two_vms();
+    let space = PoolSpace {
+        owner: 1,
+        number: 0,
+    };
+    let mut place = |page, n, user| {
+        let placed = pool.place_at(PoolSpot { space, page }, content(n), user);
+        (placed, pool.file_pages())
+    };
+    let (first, file_pages) = place(100, 1, user(2, 3));
+    let start = first.unwrap().at.0 - 100;
+    assert!(start >= 32 && file_pages >= start + SPACE_PAGES);
+    let at = |page, new| {
+        Ok(Placed {
+            at: PoolPage(start + page),
+            new,
+            freed: None,
+        })
+    };
+    assert_eq!(place(101, 1, user(1, 4)).0, at(101, true));
+    assert_eq!(place(100, 1, user(1, 3)).0, at(100, false));
+    // The hint is stale: the content decides.
+    assert_eq!(place(100, 2, user(1, 7)).0.unwrap().at, PoolPage(7));
+    assert_eq!(place(SPACE_PAGES, 3, user(1, 8)).0.unwrap().at, PoolPage(8));
+    assert_eq!(
+        pool.place(content(1), user(2, 9)).unwrap().at.0,
+        start + 100
+    );
+    pool.remove_vm(PoolVm(2));
+    pool.release(user(1, 3));
+    assert_eq!(pool.find(content(1)), None, "only named places are left");
+    assert_eq!(pool.release(user(1, 4)), Some(PoolPage(start + 101)));
+    assert!(pool.spaces.is_empty() && pool.regions.len() == 1);
+}
+
+#[test]
 fn a_vm_that_ends_gives_back_what_only_it_used_and_its_region_when_nobody_needs_it() {
     let mut pool = two_vms();
     for page in [2, 3, 4, 7] {
@@ -169,6 +206,7 @@ fn a_region_beyond_the_files_end_is_refused() {
 #[derive(Clone, Debug)]
 enum Step {
     Place(u8, u32, u32),
+    PlaceAt(u64, u8, u32, u32),
     Release(u32, u32),
     Sweep(u32, u32),
     Remove(u32),
@@ -178,6 +216,7 @@ fn step() -> impl Strategy<Value = Step> {
     let (vm, page) = (0_u32..3, 0_u32..6);
     prop_oneof![
         6 => (0_u8..8, vm.clone(), page.clone()).prop_map(|(c, v, p)| Step::Place(c, v, p)),
+        4 => (0_u64..9, 0_u8..8, vm.clone(), page.clone()).prop_map(|(s, c, v, p)| Step::PlaceAt(s, c, v, p)),
         2 => (vm.clone(), page.clone()).prop_map(|(v, p)| Step::Release(v, p)),
         1 => (vm.clone(), page).prop_map(|(v, p)| Step::Sweep(v, p)),
         1 => vm.prop_map(Step::Remove),
@@ -198,8 +237,15 @@ proptest! {
         for step in steps {
             let mut freed = Vec::new();
             match step {
-                Step::Place(c, vm, page) => {
-                    if let Ok(placed) = pool.place(content(c), user(vm, page)) {
+                Step::Place(c, vm, page) | Step::PlaceAt(_, c, vm, page) => {
+                    let placed = match step {
+                        Step::PlaceAt(spot, ..) => {
+                            let space = PoolSpace { owner: 1, number: spot % 2 };
+                            pool.place_at(PoolSpot { space, page: spot / 2 }, content(c), user(vm, page))
+                        }
+                        _ => pool.place(content(c), user(vm, page)),
+                    };
+                    if let Ok(placed) = placed {
                         prop_assert!(placed.at.0 < pool.file_pages());
                         if placed.new {
                             prop_assert_eq!(file.insert(placed.at, c), None);

@@ -63,6 +63,9 @@ pub fn migrate(
             let mut figures = vec![("exit_code".to_owned(), json!(attempted.exit_code))];
             let prepared = attempted.prepare_s;
             figures.extend(prepared.map(|s| (PREPARE_TIME.to_owned(), json!(s))));
+            if !attempted.notes.is_empty() {
+                figures.push(("notes".to_owned(), json!(attempted.notes)));
+            }
             (attempted.moved, figures, None)
         }
         Some(fault) => {
@@ -81,6 +84,30 @@ pub fn migrate(
     })
 }
 
+/// Moves the VMs once more, on the ways that they have now.
+pub fn move_again(
+    (agents, bench): (&Agents, &Bench<'_>),
+    (preset, zstd): (Preset, bool),
+    vms: &[Vm],
+    log: &EventLog,
+) -> anyhow::Result<Vec<Moved>> {
+    let settings = Settings {
+        preset,
+        zstd,
+        confirm_handover: true,
+        stale: false,
+    };
+    let started = UnixMs::now();
+    let attempt = Attempt {
+        agents,
+        bench,
+        log,
+        started,
+    };
+    let all: Vec<&Vm> = vms.iter().collect();
+    Ok(attempt.run(&all, settings, None)?.moved)
+}
+
 /// One `gangway migrate`.
 pub(super) struct Attempt<'a> {
     pub(super) agents: &'a Agents,
@@ -94,6 +121,8 @@ pub(super) struct Attempted {
     pub(super) moved: Vec<Moved>,
     pub(super) exit_code: Option<i32>,
     prepare_s: Option<f64>,
+    /// What was said of VMs beside their phases.
+    pub(super) notes: Vec<String>,
 }
 
 impl Attempt<'_> {
@@ -121,9 +150,10 @@ impl Attempt<'_> {
             }
         })?;
         let said = self.said_by_cli()?;
-        let prepare_s = record.prepare_s();
+        let (prepare_s, notes) = (record.prepare_s(), record.notes());
         Ok(Attempted {
             prepare_s,
+            notes,
             moved: record.into_moved(exit_code, &said),
             exit_code,
         })

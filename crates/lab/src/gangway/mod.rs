@@ -9,4 +9,4 @@ mod record;
 mod struck;
 
 pub use agents::{Agents, control_socket};
-pub use migration::migrate;
+pub use migration::{migrate, move_again};

@@ -10,6 +10,7 @@ use super::agents::{BULK_PORT, CONTROL_PORT};
 use super::index;
 use crate::bench::Bench;
 use crate::guest::{Host, Vm};
+use crate::net::Rack;
 use crate::scenario::Preset;
 use crate::template;
 
@@ -67,7 +68,7 @@ fn one(bench: &Bench<'_>, vm: &Vm) -> Value {
     if source != target {
         replaced.push(replace(source, target));
     }
-    if bench.scenario.vm.template {
+    if bench.scenario.vm.template && vm.source.address.rack == Rack::Source {
         // The target has ordinary memory, and not the template's file.
         let [_, from] = template::memory_arguments(vm, &vm.source, bench.scenario);
         let [_, to] = template::memory_arguments(vm, &vm.target, bench.scenario);

@@ -38,6 +38,7 @@ struct State {
     over: bool,
     /// Length of the preparation phase, of which the group's stream tells if there was one.
     prepare_s: Option<f64>,
+    notes: Vec<String>,
 }
 
 impl State {
@@ -55,6 +56,7 @@ impl<'a> Record<'a> {
             phases: HashMap::new(),
             over: false,
             prepare_s: None,
+            notes: Vec::new(),
         };
         Self {
             started,
@@ -73,6 +75,11 @@ impl<'a> Record<'a> {
         let at = UnixMs(event["at_unix_ms"].as_f64()?);
         match event["event"].as_str()? {
             "phase" => self.enter(&event, vm, at),
+            "note" => {
+                let said = event["message"].as_str().unwrap_or_default();
+                self.state().notes.push(format!("{vm}: {said}"));
+                None
+            }
             "progress" => {
                 self.sample(&event["progress"], vm, at);
                 None
@@ -134,6 +141,11 @@ impl<'a> Record<'a> {
                 }
             }
         }
+    }
+
+    /// What was said of VMs beside their phases.
+    pub(super) fn notes(&self) -> Vec<String> {
+        self.state().notes.clone()
     }
 
     /// Notes what else a person should know of a VM.

@@ -82,6 +82,9 @@ pub(super) fn run(
         ),
         figure("message_under_fault", json!(message)),
     ];
+    if !first.notes.is_empty() {
+        figures.push(figure("notes", json!(first.notes)));
+    }
     armed.heal(agents)?;
     agents.restart_dead()?;
     figures.push(figure("recover_exit_code", json!(recover(agents)?)));

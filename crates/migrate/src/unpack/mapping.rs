@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 
-use page::{BlockIndex, EntryId, PageNo};
+use page::{BlockIndex, EntryId, FrameSharing, PageNo};
 use qstream::BlockList;
 
 use super::batch::Segment;
@@ -20,6 +20,8 @@ pub struct SharedPage<B> {
     pub block: BlockIndex,
     /// Where it is.
     pub page: PageNo,
+    /// How it shares its frame at the source: where it should lie here, whoever says so.
+    pub sharing: FrameSharing,
     /// Its bytes. Those of a literal are [`Segment::Own`] and have yet to be hashed.
     pub bytes: Segment<B>,
 }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use page::{BlockIndex, EntryId, PAGE_SIZE, PageNo, PageRun};
+use page::{BlockIndex, EntryId, FrameSharing, PAGE_SIZE, PageNo, PageRun};
 use qstream::{BlockList, Command, Decoder, Encoder, Item, Step, encode_command};
 use wire::Remote;
 
@@ -36,8 +36,8 @@ pub(super) enum Origin {
 pub(super) struct Frame {
     pub(super) origin: Origin,
     pub(super) block: BlockIndex,
-    /// The pages share their frames at the source.
-    pub(super) is_shared: bool,
+    /// How the pages share their frames at the source.
+    pub(super) sharing: FrameSharing,
     pub(super) bytes: PageCursor,
 }
 
@@ -143,7 +143,7 @@ impl Streaming {
     ) -> bool {
         let block = frame.block;
         if let Origin::Stream { position } = frame.origin
-            && frame.is_shared
+            && frame.sharing.is_shared()
             && self.untouched.touch(block, page)
         {
             let version = Version { block, position };
@@ -152,6 +152,7 @@ impl Streaming {
                 entry,
                 block,
                 page,
+                sharing: frame.sharing,
                 bytes,
             });
             return false;

@@ -9,7 +9,7 @@ use content::{HostTable, Place, Places, Recent};
 use migrate::pack::{Packer, SharedPages, repair_front};
 use migrate::unpack::{Ack, Batch, Contents, Found, Segment, Unpacker, literal_runs};
 use migrate::window::Window;
-use page::{BlockIndex, ContentKey, EntryId, PAGE_SIZE, PageRun};
+use page::{BlockIndex, ContentKey, EntryId, FileRange, FrameSharing, PAGE_SIZE, PageRun};
 use wire::{
     BackMessage, FrameHeader, FrameKind, HEADER_LEN, Op, OpReader, Reached, Remote,
     split_pages_body,
@@ -552,7 +552,14 @@ fn marks(source: &SourceQemu, percent: usize, rng: &mut Rng) -> Arc<SharedPages>
     for (position, (_, block)) in blocks.iter().enumerate() {
         for page in 0..pages(block.used_len) {
             if rng.chance(percent) {
-                marks.mark(position, page::PageNo(page));
+                let range = FileRange { file: 0, ahead: 7 };
+                let of_file = rng.chance(50);
+                let sharing = if of_file {
+                    FrameSharing::File(range)
+                } else {
+                    FrameSharing::Merged
+                };
+                marks.mark(position, page::PageNo(page), sharing);
             }
         }
     }
