@@ -19,6 +19,7 @@ pub mod observer;
 pub mod outcome;
 pub mod overhead;
 pub mod pki;
+pub mod postcopy;
 pub mod process;
 pub mod qmp;
 pub mod report;

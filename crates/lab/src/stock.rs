@@ -15,6 +15,7 @@ use crate::clock::UnixMs;
 use crate::guest::{self, Vm};
 use crate::memory::{GuestMemory, compare};
 use crate::outcome::{EventLog, Hold, Moved, Outcome};
+use crate::postcopy;
 use crate::qmp::Qmp;
 use crate::results::{Pages, Sample};
 use crate::scenario::Stock;
@@ -60,10 +61,14 @@ pub fn migrate(bench: &Bench<'_>, stock: Stock, log: &EventLog) -> Outcome {
             })
             .collect()
     });
+    let figures = match stock {
+        Stock::Postcopy => postcopy::figures(bench, &[], log),
+        _ => Vec::new(),
+    };
     Outcome {
         started,
         moved,
-        figures: Vec::new(),
+        figures,
         cpu_seconds: Vec::new(),
         agent_peak: None,
         unexpected: None,
@@ -106,11 +111,17 @@ impl Move<'_> {
         );
         target.execute("migrate-incoming", json!({"uri": uri}))?;
         source.execute("migrate", json!({"uri": uri}))?;
+        if self.stock == Stock::Postcopy {
+            source.execute("migrate-start-postcopy", json!({}))?;
+        }
         self.log
             .note(&self.vm.name, "phase", json!({"phase": "bulk"}));
         let loaded = self.follow(&mut source, &mut target, moved)?;
         moved.pages = wait_for_source(&mut source)?;
-        self.hand_over(&mut source, &mut target, loaded, moved)?;
+        // In post-copy it runs already, and has written to its memory.
+        if self.stock != Stock::Postcopy {
+            self.hand_over(&mut source, &mut target, loaded, moved)?;
+        }
         source
             .execute("quit", json!({}))
             .context("ending the source")?;
@@ -120,8 +131,11 @@ impl Move<'_> {
     fn start_target(&self) -> anyhow::Result<Qmp> {
         let (vm, host) = (self.vm, &self.vm.target);
         let arguments = vm.arguments(host, self.bench.scenario, &self.bench.programs.image);
-        let extra = ["-S", "-incoming", "defer"];
-        guest::start(vm, host, &self.bench.programs.target, &arguments, &extra)?;
+        let extra: &[&str] = match self.stock {
+            Stock::Postcopy => &["-incoming", "defer"],
+            _ => &["-S", "-incoming", "defer"],
+        };
+        guest::start(vm, host, &self.bench.programs.target, &arguments, extra)?;
         vm.qmp(host)
     }
 
@@ -134,6 +148,12 @@ impl Move<'_> {
         let mut parameters = json!({"max-bandwidth": 0});
         match self.stock {
             Stock::Plain => {}
+            Stock::Postcopy => {
+                on.push("postcopy-ram");
+                if side == "target" {
+                    on.push("postcopy-blocktime");
+                }
+            }
             Stock::Xbzrle => on.push("xbzrle"),
             Stock::MultifdZstd => {
                 on.push("multifd");

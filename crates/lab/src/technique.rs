@@ -18,7 +18,41 @@ pub enum Technique {
         preset: Preset,
         /// Whether literals are compressed where the preset does not do so.
         zstd: bool,
+        /// When the VMs change hosts.
+        mode: Mode,
     },
+}
+
+/// When VMs change hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// After their memory.
+    PreCopy,
+    /// Before it; they run while it follows.
+    PostCopy,
+    /// Before it; they are held until it has followed, and all of it is compared.
+    PostCopyHeld,
+}
+
+impl Mode {
+    const SUFFIXES: [(&str, Self); 2] = [
+        ("+postcopy", Self::PostCopy),
+        ("+postcopy-held", Self::PostCopyHeld),
+    ];
+
+    fn suffix(self) -> &'static str {
+        let known = Self::SUFFIXES.iter().find(|(_, mode)| *mode == self);
+        known.map_or("", |(suffix, _)| suffix)
+    }
+
+    /// As plans write it.
+    #[must_use]
+    pub fn in_plan(self) -> &'static str {
+        match self {
+            Self::PreCopy => "pre-copy",
+            Self::PostCopy | Self::PostCopyHeld => "post-copy",
+        }
+    }
 }
 
 /// What QEMU is told to use.
@@ -30,6 +64,8 @@ pub enum Stock {
     Xbzrle,
     /// Several channels, compressed.
     MultifdZstd,
+    /// The VM before its memory.
+    Postcopy,
 }
 
 /// Presets that the lab runs.
@@ -83,6 +119,7 @@ impl Technique {
             Self::Stock(Stock::Plain) => "stock",
             Self::Stock(Stock::Xbzrle) => "stock-xbzrle",
             Self::Stock(Stock::MultifdZstd) => "stock-multifd-zstd",
+            Self::Stock(Stock::Postcopy) => "stock-postcopy",
             Self::Gangway { preset, .. } => preset.name(),
         }
     }
@@ -93,11 +130,25 @@ impl Technique {
         matches!(self, Self::Gangway { preset, .. } if preset.has_index())
     }
 
+    /// When VMs change hosts, as in `results.json`.
+    #[must_use]
+    pub fn mode(self) -> &'static str {
+        match self {
+            Self::Stock(Stock::Postcopy) => "post-copy",
+            Self::Gangway {
+                mode: Mode::PostCopyHeld,
+                ..
+            } => "post-copy-held",
+            Self::Gangway { mode, .. } => mode.in_plan(),
+            Self::Stock(_) => "pre-copy",
+        }
+    }
+
     /// Gangway's compression.
     #[must_use]
     pub fn compression(self) -> &'static str {
         match self {
-            Self::Gangway { preset, zstd } if zstd || preset.compresses() => "zstd",
+            Self::Gangway { preset, zstd, .. } if zstd || preset.compresses() => "zstd",
             _ => "none",
         }
     }
@@ -107,8 +158,11 @@ impl fmt::Display for Technique {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.base())?;
         match self {
-            Self::Gangway { zstd: true, .. } => f.write_str("+zstd"),
-            _ => Ok(()),
+            Self::Gangway { zstd, mode, .. } => {
+                f.write_str(if *zstd { "+zstd" } else { "" })?;
+                f.write_str(mode.suffix())
+            }
+            Self::Stock(_) => Ok(()),
         }
     }
 }
@@ -117,22 +171,28 @@ impl FromStr for Technique {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> anyhow::Result<Self> {
-        let (base, zstd) = match text.strip_suffix("+zstd") {
+        let suffixes = Mode::SUFFIXES.into_iter();
+        let switched =
+            suffixes.filter_map(|(suffix, mode)| Some((text.strip_suffix(suffix)?, mode)));
+        let (rest, mode) = switched.last().unwrap_or((text, Mode::PreCopy));
+        let (base, zstd) = match rest.strip_suffix("+zstd") {
             Some(base) => (base, true),
-            None => (text, false),
+            None => (rest, false),
         };
-        match (base, zstd) {
+        match (base, zstd || mode != Mode::PreCopy) {
             ("stock", false) => Ok(Self::Stock(Stock::Plain)),
             ("stock-xbzrle", false) => Ok(Self::Stock(Stock::Xbzrle)),
             ("stock-multifd-zstd", false) => Ok(Self::Stock(Stock::MultifdZstd)),
-            (name, zstd) => Preset::ALL
+            ("stock-postcopy", false) => Ok(Self::Stock(Stock::Postcopy)),
+            (name, _) => Preset::ALL
                 .into_iter()
                 .find(|preset| preset.name() == name && !(zstd && preset.compresses()))
-                .map(|preset| Self::Gangway { preset, zstd })
+                .map(|preset| Self::Gangway { preset, zstd, mode })
                 .with_context(|| {
                     format!(
                         "`{text}` is no technique; there are stock, stock-xbzrle, \
-                         stock-multifd-zstd, oc, gang, irlm, slm (each with +zstd too) and full"
+                         stock-multifd-zstd, stock-postcopy, oc, gang, irlm, slm (each with +zstd too) \
+                         and full, all of Gangway's with +postcopy or +postcopy-held too"
                     )
                 }),
         }
@@ -162,10 +222,13 @@ mod tests {
             "irlm+zstd",
             "full",
             "slm",
+            "stock-postcopy",
+            "gang+postcopy",
+            "gang+zstd+postcopy-held",
         ] {
             assert_eq!(name.parse::<Technique>().unwrap().to_string(), name);
         }
-        for wrong in ["full+zstd", "stock+zstd", "irlm+lz4", ""] {
+        for wrong in ["full+zstd", "stock+zstd", "stock+postcopy", "irlm+lz4", ""] {
             assert!(wrong.parse::<Technique>().is_err(), "{wrong}");
         }
     }

@@ -16,7 +16,7 @@ use wire::OpenMove;
 use crate::api::mover::EventSink;
 use crate::journal::Journal;
 use crate::prepare::{Preparations, Prepared};
-use crate::types::{Happening, MoveSpec, Phase, Scope, Sharing};
+use crate::types::{Happening, Mode, MoveSpec, Phase, Scope, Sharing};
 
 use super::control::Control;
 use super::home::{Home, guest_memory};
@@ -40,6 +40,8 @@ const RELEASE_PAUSE: Duration = Duration::from_millis(500);
 pub(crate) enum Input {
     /// The target QEMU has loaded everything.
     Loaded,
+    /// The target QEMU went over to post-copy, and could run.
+    Switched,
     /// The stream, the link or a QEMU failed.
     Failed(String),
     /// Somebody wants the VM to stay.
@@ -143,6 +145,8 @@ struct Run {
     phase: Phase,
     /// The guest was seen to stop for its switch-over.
     stopped: bool,
+    /// Its QEMU was told to go over to post-copy.
+    switched: bool,
 }
 
 impl Run {
@@ -169,6 +173,7 @@ impl Run {
             started: Instant::now(),
             phase: Phase::Queued,
             stopped: false,
+            switched: false,
         }
     }
 
@@ -264,6 +269,7 @@ impl Run {
             resume,
             memory_bytes,
             share: spec.settings.sharing == Sharing::Preserve,
+            postcopy: parameters(&spec).postcopy,
         };
         let note = self
             .control
@@ -321,6 +327,7 @@ impl Run {
     fn take(&mut self, input: Input) {
         match input {
             Input::Loaded => self.handle(SourceEvent::TargetLoaded),
+            Input::Switched => self.handle(SourceEvent::TargetSwitched),
             Input::Failed(reason) => self.handle(SourceEvent::Failed(reason)),
             Input::Cancel => self.handle(SourceEvent::Cancel),
             Input::Confirmed if *self.machine.state() == SourceState::Committed => {
@@ -349,6 +356,9 @@ impl Run {
                 );
             }
             "MIGRATION" => match event.data.get("status").and_then(|s| s.as_str()) {
+                Some("active") if parameters(&self.spec).postcopy && !self.switched => {
+                    self.switch_to_postcopy();
+                }
                 Some("completed") => self.handle(SourceEvent::SourceCompleted),
                 Some("failed" | "cancelled") => {
                     let why = self.home.migration().and_then(|info| info.error_desc);
@@ -363,7 +373,32 @@ impl Run {
         }
     }
 
+    /// The guest stops, and its QEMU goes over to post-copy.
+    fn switch_to_postcopy(&mut self) {
+        if *self.machine.state() != SourceState::Copying {
+            return;
+        }
+        self.switched = true;
+        if let Some(stream) = &self.stream {
+            // What is queued now is downtime, and later keeps pages waiting.
+            stream.set_near_end(true);
+        }
+        let machine = &mut self.machine;
+        let switched = self.home.switch(|| {
+            machine.handle(SourceEvent::SourceHeld);
+        });
+        if let Err(error) = switched {
+            self.handle(SourceEvent::Failed(format!("{error:#}")));
+        }
+    }
+
     fn tick(&mut self) {
+        if *self.machine.state() == SourceState::Following {
+            if let Some(stream) = self.stream.clone() {
+                self.report_progress(&stream);
+            }
+            return;
+        }
         if *self.machine.state() != SourceState::Copying {
             return;
         }
@@ -382,15 +417,19 @@ impl Run {
 
     fn report_progress(&mut self, stream: &Stream) {
         // While the guest is stopped QEMU may be unable to answer until we have read its stream.
-        let info = if self.stopped {
+        let following = *self.machine.state() == SourceState::Following;
+        let info = if self.stopped && !following {
             None
         } else {
             self.home.migration()
         };
         let progress = self.meter.sample(stream, info.as_ref());
         stream.set_round(progress.round);
-        stream
-            .set_near_end(progress.round > 1 || progress.eta_s.is_some_and(|eta| eta < NEAR_END_S));
+        stream.set_near_end(
+            self.switched
+                || progress.round > 1
+                || progress.eta_s.is_some_and(|eta| eta < NEAR_END_S),
+        );
         if progress.round <= 1
             && let Some(frames) = self.session.as_ref().and_then(|s| s.frames.as_ref())
         {
@@ -469,6 +508,11 @@ impl Run {
             }
             SourceAction::BringBack => {
                 let stream = self.stream.clone();
+                if self.switched
+                    && let Some(stream) = &stream
+                {
+                    self.home.end_postcopy(stream);
+                }
                 let close = || {
                     if let Some(stream) = stream {
                         stream.close(true);
@@ -516,6 +560,7 @@ impl Run {
         spawn("gw-read", move || {
             if let Err(error) = super::reader::run(&socket, &stream, &way, packer, &hold) {
                 stream.tell(Input::Failed(error.to_string()));
+                super::reader::drain_if_asked(&socket, &stream);
             }
         })?;
         self.enter(Phase::Bulk, "memory is being copied".into());
@@ -597,6 +642,13 @@ impl Run {
                     self.spec.target_name, self.spec.target_name, self.spec.id
                 ),
             ),
+            SourceState::Following => (
+                Phase::PostCopy,
+                format!(
+                    "runs at {}; its memory follows, and it needs both hosts until then",
+                    self.spec.target_name
+                ),
+            ),
             _ => return,
         };
         if let Some(stream) = self.stream.clone() {
@@ -620,6 +672,7 @@ fn parameters(spec: &MoveSpec) -> MigrationParameters {
     let default = MigrationParameters::default();
     MigrationParameters {
         downtime_limit_ms: spec.downtime_limit_ms.unwrap_or(default.downtime_limit_ms),
+        postcopy: spec.settings.mode == Mode::PostCopy,
         ..default
     }
 }

@@ -18,6 +18,7 @@ mod pool;
 mod promises;
 mod rack;
 mod receiver;
+mod returns;
 mod session;
 mod sink;
 

@@ -11,6 +11,7 @@ use super::index;
 use crate::bench::Bench;
 use crate::guest::{Host, Vm};
 use crate::scenario::Preset;
+use crate::technique::Mode;
 use crate::template;
 
 /// What the plan says beside the moves.
@@ -18,6 +19,7 @@ use crate::template;
 pub(super) struct Settings {
     pub(super) preset: Preset,
     pub(super) zstd: bool,
+    pub(super) mode: Mode,
     /// VMs wait, stopped at both ends, until the lab has compared their memory.
     pub(super) confirm_handover: bool,
     /// What an earlier preparation found is used as it is.
@@ -47,6 +49,9 @@ pub(super) fn text(bench: &Bench<'_>, vms: &[&Vm], settings: Settings) -> anyhow
     });
     if settings.preset.has_index() && bench.scenario.index > 0 {
         plan["index"] = json!(index::addresses(bench));
+    }
+    if settings.mode != Mode::PreCopy {
+        plan["mode"] = settings.mode.in_plan().into();
     }
     if settings.stale {
         plan["prepare"] = false.into();
