@@ -411,7 +411,6 @@ pub(crate) fn position(path: &Path, text: &str, span: Option<Range<usize>>) -> S
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::Compression;
 
     const PLAN: &str = r#"
 preset = "oc"
@@ -541,6 +540,29 @@ replace = [{ from = "/run/a", to = "/run/b" }]
         );
         let empty = parse("move = []\n[hosts]\n").unwrap_err();
         assert!(empty.starts_with("the plan has 0 moves"), "{empty}");
+    }
+
+    #[test]
+    fn post_copy_is_refused_with_what_it_does_not_go_with_yet() {
+        let plan = |settings: &str| {
+            let text = PLAN.replace("preset = \"oc\"\ncompression = \"zstd\"", settings);
+            assert_ne!(text, PLAN);
+            let text = format!("mode = \"post-copy\"\n{text}");
+            Plan::parse(Path::new("plan.toml"), &text).map(|plan| plan.settings().mode)
+        };
+        for good in ["preset = \"oc\"", "preset = \"gang\""] {
+            assert_eq!(plan(good).unwrap(), Mode::PostCopy);
+        }
+        for refused in [
+            "preset = \"irlm\"",
+            "preset = \"slm\"",
+            "preset = \"gang\"\ncompression = \"zstd\"",
+        ] {
+            assert!(
+                matches!(plan(refused), Err(PlanError::Postcopy)),
+                "{refused}"
+            );
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::time::Duration;
 
 use agent::client::Client;
-use agent::types::{GroupAccepted, GroupRequest, Plan};
+use agent::types::{GroupAccepted, GroupRequest, Mode, Plan};
 
 use crate::args::{Cli, Migrate};
 use crate::exit::Exit;
@@ -14,9 +14,17 @@ use crate::watch::{left, watch};
 /// The agent asks every other agent about every move first.
 const AGREEMENT_TIME_MAX: Duration = Duration::from_secs(120);
 
+/// What a person consents to.
+const POSTCOPY: &str = "post-copy: each VM runs at its target before its memory is there. If a host, \
+                        an agent or the link is lost in that time, the VM stops and needs a person; \
+                        its QEMU at the source must not be ended or resumed then";
+
 /// Starts the plan's group; then watches it, unless told to detach.
 pub(crate) async fn run(cli: &Cli, client: &Client, migrate: &Migrate) -> anyhow::Result<Exit> {
     let plan = read_plan(migrate)?;
+    if plan.settings().mode == Mode::PostCopy {
+        writeln!(io::stderr(), "{POSTCOPY}")?;
+    }
     let patient = Client::unix(&cli.socket, AGREEMENT_TIME_MAX);
     let request = GroupRequest { plan, id: None };
     let accepted: GroupAccepted = tokio::select! {

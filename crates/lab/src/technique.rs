@@ -171,10 +171,10 @@ impl FromStr for Technique {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> anyhow::Result<Self> {
-        let suffixes = Mode::SUFFIXES.into_iter();
-        let switched =
-            suffixes.filter_map(|(suffix, mode)| Some((text.strip_suffix(suffix)?, mode)));
-        let (rest, mode) = switched.last().unwrap_or((text, Mode::PreCopy));
+        let switched = Mode::SUFFIXES
+            .into_iter()
+            .find_map(|(suffix, mode)| Some((text.strip_suffix(suffix)?, mode)));
+        let (rest, mode) = switched.unwrap_or((text, Mode::PreCopy));
         let (base, zstd) = match rest.strip_suffix("+zstd") {
             Some(base) => (base, true),
             None => (rest, false),

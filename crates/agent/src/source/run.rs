@@ -6,10 +6,10 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
-use guest::{MigrationParameters, QmpEvent, RunState, SavedSettings, target_argv};
+use guest::{MigrationParameters, QmpEvent, RunState, SavedSettings, SourceGuest, target_argv};
 use migrate::handover::{SourceAction, SourceEvent, SourceJournal, SourceMove, SourceState};
 use migrate::pack::Packer;
-use page::ContentKey;
+use page::{ContentKey, PAGE_SIZE};
 use serde::{Deserialize, Serialize};
 use wire::OpenMove;
 
@@ -215,6 +215,9 @@ impl Run {
         let guest = self.home.attach(&spec.qmp, self.sender.clone())?;
         guest.check()?;
         self.home.was_running = guest.run_state()? == RunState::Running;
+        if parameters(&spec).postcopy {
+            check_postcopy(&guest)?;
+        }
         self.meter = ProgressMeter::new(guest.memory_bytes().0);
         let argv = match spec.definition.clone() {
             Some(argv) => argv,
@@ -665,6 +668,21 @@ impl Run {
         tracing::info!(vm = self.spec.vm, ?phase, message, "move");
         self.phase = phase;
         (self.events)(Happening::Phase { phase, message });
+    }
+}
+
+/// A page of the host is placed at once, and pages are sent ahead one by one.
+fn check_postcopy(guest: &SourceGuest) -> anyhow::Result<()> {
+    let blocks = guest.ram_blocks()?;
+    match blocks
+        .iter()
+        .find(|block| block.page_size != PAGE_SIZE as u64)
+    {
+        Some(block) => Err(anyhow!(
+            "post-copy of memory with large pages ({}) is not carried yet",
+            block.name
+        )),
+        None => Ok(()),
     }
 }
 
