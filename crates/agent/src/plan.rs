@@ -6,7 +6,8 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use crate::types::{
-    MoveSpec, Plan, PlanMove, Preset, RackPeer, RackSpec, Scope, Settings, Sharing,
+    Compression, Mode, MoveSpec, Plan, PlanMove, Preset, RackPeer, RackSpec, Scope, Settings,
+    Sharing,
 };
 
 /// Trust domain of a move that names none.
@@ -103,6 +104,12 @@ pub enum PlanError {
     /// Settings that do not go together yet.
     #[error("sharing `preserve` does not go with scope `rack` yet: choose scope `none` or `host`")]
     SharingInRack,
+    /// Settings that do not go together yet.
+    #[error(
+        "mode `post-copy` goes with scope `none` or `host`, sharing `off` and compression `none` \
+         only, for now"
+    )]
+    Postcopy,
     /// A command line or a replacement that cannot work.
     #[error("VM `{vm}`: `{key}` {problem}")]
     CommandLine {
@@ -156,6 +163,12 @@ impl Plan {
         let settings = self.settings();
         if settings.sharing == Sharing::Preserve && settings.scope == Scope::Rack {
             return Err(PlanError::SharingInRack);
+        }
+        let is_plain = settings.scope != Scope::Rack
+            && settings.sharing == Sharing::Off
+            && settings.compression == Compression::None;
+        if settings.mode == Mode::PostCopy && !is_plain {
+            return Err(PlanError::Postcopy);
         }
         self.check_hosts()?;
         let mut seen = HashSet::new();
@@ -398,7 +411,6 @@ pub(crate) fn position(path: &Path, text: &str, span: Option<Range<usize>>) -> S
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::Compression;
 
     const PLAN: &str = r#"
 preset = "oc"
@@ -528,6 +540,29 @@ replace = [{ from = "/run/a", to = "/run/b" }]
         );
         let empty = parse("move = []\n[hosts]\n").unwrap_err();
         assert!(empty.starts_with("the plan has 0 moves"), "{empty}");
+    }
+
+    #[test]
+    fn post_copy_is_refused_with_what_it_does_not_go_with_yet() {
+        let plan = |settings: &str| {
+            let text = PLAN.replace("preset = \"oc\"\ncompression = \"zstd\"", settings);
+            assert_ne!(text, PLAN);
+            let text = format!("mode = \"post-copy\"\n{text}");
+            Plan::parse(Path::new("plan.toml"), &text).map(|plan| plan.settings().mode)
+        };
+        for good in ["preset = \"oc\"", "preset = \"gang\""] {
+            assert_eq!(plan(good).unwrap(), Mode::PostCopy);
+        }
+        for refused in [
+            "preset = \"irlm\"",
+            "preset = \"slm\"",
+            "preset = \"gang\"\ncompression = \"zstd\"",
+        ] {
+            assert!(
+                matches!(plan(refused), Err(PlanError::Postcopy)),
+                "{refused}"
+            );
+        }
     }
 
     #[test]

@@ -55,6 +55,9 @@ pub enum Compression {
 pub enum Mode {
     /// After its memory.
     PreCopy,
+    /// Before its memory, which follows. Until it has, the VM needs both hosts and the link between
+    /// them: if one is lost, the VM stops and a person is asked.
+    PostCopy,
 }
 
 /// The four settings of a migration technique.
@@ -290,6 +293,8 @@ pub enum Phase {
     Held,
     /// The target was let go: from here on the VM never runs at the source again.
     Released,
+    /// The VM runs at the target in post-copy; its memory follows.
+    PostCopy,
     /// The agent was restarted in the middle of the move, or a person asked for it: it finds out
     /// where the VM is, and finishes or undoes the move.
     Recovering,
@@ -359,6 +364,24 @@ pub struct Progress {
     pub backlog_bytes: u64,
     /// Pages by kind.
     pub pages: PageCounts,
+    /// How long page faults took at the target; when the memory of a VM in post-copy is there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub faults: Option<Faults>,
+}
+
+/// How long page faults took in post-copy, from the request of the target QEMU until the page was
+/// given to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Faults {
+    /// How many there were.
+    pub count: u64,
+    /// Half of them took no longer.
+    pub median_us: u64,
+    /// 99 of 100 took no longer.
+    pub p99_us: u64,
+    /// None took longer.
+    pub max_us: u64,
 }
 
 /// One thing that happened to a move. NDJSON on the event streams.

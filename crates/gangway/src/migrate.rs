@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::time::Duration;
 
 use agent::client::Client;
-use agent::types::{EvacuationRequest, GroupAccepted, GroupRequest, Plan};
+use agent::types::{EvacuationRequest, GroupAccepted, GroupRequest, Mode, Plan};
 
 use crate::args::{Cli, Evacuate, Manner, Migrate};
 use crate::exit::Exit;
@@ -13,6 +13,11 @@ use crate::watch::{left, watch};
 
 /// The agent asks every other agent about every move first.
 const AGREEMENT_TIME_MAX: Duration = Duration::from_secs(120);
+
+/// What a person consents to.
+const POSTCOPY: &str = "post-copy: each VM runs at its target before its memory is there. If a host, \
+                        an agent or the link is lost in that time, the VM stops and needs a person; \
+                        its QEMU at the source must not be ended or resumed then";
 
 /// Migrates what a plan says.
 pub(crate) async fn migrate(cli: &Cli, client: &Client, wish: &Migrate) -> anyhow::Result<Exit> {
@@ -41,6 +46,9 @@ pub(crate) async fn evacuate(cli: &Cli, client: &Client, wish: &Evacuate) -> any
 
 /// Starts the plan's group; then watches it, unless told to detach.
 async fn start(cli: &Cli, client: &Client, plan: Plan, manner: &Manner) -> anyhow::Result<Exit> {
+    if plan.settings().mode == Mode::PostCopy {
+        writeln!(io::stderr(), "{POSTCOPY}")?;
+    }
     let patient = Client::unix(&cli.socket, AGREEMENT_TIME_MAX);
     let request = GroupRequest { plan, id: None };
     let accepted: GroupAccepted = tokio::select! {

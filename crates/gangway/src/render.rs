@@ -18,6 +18,7 @@ pub(crate) fn phase(phase: Phase) -> &'static str {
         Phase::Held => "held",
         Phase::Released => "released",
         Phase::Recovering => "recovering",
+        Phase::PostCopy => "post-copy",
         Phase::Moved => "moved",
         Phase::Stayed => "stayed",
         Phase::NeedsPerson => "needs a person",

@@ -33,7 +33,10 @@ const REFUSED_CAPABILITIES: [(&str, &str); 13] = [
     ),
     ("multifd", "its parallel channels are not carried"),
     ("mapped-ram", "it writes a file layout, not a stream"),
-    ("postcopy-ram", "post-copy is not carried"),
+    (
+        "postcopy-ram",
+        "it is turned on by the move where a plan asks for post-copy",
+    ),
     ("postcopy-preempt", "its second channel is not carried"),
     ("rdma-pin-all", "RDMA bypasses the agents"),
     ("x-colo", "COLO keeps both VMs in step through the stream"),
@@ -64,6 +67,8 @@ pub struct MigrationParameters {
     /// Whether QEMU waits, with the guest stopped, for
     /// [`crate::SourceGuest::continue_switchover`] before it sends the end.
     pub pause_before_switchover: bool,
+    /// Whether the migration may be told to go over to post-copy.
+    pub postcopy: bool,
 }
 
 impl Default for MigrationParameters {
@@ -71,6 +76,7 @@ impl Default for MigrationParameters {
         Self {
             downtime_limit_ms: DOWNTIME_LIMIT_MS_DEFAULT,
             pause_before_switchover: false,
+            postcopy: false,
         }
     }
 }
@@ -81,11 +87,12 @@ impl MigrationParameters {
     }
 
     /// Capabilities of the source and the values they need, as far as its QEMU has them.
-    fn capabilities(&self) -> [(&'static str, bool); 4] {
+    fn capabilities(&self) -> [(&'static str, bool); 5] {
         [
             // Without it QEMU takes bytes that a socket accepted for a success.
             ("return-path", true),
             ("events", true),
+            ("postcopy-ram", self.postcopy),
             ("pause-before-switchover", self.pause_before_switchover),
             // Would make the source wait for a message that only a target set alike sends.
             ("switchover-ack", false),
@@ -196,6 +203,15 @@ fn capabilities(qmp: &Qmp) -> Result<BTreeMap<String, bool>, QmpError> {
     }
     let list: Vec<Capability> = qmp.query("query-migrate-capabilities")?;
     Ok(list.into_iter().map(|c| (c.capability, c.state)).collect())
+}
+
+/// What a target that may go over to post-copy needs beside its capability, if its QEMU has it: how
+/// long its processors wait for pages.
+pub(crate) fn postcopy_target(qmp: &Qmp) -> Result<Vec<(&'static str, bool)>, QmpError> {
+    let known = capabilities(qmp)?;
+    let mut wanted = vec![("postcopy-ram", true), ("postcopy-blocktime", true)];
+    wanted.retain(|(name, _)| *name == "postcopy-ram" || known.contains_key(*name));
+    Ok(wanted)
 }
 
 /// Turns capabilities on or off.

@@ -265,6 +265,24 @@ impl SourceGuest {
         self.execute("migrate-continue", json!({ "state": "pre-switchover" }))
     }
 
+    /// Stops the guest. A guest that is stopped in this way is resumed by [`SourceGuest::cont`] alone, whatever becomes of the migration: QEMU resumes by
+    /// itself only what it has stopped by itself.
+    ///
+    /// # Errors
+    /// If QEMU refuses.
+    pub fn stop(&self) -> Result<(), GuestError> {
+        self.execute("stop", Value::Null)
+    }
+
+    /// Tells QEMU to go over to post-copy, which it does at once. QEMU from 10.0 on does not cancel a
+    /// migration after that.
+    ///
+    /// # Errors
+    /// If QEMU refuses.
+    pub fn start_postcopy(&self) -> Result<(), GuestError> {
+        self.execute("migrate-start-postcopy", Value::Null)
+    }
+
     /// Cancels a migration; the guest runs on. It has ended when its status says so.
     ///
     /// # Errors

@@ -18,7 +18,7 @@ use crate::migration::migration_info;
 use crate::obstacle::mapping_obstacle_now;
 use crate::qmp::open_socket;
 use crate::ram::ram_blocks;
-use crate::settings::set_capabilities;
+use crate::settings::{postcopy_target, set_capabilities};
 use crate::source::unix_uri;
 use crate::state::run_state;
 use crate::{
@@ -157,15 +157,20 @@ impl TargetGuest {
     }
 
     /// Makes QEMU listen at `socket` for its migration; the socket exists afterwards. The first
-    /// connection *is* the migration: never connect to try. If it breaks, QEMU ends.
+    /// connection *is* the migration: never connect to try. If it breaks, QEMU ends. With `postcopy`
+    /// the migration may go over to post-copy.
     ///
     /// # Errors
     /// If QEMU refuses or the path is too long.
-    pub fn listen(&self, socket: &Path) -> Result<(), GuestError> {
+    pub fn listen(&self, socket: &Path, postcopy: bool) -> Result<(), GuestError> {
         let uri = unix_uri(socket)?;
         // Disks are taken over when the guest is let go, not when it was loaded: until then the
         // source may still need them.
-        set_capabilities(&self.qmp, [("events", true), ("late-block-activate", true)])?;
+        let mut wanted = vec![("events", true), ("late-block-activate", true)];
+        if postcopy {
+            wanted.extend(postcopy_target(&self.qmp)?);
+        }
+        set_capabilities(&self.qmp, wanted)?;
         Ok(self
             .qmp
             .execute("migrate-incoming", json!({ "uri": uri }))

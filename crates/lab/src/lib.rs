@@ -24,6 +24,7 @@ pub mod outcome;
 pub mod overhead;
 pub mod pki;
 pub mod pool_use;
+pub mod postcopy;
 pub mod process;
 pub mod qmp;
 pub mod report;

@@ -24,6 +24,7 @@ use crate::scenario::{Preset, Scenario, Stock, Technique};
 use crate::session::Session;
 use crate::shell::{output, say};
 use crate::stock;
+use crate::technique::Mode;
 
 /// Runs all of `scenario` and leaves `results.json` and `events.jsonl` in `out`. A run that fails
 /// is part of the results; only what keeps the lab itself from working is an error.
@@ -71,7 +72,7 @@ pub fn scenario(name: &str, scenario: &Scenario, out: &Path) -> anyhow::Result<R
                 }
                 results.runs.push(Run {
                     technique: technique.base().into(),
-                    mode: "pre-copy".into(),
+                    mode: technique.mode().into(),
                     compression: technique.compression().into(),
                     beside,
                     fault,
@@ -276,6 +277,7 @@ enum Mover {
         agents: Agents,
         preset: Preset,
         zstd: bool,
+        mode: Mode,
     },
 }
 
@@ -283,10 +285,11 @@ impl Mover {
     fn start(technique: Technique, bench: &Bench<'_>) -> anyhow::Result<Self> {
         Ok(match technique {
             Technique::Stock(stock) => Self::Stock(stock),
-            Technique::Gangway { preset, zstd } => Self::Gangway {
+            Technique::Gangway { preset, zstd, mode } => Self::Gangway {
                 agents: Agents::start(bench)?,
                 preset,
                 zstd,
+                mode,
             },
         })
     }
@@ -306,7 +309,8 @@ impl Mover {
                 agents,
                 preset,
                 zstd,
-            } => gangway::migrate(agents, bench, (*preset, *zstd), log),
+                mode,
+            } => gangway::migrate(agents, bench, (*preset, *zstd, *mode), log),
         }
     }
 }
@@ -323,6 +327,7 @@ impl Mover {
                 agents,
                 preset,
                 zstd,
+                ..
             } => {
                 let preset = (*preset, *zstd);
                 let afterwards = Afterwards {

@@ -15,6 +15,7 @@ use crate::clock::UnixMs;
 use crate::guest::{self, Vm};
 use crate::memory::{GuestMemory, compare};
 use crate::outcome::{EventLog, Hold, Moved, Outcome};
+use crate::postcopy;
 use crate::qmp::Qmp;
 use crate::results::{Pages, Sample};
 use crate::scenario::Stock;
@@ -70,13 +71,15 @@ pub fn migrate(bench: &Bench<'_>, stock: Stock, log: &EventLog) -> Outcome {
             })
             .collect()
     });
+    let settings = Settings::of(stock, bench.scenario.vm.memory_mb).text();
+    let mut figures = vec![(SETTINGS.to_owned(), json!(settings))];
+    if stock == Stock::Postcopy {
+        figures.extend(postcopy::figures(bench, &[], log));
+    }
     Outcome {
         started,
         moved,
-        figures: vec![(
-            SETTINGS.to_owned(),
-            json!(Settings::of(stock, bench.scenario.vm.memory_mb).text()),
-        )],
+        figures,
         cpu_seconds: Vec::new(),
         agent_peak: None,
         unexpected: None,
@@ -111,6 +114,7 @@ impl Settings {
                     parameters["multifd-zstd-level"] = MULTIFD_ZSTD_LEVEL.into();
                 }
             }
+            Stock::Postcopy => capabilities.push("postcopy-ram"),
             Stock::AutoConverge => {
                 capabilities.push("auto-converge");
                 parameters["cpu-throttle-initial"] = THROTTLE_INITIAL.into();
@@ -168,11 +172,17 @@ impl Move<'_> {
         );
         target.execute("migrate-incoming", json!({"uri": uri}))?;
         source.execute("migrate", json!({"uri": uri}))?;
+        if self.stock == Stock::Postcopy {
+            source.execute("migrate-start-postcopy", json!({}))?;
+        }
         self.log
             .note(&self.vm.name, "phase", json!({"phase": "bulk"}));
         let loaded = self.follow(&mut source, &mut target, moved)?;
         moved.pages = wait_for_source(&mut source)?;
-        self.hand_over(&mut source, &mut target, loaded, moved)?;
+        // In post-copy it runs already, and has written to its memory.
+        if self.stock != Stock::Postcopy {
+            self.hand_over(&mut source, &mut target, loaded, moved)?;
+        }
         source
             .execute("quit", json!({}))
             .context("ending the source")?;
@@ -182,8 +192,11 @@ impl Move<'_> {
     fn start_target(&self) -> anyhow::Result<Qmp> {
         let (vm, host) = (self.vm, &self.vm.target);
         let arguments = vm.arguments(host, self.bench.scenario, &self.bench.programs.image);
-        let extra = ["-S", "-incoming", "defer"];
-        guest::start(vm, host, &self.bench.programs.target, &arguments, &extra)?;
+        let extra: &[&str] = match self.stock {
+            Stock::Postcopy => &["-incoming", "defer"],
+            _ => &["-S", "-incoming", "defer"],
+        };
+        guest::start(vm, host, &self.bench.programs.target, &arguments, extra)?;
         vm.qmp(host)
     }
 
@@ -194,6 +207,9 @@ impl Move<'_> {
             on.push("return-path");
         }
         on.extend(settings.capabilities);
+        if side == "target" && self.stock == Stock::Postcopy {
+            on.push("postcopy-blocktime");
+        }
         let capabilities: Vec<Value> = on
             .iter()
             .map(|name| json!({"capability": name, "state": true}))

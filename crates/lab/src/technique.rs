@@ -18,7 +18,41 @@ pub enum Technique {
         preset: Preset,
         /// Whether literals are compressed where the preset does not do so.
         zstd: bool,
+        /// When the VMs change hosts.
+        mode: Mode,
     },
+}
+
+/// When VMs change hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// After their memory.
+    PreCopy,
+    /// Before it; they run while it follows.
+    PostCopy,
+    /// Before it; they are held until it has followed, and all of it is compared.
+    PostCopyHeld,
+}
+
+impl Mode {
+    const SUFFIXES: [(&str, Self); 2] = [
+        ("+postcopy", Self::PostCopy),
+        ("+postcopy-held", Self::PostCopyHeld),
+    ];
+
+    fn suffix(self) -> &'static str {
+        let known = Self::SUFFIXES.iter().find(|(_, mode)| *mode == self);
+        known.map_or("", |(suffix, _)| suffix)
+    }
+
+    /// As plans write it.
+    #[must_use]
+    pub fn in_plan(self) -> &'static str {
+        match self {
+            Self::PreCopy => "pre-copy",
+            Self::PostCopy | Self::PostCopyHeld => "post-copy",
+        }
+    }
 }
 
 /// What QEMU is told to use.
@@ -34,15 +68,18 @@ pub enum Stock {
     MultifdZstd,
     /// The guest is slowed down until it dirties less than can be sent.
     AutoConverge,
+    /// The VM before its memory.
+    Postcopy,
 }
 
 impl Stock {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::Plain,
         Self::Xbzrle,
         Self::Multifd,
         Self::MultifdZstd,
         Self::AutoConverge,
+        Self::Postcopy,
     ];
 
     /// As scenarios and results write it.
@@ -54,6 +91,7 @@ impl Stock {
             Self::Multifd => "stock-multifd",
             Self::MultifdZstd => "stock-multifd-zstd",
             Self::AutoConverge => "stock-auto-converge",
+            Self::Postcopy => "stock-postcopy",
         }
     }
 }
@@ -117,11 +155,25 @@ impl Technique {
         matches!(self, Self::Gangway { preset, .. } if preset.has_index())
     }
 
+    /// When VMs change hosts, as in `results.json`.
+    #[must_use]
+    pub fn mode(self) -> &'static str {
+        match self {
+            Self::Stock(Stock::Postcopy) => "post-copy",
+            Self::Gangway {
+                mode: Mode::PostCopyHeld,
+                ..
+            } => "post-copy-held",
+            Self::Gangway { mode, .. } => mode.in_plan(),
+            Self::Stock(_) => "pre-copy",
+        }
+    }
+
     /// Gangway's compression.
     #[must_use]
     pub fn compression(self) -> &'static str {
         match self {
-            Self::Gangway { preset, zstd } if zstd || preset.compresses() => "zstd",
+            Self::Gangway { preset, zstd, .. } if zstd || preset.compresses() => "zstd",
             _ => "none",
         }
     }
@@ -131,8 +183,11 @@ impl fmt::Display for Technique {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.base())?;
         match self {
-            Self::Gangway { zstd: true, .. } => f.write_str("+zstd"),
-            _ => Ok(()),
+            Self::Gangway { zstd, mode, .. } => {
+                f.write_str(if *zstd { "+zstd" } else { "" })?;
+                f.write_str(mode.suffix())
+            }
+            Self::Stock(_) => Ok(()),
         }
     }
 }
@@ -141,9 +196,13 @@ impl FromStr for Technique {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> anyhow::Result<Self> {
-        let (base, zstd) = match text.strip_suffix("+zstd") {
+        let switched = Mode::SUFFIXES
+            .into_iter()
+            .find_map(|(suffix, mode)| Some((text.strip_suffix(suffix)?, mode)));
+        let (rest, mode) = switched.unwrap_or((text, Mode::PreCopy));
+        let (base, zstd) = match rest.strip_suffix("+zstd") {
             Some(base) => (base, true),
-            None => (text, false),
+            None => (rest, false),
         };
         if let Some(stock) = Stock::ALL.into_iter().find(|stock| stock.name() == text) {
             return Ok(Self::Stock(stock));
@@ -151,12 +210,12 @@ impl FromStr for Technique {
         Preset::ALL
             .into_iter()
             .find(|preset| preset.name() == base && !(zstd && preset.compresses()))
-            .map(|preset| Self::Gangway { preset, zstd })
+            .map(|preset| Self::Gangway { preset, zstd, mode })
             .with_context(|| {
                 let stock = Stock::ALL.map(Stock::name).join(", ");
                 format!(
                     "`{text}` is no technique; there are {stock}, oc, gang, irlm, slm (each with \
-                     +zstd too) and full"
+                     +zstd too) and full, all of Gangway's with +postcopy or +postcopy-held too"
                 )
             })
     }
@@ -188,10 +247,13 @@ mod tests {
             "irlm+zstd",
             "full",
             "slm",
+            "stock-postcopy",
+            "gang+postcopy",
+            "gang+zstd+postcopy-held",
         ] {
             assert_eq!(name.parse::<Technique>().unwrap().to_string(), name);
         }
-        for wrong in ["full+zstd", "stock+zstd", "irlm+lz4", ""] {
+        for wrong in ["full+zstd", "stock+zstd", "stock+postcopy", "irlm+lz4", ""] {
             assert!(wrong.parse::<Technique>().is_err(), "{wrong}");
         }
     }

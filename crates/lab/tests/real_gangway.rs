@@ -41,6 +41,29 @@ fn real_gang_needs_fewer_bytes_than_stock_and_every_page_arrives() {
 }
 
 #[test]
+fn real_vms_run_before_their_memory_and_find_all_of_it_right() {
+    let techniques = "techniques=gang+postcopy,gang+postcopy-held";
+    let results = results_of("pair", &[techniques, "settle_s=1"]);
+    let [running, held] = &results.runs[..] else {
+        panic!("two techniques, {} runs", results.runs.len())
+    };
+    for run in [running, held] {
+        assert_eq!(run.failure, None, "{}", run.name());
+        assert_eq!(run.vms_lost, Some(0), "{}", run.name());
+        assert_eq!(run.stamp_errors, Some(0), "{}", run.name());
+        assert_eq!(run.application["exit_code"], 0);
+        let pages = run.pages.expect("the events count pages");
+        assert!(pages.reference.unwrap() > 0, "{}", run.name());
+    }
+    // Guests checked their stamps while memory came, and after it.
+    let figure = |name: &str| running.application[name].as_u64().unwrap_or(0);
+    assert!(figure("stamped_pages_checked") > 0 && figure("faults") > 0);
+    // The guests stood still until all memory had come.
+    assert_eq!(held.mismatched_pages, Some(0));
+    assert_eq!(held.compared_pages, Some(2 * (256 << 20) / 4096));
+}
+
+#[test]
 fn real_vm_runs_on_at_its_source_when_the_target_agent_dies_and_then_moves() {
     let results = results_of("fault", &[]);
     let [run] = &results.runs[..] else {

@@ -60,6 +60,7 @@ enum Piece {
         sharing: FrameSharing,
     },
     Raw(Range<usize>),
+    Package(Range<usize>),
     RamStart(Range<usize>),
     EndBegin,
     EndClosed,
@@ -96,8 +97,10 @@ impl std::ops::AddAssign for PackCounts {
 pub struct Milestones {
     /// The last RAM section has begun: the guest is stopped.
     pub end_begun: bool,
-    /// All RAM is through: what follows is device state.
+    /// All RAM is through: what follows is device state, or the end.
     pub tail_begun: bool,
+    /// The device state is through, and RAM follows: post-copy.
+    pub switched: bool,
 }
 
 /// A buffer as operations.
@@ -140,6 +143,10 @@ pub struct Packer {
     shared_at: Vec<Option<usize>>,
     pieces: Vec<Piece>,
     milestones: Milestones,
+    /// A switch to post-copy may be read.
+    may_switch: bool,
+    /// Pages that were sent ahead of the stream, and do not go again.
+    ahead: HashSet<(BlockIndex, PageNo)>,
 }
 
 /// What was scanned from one buffer.
@@ -164,6 +171,8 @@ impl Packer {
             shared_at: Vec::new(),
             pieces: Vec::new(),
             milestones: Milestones::default(),
+            may_switch: false,
+            ahead: HashSet::new(),
         }
     }
 
@@ -180,6 +189,28 @@ impl Packer {
         self.find_shared();
     }
 
+    /// Whether a switch to post-copy stands at `from`, which is not scanned before
+    /// [`Packer::pass_switch`]: all that is before it must be complete at the target, whose
+    /// QEMU takes no page twice afterwards and none that is older than the switch.
+    #[must_use]
+    pub fn awaits_switch(&self, input: &[u8], from: usize) -> bool {
+        !self.may_switch
+            && input
+                .get(from..)
+                .is_some_and(|rest| self.decoder.switches(rest))
+    }
+
+    /// Everything before the switch is complete at the target.
+    pub fn pass_switch(&mut self) {
+        self.may_switch = true;
+    }
+
+    /// These pages were read from memory and sent ahead, after the switch: QEMU's own copies of them
+    /// are left out.
+    pub fn sent_ahead(&mut self, pages: impl IntoIterator<Item = (BlockIndex, PageNo)>) {
+        self.ahead.extend(pages);
+    }
+
     /// Decodes as much of `input` as there is and hashes its pages. Returns the bytes used; the
     /// caller keeps `input` for [`Scan::resolve`], and offers the rest again, in front
     /// of what follows.
@@ -189,11 +220,19 @@ impl Packer {
     pub fn scan(&mut self, input: &[u8], from: usize) -> Result<usize, StreamError> {
         let mut at = from;
         while let Some(rest) = input.get(at..).filter(|rest| !rest.is_empty()) {
+            if self.awaits_switch(input, at) {
+                break;
+            }
             match self.decoder.decode(rest)? {
                 Step::NeedMore { .. } => break,
                 Step::Item { item, consumed } => {
                     let range = at..at + consumed;
                     let piece = match item {
+                        Item::Page { block, page, .. } | Item::Zero { block, page }
+                            if self.is_ahead(block, page) =>
+                        {
+                            None
+                        }
                         Item::Page { block, page, bytes } => {
                             let key = self
                                 .key
@@ -208,8 +247,14 @@ impl Packer {
                             Some(piece_of_page((key, sharing), block, page, bytes, at))
                         }
                         Item::Zero { block, page } => Some(Piece::Zero { block, page }),
-                        Item::Header { .. } | Item::Command { .. } | Item::Opaque(_) => {
-                            Some(Piece::Raw(range))
+                        Item::Header { .. }
+                        | Item::Command { .. }
+                        | Item::Discard { .. }
+                        | Item::PackageBegin { .. }
+                        | Item::Opaque(_) => Some(Piece::Raw(range)),
+                        Item::Package(_) => {
+                            self.milestones.switched = self.decoder.has_switched();
+                            Some(Piece::Package(range))
                         }
                         Item::RamStart { .. } => {
                             self.learn_blocks();
@@ -253,6 +298,10 @@ impl Packer {
             .iter()
             .map(|(_, block)| self.shared.position_of(&block.name))
             .collect();
+    }
+
+    fn is_ahead(&mut self, block: BlockIndex, page: PageNo) -> bool {
+        !self.ahead.is_empty() && self.milestones.switched && self.ahead.remove(&(block, page))
     }
 
     fn sharing(&self, block: BlockIndex, page: PageNo) -> FrameSharing {
@@ -356,6 +405,7 @@ impl Scan {
                     out.ops.fill(block, page, byte);
                 }
                 Piece::Raw(range) => out.ops.raw(&input[range]),
+                Piece::Package(range) => out.ops.package(&input[range]),
                 Piece::RamStart(range) => out.ops.ram_start(&input[range]),
                 Piece::EndBegin => out.ops.end_begin(),
                 Piece::EndClosed => out.ops.end_closed(),

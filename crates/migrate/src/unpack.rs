@@ -19,10 +19,18 @@
 //! written (SLM section III-B). They stand in [`Batch::shared`] and wait, like any other, until the
 //! caller says how it went: in between, device state is held back and nothing is acknowledged.
 //!
+//! After a switch to post-copy the package with the device state goes through in one piece, and each
+//! page that the switch made the target QEMU forget is given to it once (`owed`):
+//!
+//! ```text
+//!  Streaming ─discards, package begins─► Package ─last byte─► Streaming ─EndClosed─► ... ─► Tail
+//! ```
+//!
 //! Succeeds or fails, the target QEMU stays stopped: this machine only feeds it.
 
 mod batch;
 mod mapping;
+mod owed;
 mod streaming;
 mod waiting;
 
@@ -142,6 +150,21 @@ impl Unpacker {
     #[must_use]
     pub fn is_in_last_round(&self) -> bool {
         matches!(&self.state, State::Streaming(s) if !matches!(s.phase, Phase::Parts))
+    }
+
+    /// Whether the target QEMU was given the device state of a switch to post-copy.
+    #[must_use]
+    pub fn has_switched(&self) -> bool {
+        matches!(&self.state, State::Streaming(s) if s.decoder.has_switched())
+    }
+
+    /// Pages that the target QEMU still has to get after a switch to post-copy.
+    #[must_use]
+    pub fn owed(&self) -> u64 {
+        match &self.state {
+            State::Streaming(s) => s.owed.as_ref().map_or(0, owed::Owed::left),
+            State::Opening(_) => 0,
+        }
     }
 
     /// Whether a return-path PONG answers one of our pings; the source must not see those.
@@ -316,8 +339,7 @@ impl Unpacker {
         };
         match op {
             Op::Zero(run) => streaming.pages(frame, run, |s, page| {
-                s.untouched.touch(frame.block, page);
-                s.encoder.zero(frame.block, page, &mut batch.head)
+                s.put_zero(frame.block, page, batch);
             }),
             Op::Fill(run, byte) => {
                 let at = batch.scratch.len();
@@ -338,6 +360,7 @@ impl Unpacker {
             // The receiver's business.
             Op::Forward(_) => Ok(()),
             Op::Raw(bytes) => streaming.raw(bytes, batch),
+            Op::Package(bytes) => streaming.package(bytes, batch),
             Op::EndBegin => streaming.begin_end(batch),
             Op::EndClosed => streaming.close_end(batch),
             Op::Tail(bytes) => streaming.tail(bytes, batch),

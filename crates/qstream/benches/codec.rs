@@ -32,6 +32,7 @@ fn stream(zeros_in_100: u32) -> Stream {
     let list = BlockList::new(vec![Block {
         name: "pc.ram".into(),
         used_len: len,
+        host_page: ByteLen(PAGE_SIZE as u64),
     }]);
     let blocks = Arc::new(list.expect("one block"));
     let mut start =

@@ -20,7 +20,7 @@ use shortened::shortened;
 /// Of a stream that is refused: its refusal comes in the first sections.
 const REFUSED_BYTES: usize = 8 << 10;
 
-/// Messages that only post-copy sends, of which there is no capture yet.
+/// Messages of post-copy's recovery, of which there is no capture, and its requests.
 const POST_COPY: [ReturnMessage<'_>; 4] = [
     ReturnMessage::ReqPagesId {
         start: 0x1000,

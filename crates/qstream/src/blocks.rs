@@ -22,6 +22,9 @@ pub struct Block {
     pub name: Box<str>,
     /// Bytes in use, whole pages, at least one. Fixed for the life of the stream.
     pub used_len: ByteLen,
+    /// Size of the host's pages that back it; other than 4 KiB only if the stream announces
+    /// post-copy, which places whole pages of the host.
+    pub host_page: ByteLen,
 }
 
 impl Block {
@@ -51,7 +54,7 @@ impl BlockList {
             return Err(StreamError::BadBlockList("no blocks, or too many"));
         }
         let mut names = HashSet::with_capacity(blocks.len());
-        for Block { name, used_len } in &blocks {
+        for Block { name, used_len, .. } in &blocks {
             if name.is_empty() || name.len() > usize::from(u8::MAX) {
                 return Err(StreamError::BadBlockList("name not 1 to 255 bytes long"));
             }
@@ -128,6 +131,7 @@ impl Index<BlockIndex> for BlockList {
 pub(crate) fn decode(
     reader: &mut Reader<'_>,
     ignore_shared: bool,
+    page_sizes: Option<u64>,
 ) -> Result<BlockList, Halt<StreamError>> {
     let bad = |what| Halt::Error(StreamError::BadBlockList(what));
     let word = reader.be64()?;
@@ -155,7 +159,32 @@ pub(crate) fn decode(
         blocks.push(Block {
             name: name.into(),
             used_len: ByteLen(used_len),
+            host_page: host_page(reader, page_sizes, remaining == 0)?,
         });
     }
     Ok(BlockList::new(blocks)?)
+}
+
+/// Reads the host's page size, which stands there only if it is not the guest's. Otherwise the next
+/// entry follows, whose name has a length that is not 0 as the first byte of a page size is; or,
+/// after the `last`, a record, which unlike a page size has flags.
+fn host_page(
+    reader: &mut Reader<'_>,
+    page_sizes: Option<u64>,
+    last: bool,
+) -> Result<ByteLen, Halt<StreamError>> {
+    let small = ByteLen(PAGE_SIZE as u64);
+    if page_sizes.is_none_or(|sizes| sizes == small.0) || (!last && reader.peek()? != 0) {
+        return Ok(small);
+    }
+    let mut ahead = *reader;
+    let size = ahead.be64()?;
+    if last && size & record::FLAGS != 0 {
+        return Ok(small);
+    }
+    if !size.is_power_of_two() || size & page_sizes.unwrap_or(0) == 0 {
+        return Err(StreamError::BadBlockList("page size that was not announced").into());
+    }
+    *reader = ahead;
+    Ok(ByteLen(size))
 }

@@ -5,14 +5,14 @@ use std::sync::Arc;
 use page::{BlockIndex, PageBytes, PageNo};
 
 use crate::blocks::{self, BlockList};
-use crate::command::{self, Command};
+use crate::command::{self, Command, Discard, Found};
 use crate::error::{Feature, StreamError};
 use crate::format::{RAM, RAM_VERSION, record, section};
 use crate::header;
 use crate::reader::{Halt, Reader, Short};
 use crate::virtio_mem;
 
-/// No item but [`Item::Tail`] is longer: an input buffer of this size never gets stuck.
+/// No item but [`Item::Tail`] and [`Item::Package`] is longer: an input buffer of this size never gets stuck.
 ///
 /// The longest items are the RAM START section with [`crate::MAX_BLOCKS`] names of 255 bytes
 /// (272 KiB), and the bitmap of a virtio-mem device, of which half of this is accepted (4 TiB in
@@ -31,6 +31,8 @@ pub const MAX_ITEM: usize = 1 << 20;
 ///             └──┘                 │ └───────PartClosed─────────┘
 ///                                  └──EndBegin──► End ──EndClosed──► Tail
 /// ```
+///
+/// A switch to post-copy goes `Between ─PackageBegin─► Package ─last byte─► Between`, once.
 #[derive(Debug, Default)]
 pub struct Decoder {
     state: State,
@@ -72,6 +74,23 @@ pub enum Item<'a> {
         /// The whole command, to be forwarded verbatim.
         raw: &'a [u8],
     },
+    /// Pages that the target forgets: a switch to post-copy begins.
+    Discard {
+        /// Which.
+        discard: Discard<'a>,
+        /// The whole command, to be forwarded verbatim.
+        raw: &'a [u8],
+    },
+    /// The package with the device state begins: what follows it is post-copy.
+    PackageBegin {
+        /// Bytes of the package, at most [`crate::MAX_PACKAGE`].
+        len: u32,
+        /// The command, to be forwarded verbatim.
+        raw: &'a [u8],
+    },
+    /// Bytes of the package, in pieces as they come, to be forwarded verbatim without anything in
+    /// between.
+    Package(&'a [u8]),
     /// The START section of RAM, once: from now on [`Decoder::blocks`] answers.
     RamStart {
         /// The whole section with its footer, to be forwarded verbatim.
@@ -112,10 +131,16 @@ pub enum Item<'a> {
 enum State {
     #[default]
     Header,
-    Setup {
-        ignore_shared: bool,
-    },
+    Setup(Setup),
     Ram(Ram),
+}
+
+/// What the block list depends on.
+#[derive(Debug, Clone, Copy)]
+struct Setup {
+    ignore_shared: bool,
+    /// Post-copy may follow, with blocks of these page sizes.
+    page_sizes: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -126,11 +151,21 @@ struct Ram {
     /// Block of the last record; QEMU remembers it across sections.
     current: Option<BlockIndex>,
     place: Place,
+    postcopy: Postcopy,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Postcopy {
+    Unannounced,
+    Announced,
+    Begun,
 }
 
 #[derive(Debug, Clone, Copy)]
 enum Place {
     Between,
+    /// So many bytes of the package are left.
+    Package(u32),
     Part,
     End,
     Tail,
@@ -186,6 +221,26 @@ impl Decoder {
         self.ram().map(|ram| ram.footers)
     }
 
+    /// Whether the item at the start of `input` is where a switch to post-copy begins: a discard, or
+    /// the package. Everything before it must be loaded when the target reads it.
+    #[must_use]
+    pub fn switches(&self, input: &[u8]) -> bool {
+        let between = matches!(self.ram(), Some(ram) if matches!(ram.place, Place::Between));
+        let number = match input {
+            [section::COMMAND, high, low, ..] if between => u16::from_be_bytes([*high, *low]),
+            _ => return false,
+        };
+        matches!(number, command::DISCARD | command::PACKAGED)
+    }
+
+    /// Whether the stream is past its switch to post-copy: the package is through.
+    #[must_use]
+    pub fn has_switched(&self) -> bool {
+        self.ram().is_some_and(|ram| {
+            ram.postcopy == Postcopy::Begun && !matches!(ram.place, Place::Package(_))
+        })
+    }
+
     /// Bytes decoded so far: where in the stream an error is.
     #[must_use]
     pub fn position(&self) -> u64 {
@@ -200,13 +255,14 @@ impl Decoder {
     }
 
     fn item_before_ram<'a>(&mut self, reader: &mut Reader<'a>) -> Decoded<Item<'a>> {
-        let ignore_shared = match self.state {
-            State::Setup { ignore_shared } => ignore_shared,
+        let setup = match &mut self.state {
+            State::Setup(setup) => setup,
             _ => {
                 let header = header::decode(reader)?;
-                self.state = State::Setup {
+                self.state = State::Setup(Setup {
                     ignore_shared: header.ignore_shared,
-                };
+                    page_sizes: None,
+                });
                 return Ok(Item::Header {
                     machine: header.machine,
                     raw: reader.consumed(),
@@ -214,9 +270,19 @@ impl Decoder {
             }
         };
         match reader.u8()? {
-            section::COMMAND => command_item(reader),
+            section::COMMAND => {
+                // Without a block list no other kind is found.
+                let Found::Command(command) = command::decode(reader, None)? else {
+                    return Err(StreamError::PostcopyOutOfPlace.into());
+                };
+                if let Command::PostcopyAdvise { page_sizes } = command {
+                    setup.page_sizes = Some(page_sizes);
+                }
+                let raw = reader.consumed();
+                Ok(Item::Command { command, raw })
+            }
             section::START => {
-                self.state = State::Ram(ram_start(reader, ignore_shared)?);
+                self.state = State::Ram(ram_start(reader, *setup)?);
                 Ok(Item::RamStart {
                     raw: reader.consumed(),
                 })
@@ -238,6 +304,16 @@ impl Ram {
         match self.place {
             Place::Part | Place::End => self.record(reader),
             Place::Between => self.section(reader),
+            Place::Package(left) => {
+                reader.peek()?;
+                let rest = reader.up_to(left as usize);
+                let taken = u32::try_from(rest.len()).unwrap_or(left);
+                self.place = match left - taken {
+                    0 => Place::Between,
+                    left => Place::Package(left),
+                };
+                Ok(Item::Package(rest))
+            }
             Place::Tail => {
                 reader.peek()?;
                 Ok(Item::Tail(reader.rest()))
@@ -257,7 +333,7 @@ impl Ram {
                 self.place = Place::End;
                 Ok(Item::EndBegin)
             }
-            section::COMMAND => command_item(reader),
+            section::COMMAND => self.command(reader),
             section::FULL => {
                 let head = SectionHead::decode(reader)?;
                 if !virtio_mem::is_early_state(head.name) {
@@ -278,6 +354,23 @@ impl Ram {
             }
             other => Err(StreamError::UnexpectedSection(other).into()),
         }
+    }
+
+    fn command<'a>(&mut self, reader: &mut Reader<'a>) -> Decoded<Item<'a>> {
+        let found = command::decode(reader, Some(&self.blocks))?;
+        let raw = reader.consumed();
+        if !matches!(found, Found::Command(_)) && self.postcopy != Postcopy::Announced {
+            return Err(StreamError::PostcopyOutOfPlace.into());
+        }
+        Ok(match found {
+            Found::Command(command) => Item::Command { command, raw },
+            Found::Discard(discard) => Item::Discard { discard, raw },
+            Found::Package(len) => {
+                self.postcopy = Postcopy::Begun;
+                self.place = Place::Package(len);
+                Item::PackageBegin { len, raw }
+            }
+        })
     }
 
     #[inline]
@@ -373,7 +466,7 @@ impl<'a> SectionHead<'a> {
 }
 
 /// Reads the START section of RAM after its type byte.
-fn ram_start(reader: &mut Reader<'_>, ignore_shared: bool) -> Decoded<Ram> {
+fn ram_start(reader: &mut Reader<'_>, setup: Setup) -> Decoded<Ram> {
     let head = SectionHead::decode(reader)?;
     if head.name != RAM {
         return Err(head.unsupported().into());
@@ -384,7 +477,11 @@ fn ram_start(reader: &mut Reader<'_>, ignore_shared: bool) -> Decoded<Ram> {
     if (instance, version) != (0, RAM_VERSION) {
         return Err(StreamError::BadRamVersion { instance, version }.into());
     }
-    let blocks = Arc::new(blocks::decode(reader, ignore_shared)?);
+    let blocks = Arc::new(blocks::decode(
+        reader,
+        setup.ignore_shared,
+        setup.page_sizes,
+    )?);
     end_of_section(reader.be64()?)?;
     // Nothing else says whether this stream has footers.
     let footers = reader.peek()? == section::FOOTER;
@@ -394,17 +491,13 @@ fn ram_start(reader: &mut Reader<'_>, ignore_shared: bool) -> Decoded<Ram> {
         footers,
         current: None,
         place: Place::Between,
+        postcopy: match setup.page_sizes {
+            Some(_) => Postcopy::Announced,
+            None => Postcopy::Unannounced,
+        },
     };
     ram.footer(reader, head.id)?;
     Ok(ram)
-}
-
-fn command_item<'a>(reader: &mut Reader<'a>) -> Decoded<Item<'a>> {
-    let command = command::decode(reader)?;
-    Ok(Item::Command {
-        command,
-        raw: reader.consumed(),
-    })
 }
 
 fn check_id(found: u32, expected: u32) -> Decoded<()> {

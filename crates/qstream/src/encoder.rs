@@ -56,6 +56,12 @@ impl Encoder {
         out.push(0);
     }
 
+    /// Names the block of the next record even if it did not change, as QEMU does after a switch
+    /// to post-copy.
+    pub fn name_again(&mut self) {
+        self.current = None;
+    }
+
     /// Opens a PART section if no section is open.
     pub fn begin_part(&mut self, out: &mut Vec<u8>) {
         if !self.section_open {

@@ -4,6 +4,8 @@ use std::fmt;
 
 use thiserror::Error;
 
+use crate::MAX_PACKAGE;
+
 /// Why a source's stream cannot be decoded. The stream is lost from here on: decoding does not
 /// resynchronise, the source VM must stay where it is.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -56,6 +58,18 @@ pub enum StreamError {
         /// Payload length.
         len: u16,
     },
+    /// Post-copy is announced for page sizes that cannot be.
+    #[error("post-copy with page sizes {0:#x}")]
+    BadPageSizes(u64),
+    /// A malformed discard.
+    #[error("malformed discard before post-copy: {0}")]
+    BadDiscard(&'static str),
+    /// A package of a length that cannot be.
+    #[error("package of {0} bytes; at most {MAX_PACKAGE} are carried")]
+    BadPackage(u32),
+    /// Post-copy begins without having been announced, or twice.
+    #[error("post-copy begins out of place")]
+    PostcopyOutOfPlace,
     /// A combination of record flags that has no meaning.
     #[error("RAM record {0:#018x} has unknown flags")]
     BadRecord(u64),
@@ -96,8 +110,6 @@ pub enum Feature {
     Rdma,
     /// TLS between QEMU and the agent.
     Tls,
-    /// Capability `postcopy-ram`.
-    Postcopy,
     /// Resumption of a paused post-copy migration.
     PostcopyRecovery,
     /// Capability `dirty-bitmaps`.
@@ -122,7 +134,6 @@ impl fmt::Display for Feature {
             Self::Multifd => f.write_str("capability multifd"),
             Self::Rdma => f.write_str("RDMA migration"),
             Self::Tls => f.write_str("TLS between QEMU and the agent"),
-            Self::Postcopy => f.write_str("capability postcopy-ram"),
             Self::PostcopyRecovery => f.write_str("recovery of a post-copy migration"),
             Self::DirtyBitmaps => f.write_str("capability dirty-bitmaps"),
             Self::Colo => f.write_str("capability x-colo"),
@@ -150,7 +161,6 @@ impl Feature {
             Self::Xbzrle
             | Self::Compress
             | Self::Multifd
-            | Self::Postcopy
             | Self::DirtyBitmaps
             | Self::Colo
             | Self::Capability(_) => {

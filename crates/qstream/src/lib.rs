@@ -16,6 +16,13 @@
 //! Section = PartBegin (Page | Zero)* PartClosed | Command | Opaque
 //! ```
 //!
+//! A stream of post-copy changes over between two sections; its device state is the package, and
+//! what is left of RAM follows:
+//!
+//! ```text
+//! ... Section*   Discard*   Command*   PackageBegin Package*   Section*   EndBegin (Page | Zero)* EndClosed   Tail
+//! ```
+//!
 //! `docs/qemu-stream.md` describes the format and what a proxy may do to it.
 
 mod blocks;
@@ -30,7 +37,7 @@ mod return_path;
 mod virtio_mem;
 
 pub use blocks::{Block, BlockList, MAX_BLOCKS};
-pub use command::{Command, encode_command};
+pub use command::{Command, Discard, MAX_PACKAGE, encode_command};
 pub use decoder::{Decoder, Item, MAX_ITEM, Step};
 pub use encoder::Encoder;
 pub use error::{Feature, StreamError};

@@ -97,6 +97,14 @@ impl<'a> Reader<'a> {
         rest
     }
 
+    /// What is left, at most `len` bytes of it.
+    pub(crate) fn up_to(&mut self, len: usize) -> &'a [u8] {
+        let rest = &self.input[self.position..];
+        let taken = &rest[..len.min(rest.len())];
+        self.position += taken.len();
+        taken
+    }
+
     /// The next byte, left where it is.
     pub(crate) fn peek(&self) -> Result<u8, Short> {
         Reader { ..*self }.u8()

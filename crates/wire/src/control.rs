@@ -115,6 +115,9 @@ pub struct OpenMove {
     pub memory_bytes: u64,
     /// Whether pages that share their frames at the source shall share them at the target.
     pub share: bool,
+    /// Whether the migration may switch to post-copy.
+    #[serde(default)]
+    pub postcopy: bool,
 }
 
 /// What the source asks of the target, about the move `id`.
@@ -150,10 +153,13 @@ pub enum MoveState {
     Unknown,
     /// The target QEMU is loading; it is stopped.
     Loading,
-    /// The target QEMU has loaded everything; it is stopped and waits for release.
+    /// The target QEMU has loaded everything, or after a switch to post-copy enough to run; it is
+    /// stopped and waits for release.
     Loaded,
     /// The VM was let go and runs here (or ran, and has since ended by itself).
     Running,
+    /// The VM was let go and runs here; its QEMU still needs memory from the source.
+    Following,
     /// The target QEMU is gone, and the VM never ran here.
     NeverRan {
         /// Why.

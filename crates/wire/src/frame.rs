@@ -42,6 +42,9 @@ pub enum FrameKind {
     Pull = 6,
     /// Entries that the receiver pulled and the sender does not have.
     Missing = 7,
+    /// Pages that a processor of the guest waits for, after a switch to post-copy; same body as
+    /// `Repair`. Overtakes every other frame.
+    Urgent = 8,
     /// A [`BackMessage`].
     Back = 32,
     /// Nothing; says that the sender lives.
@@ -58,6 +61,7 @@ impl FrameKind {
             5 => Self::Contents,
             6 => Self::Pull,
             7 => Self::Missing,
+            8 => Self::Urgent,
             32 => Self::Back,
             33 => Self::BackHeartbeat,
             _ => return None,
@@ -219,6 +223,19 @@ pub struct Reached {
     pub complete: u64,
 }
 
+/// How long page faults took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FaultTimes {
+    /// How many there were.
+    pub count: u64,
+    /// Half of them took no longer.
+    pub median_us: u64,
+    /// 99 of 100 took no longer.
+    pub p99_us: u64,
+    /// None took longer.
+    pub max_us: u64,
+}
+
 /// What the target says on the back connection, about one VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum BackMessage {
@@ -240,6 +257,12 @@ pub enum BackMessage {
         /// Which.
         entries: Vec<EntryId>,
     },
+    /// The target QEMU has the device state and stands stopped: it could run, and needs the rest
+    /// of its memory from the source. `Loaded` follows when it has that, too.
+    Switched,
+    /// How long page faults of the guest took at the target, from the request of its QEMU until
+    /// the page was given to it; after post-copy, before `Loaded`.
+    Faults(FaultTimes),
     /// So many of the VM's pages are mapped from the target host's pool, from its beginning on.
     Mapped {
         /// Pages.
@@ -289,6 +312,19 @@ impl BackMessage {
                 out.push(10);
                 out.extend_from_slice(message.as_bytes());
             }
+            Self::Switched => out.push(8),
+            Self::Faults(times) => {
+                out.push(9);
+                let FaultTimes {
+                    count,
+                    median_us,
+                    p99_us,
+                    max_us,
+                } = *times;
+                for number in [count, median_us, p99_us, max_us] {
+                    varint::put(out, number);
+                }
+            }
         }
     }
 
@@ -321,6 +357,13 @@ impl BackMessage {
                 pages: varint::take(&mut rest)?,
             },
             10 => return Ok(Self::Note(String::from_utf8_lossy(rest).into_owned())),
+            8 => Self::Switched,
+            9 => Self::Faults(FaultTimes {
+                count: varint::take(&mut rest)?,
+                median_us: varint::take(&mut rest)?,
+                p99_us: varint::take(&mut rest)?,
+                max_us: varint::take(&mut rest)?,
+            }),
             other => return Err(WireError::UnknownOp(other)),
         };
         if rest.is_empty() {
@@ -412,6 +455,13 @@ mod tests {
                 BackMessage::ReturnPath(text.clone().into_bytes()),
                 BackMessage::RepairRequest(vec![(BlockIndex(block), run); 3]),
                 BackMessage::Loaded,
+                BackMessage::Switched,
+                BackMessage::Faults(FaultTimes {
+                    count: position,
+                    median_us: 1,
+                    p99_us: 2,
+                    max_us: 3,
+                }),
                 BackMessage::Mapped { pages: position },
                 BackMessage::Note("its pages are copied".into()),
                 BackMessage::LoadFailed(text.clone()),

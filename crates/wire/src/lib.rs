@@ -44,8 +44,8 @@ pub use control::{
 };
 pub use entries::{MAX_ENTRIES, decode_contents, decode_entries, encode_entries};
 pub use frame::{
-    BackMessage, FrameHeader, FrameKind, HEADER_LEN, MAX_BODY, MAX_CONTROL, MAX_RETURN_MESSAGE,
-    Reached, WireError,
+    BackMessage, FaultTimes, FrameHeader, FrameKind, HEADER_LEN, MAX_BODY, MAX_CONTROL,
+    MAX_RETURN_MESSAGE, Reached, WireError,
 };
 pub use ops::{
     MAX_OPS, Op, OpReader, OpWriter, PagesBody, Remote, RemoteContent, split_pages_body,
@@ -58,7 +58,8 @@ pub use ops::{
 /// | 1 | first: pre-copy, scopes none and host, compression none and zstd |
 /// | 2 | scope rack: remote references, forwards and pulls between target hosts, the index |
 /// | 3 | sharing: pages that share their frames, how many were mapped, a note about what cannot be, files that pages map |
-pub const PROTOCOL_VERSION: u16 = 3;
+/// | 4 | post-copy: packages, urgent pages, the switch, how long faults took |
+pub const PROTOCOL_VERSION: u16 = 4;
 
 /// First bytes of every connection, before the JSON of [`Hello`]: tells a stray client apart.
 pub const MAGIC: [u8; 4] = *b"GWAY";

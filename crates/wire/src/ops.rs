@@ -21,7 +21,7 @@ pub const MAX_OPS: usize = MAX_BODY / 2;
 /// One step of rebuilding a VM's stream at the target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Op<'a> {
-    /// Bytes before the RAM section's start, to be passed on verbatim.
+    /// Bytes that are not RAM and stand before its end, whole items, to be passed on verbatim.
     Raw(&'a [u8]),
     /// The RAM section's start with its block list, verbatim.
     RamStart(&'a [u8]),
@@ -46,6 +46,9 @@ pub enum Op<'a> {
     /// Pages whose contents another connection brings, or brought, to this target host or to
     /// another one (IRLM section 2.5: the remote flag).
     Remote(Remote<'a>),
+    /// A piece of the package with which a switch to post-copy hands over the device state,
+    /// verbatim; nothing may come between two pieces. What begins it is `Raw`.
+    Package(&'a [u8]),
     /// The last RAM section begins: everything before must have been delivered.
     EndBegin,
     /// The last RAM section ends.
@@ -122,6 +125,7 @@ mod tag {
     pub(super) const SHARED: u8 = 15;
     pub(super) const NOT_SHARED: u8 = 16;
     pub(super) const SHARED_FILE: u8 = 18;
+    pub(super) const PACKAGE: u8 = 17;
 }
 
 /// Kinds of page operations that extend a run.
@@ -272,6 +276,11 @@ impl OpWriter {
     /// Bytes to pass on verbatim, after RAM.
     pub fn tail(&mut self, bytes: &[u8]) {
         self.bytes(tag::TAIL, bytes);
+    }
+
+    /// A piece of a package.
+    pub fn package(&mut self, bytes: &[u8]) {
+        self.bytes(tag::PACKAGE, bytes);
     }
 
     /// The last RAM section begins.
@@ -537,6 +546,7 @@ impl<'a> OpReader<'a> {
             tag::END_BEGIN => Op::EndBegin,
             tag::END_CLOSED => Op::EndClosed,
             tag::TAIL => Op::Tail(self.bytes()?),
+            tag::PACKAGE => Op::Package(self.bytes()?),
             other => return Err(WireError::UnknownOp(other)),
         })
     }

@@ -8,13 +8,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use guest::{
-    MemoryBlock, MigrationInfo, MigrationParameters, RunState, SavedSettings, SourceGuest, VmMemory,
+    MemoryBlock, MigrationInfo, MigrationParameters, MigrationStatus, RunState, SavedSettings,
+    SourceGuest, VmMemory,
 };
 use sys::ProcessMemory;
 
 use super::run::Input;
 use super::session::spawn;
-use super::stream::GuestMemory;
+use super::stream::{GuestMemory, Stream};
 
 /// How long the source QEMU may take to connect to our socket, or to get back to running.
 const QEMU_PATIENCE: Duration = Duration::from_secs(15);
@@ -96,6 +97,44 @@ impl Home {
             .and_then(|()| accept(&listener).context("waiting for the source QEMU to connect"));
         let _ = std::fs::remove_file(path);
         connected
+    }
+
+    /// Stops the guest, unless it was stopped already, and has QEMU go over to post-copy; in between
+    /// `held` is called, with a guest that nothing but `cont` resumes.
+    pub(crate) fn switch(&self, held: impl FnOnce()) -> anyhow::Result<()> {
+        let guest = self.guest.as_ref().ok_or_else(|| anyhow!("no QEMU"))?;
+        if self.was_running {
+            guest.stop().context("stopping the guest")?;
+        }
+        held();
+        guest
+            .start_postcopy()
+            .context("having the source QEMU go over to post-copy")
+    }
+
+    /// Has a QEMU in post-copy end its migration: from 10.0 on it does not cancel it any more, and
+    /// one whose socket closes waits for ever to go on. So what it still writes is thrown away by the
+    /// reader, and it is told that everything has arrived. Only if the target QEMU never ran, and
+    /// will not: then nobody needs it. Nothing happens to a migration that is not in post-copy.
+    pub(crate) fn end_postcopy(&self, stream: &Stream) {
+        let Some(guest) = &self.guest else { return };
+        stream.drain();
+        let deadline = Instant::now() + QEMU_PATIENCE;
+        let mut is_told = false;
+        while Instant::now() < deadline {
+            let status = guest.migration().map(|info| info.status);
+            if !matches!(&status, Ok(MigrationStatus::Other(word)) if word == "postcopy-active") {
+                tracing::debug!(vm = self.vm, ?status, "not in post-copy");
+                return;
+            }
+            if !is_told {
+                let mut message = Vec::new();
+                qstream::encode_return(&qstream::ReturnMessage::Shut(0), &mut message);
+                stream.write_return_path(&message);
+                is_told = true;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// Cancels what QEMU is doing; `close` closes our end of its stream. Waits until the guest is

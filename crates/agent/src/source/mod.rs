@@ -20,6 +20,7 @@ mod run;
 mod session;
 mod shared;
 mod stream;
+mod urgent;
 
 pub(crate) use index_link::{IndexKey, IndexLink, IndexLinks};
 pub(crate) use run::{Entry, Input, MoveContext, MoveRun};

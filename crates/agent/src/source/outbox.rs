@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use content::HostTable;
 use migrate::pack::{Packed, Scan};
@@ -37,6 +37,8 @@ pub(crate) struct Outbox {
 struct Inner {
     table: HostTable,
     frames: VecDeque<OutFrame>,
+    /// What processors of guests wait for; one for each fault that is not served.
+    urgent: VecDeque<OutFrame>,
     /// Wire bytes for a thousand bytes of frames, as compression lately achieved.
     ratio_permille: u64,
     closed: bool,
@@ -93,10 +95,37 @@ impl Outbox {
         self.filled.notify_one();
     }
 
+    /// Queues a frame ahead of all that are not urgent.
+    pub(crate) fn push_urgent(&self, frame: OutFrame) {
+        let mut inner = self.lock();
+        if !inner.closed {
+            inner.urgent.push_back(frame);
+        }
+        drop(inner);
+        self.filled.notify_one();
+    }
+
+    /// Waits, as long as nothing is urgent.
+    pub(crate) fn rest(&self, time: Duration) {
+        let deadline = Instant::now() + time;
+        let mut inner = self.lock();
+        while inner.urgent.is_empty() && !inner.closed {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            inner = self
+                .filled
+                .wait_timeout(inner, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
     /// The next frame; `None` after a while without one. `Err`: the session is over.
     pub(crate) fn pop(&self, patience: Duration) -> Result<Option<OutFrame>, ()> {
         let mut inner = self.lock();
-        if inner.frames.is_empty() && !inner.closed {
+        if inner.urgent.is_empty() && inner.frames.is_empty() && !inner.closed {
             inner = self
                 .filled
                 .wait_timeout(inner, patience)
@@ -106,7 +135,8 @@ impl Outbox {
         if inner.closed {
             return Err(());
         }
-        Ok(inner.frames.pop_front())
+        let urgent = inner.urgent.pop_front();
+        Ok(urgent.or_else(|| inner.frames.pop_front()))
     }
 
     /// Learns what a frame took on the wire.
@@ -128,6 +158,7 @@ impl Outbox {
         let mut inner = self.lock();
         inner.closed = true;
         inner.frames.clear();
+        inner.urgent.clear();
         drop(inner);
         self.filled.notify_all();
     }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use guest::MigrationInfo;
 
-use crate::types::{PageCounts, Progress};
+use crate::types::{Faults, PageCounts, Progress};
 
 use super::stream::Stream;
 
@@ -73,6 +73,12 @@ impl ProgressMeter {
             repaired,
             mapped: stream.mapped.load(Ordering::Relaxed),
         };
+        self.current.faults = stream.faults().map(|times| Faults {
+            count: times.count,
+            median_us: times.median_us,
+            p99_us: times.p99_us,
+            max_us: times.max_us,
+        });
         if let Some(info) = info {
             self.current.round = info.dirty_sync_count;
             self.current.remaining_bytes = info.remaining.0;

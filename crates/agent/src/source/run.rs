@@ -6,17 +6,17 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
-use guest::{MigrationParameters, QmpEvent, RunState, SavedSettings, target_argv};
+use guest::{MigrationParameters, QmpEvent, RunState, SavedSettings, SourceGuest, target_argv};
 use migrate::handover::{SourceAction, SourceEvent, SourceJournal, SourceMove, SourceState};
 use migrate::pack::Packer;
-use page::{ByteLen, ContentKey};
+use page::{ByteLen, ContentKey, PAGE_SIZE};
 use serde::{Deserialize, Serialize};
 use wire::OpenMove;
 
 use crate::api::mover::EventSink;
 use crate::journal::Journal;
 use crate::prepare::{Preparations, Prepared};
-use crate::types::{Happening, MoveSpec, Phase, Scope, Sharing};
+use crate::types::{Happening, Mode, MoveSpec, Phase, Scope, Sharing};
 
 use super::control::Control;
 use super::home::{Home, guest_memory};
@@ -47,6 +47,8 @@ const RELEASE_PAUSE: Duration = Duration::from_millis(500);
 pub(crate) enum Input {
     /// The target QEMU has loaded everything.
     Loaded,
+    /// The target QEMU went over to post-copy, and could run.
+    Switched,
     /// The stream, the link or a QEMU failed.
     Failed(String),
     /// What a person should know; nothing changes.
@@ -157,6 +159,8 @@ struct Run {
     /// What QEMU had to send when it was last asked.
     remaining: Option<(Instant, ByteLen)>,
     reported: Instant,
+    /// Its QEMU was told to go over to post-copy.
+    switched: bool,
 }
 
 impl Run {
@@ -186,6 +190,7 @@ impl Run {
             near_end: false,
             remaining: None,
             reported: Instant::now(),
+            switched: false,
         }
     }
 
@@ -228,6 +233,9 @@ impl Run {
         let guest = self.home.attach(&spec.qmp, self.sender.clone())?;
         guest.check()?;
         self.home.was_running = guest.run_state()? == RunState::Running;
+        if parameters(&spec).postcopy {
+            check_postcopy(&guest)?;
+        }
         self.meter = ProgressMeter::new(guest.memory_bytes().0);
         let argv = match spec.definition.clone() {
             Some(argv) => argv,
@@ -283,6 +291,7 @@ impl Run {
             resume,
             memory_bytes,
             share: spec.settings.sharing == Sharing::Preserve,
+            postcopy: parameters(&spec).postcopy,
         };
         let note = self
             .control
@@ -349,6 +358,12 @@ impl Run {
                 }
                 self.handle(SourceEvent::TargetLoaded);
             }
+            Input::Switched => {
+                if let Some(stream) = &self.stream {
+                    stream.set_stopped(false);
+                }
+                self.handle(SourceEvent::TargetSwitched);
+            }
             Input::Failed(reason) => self.handle(SourceEvent::Failed(reason)),
             Input::Note(message) => self.note(message),
             Input::Cancel => self.handle(SourceEvent::Cancel),
@@ -383,6 +398,9 @@ impl Run {
             // A round has ended: QEMU may stop its guest when it next looks.
             "MIGRATION_PASS" => self.tick(),
             "MIGRATION" => match event.data.get("status").and_then(|s| s.as_str()) {
+                Some("active") if parameters(&self.spec).postcopy && !self.switched => {
+                    self.switch_to_postcopy();
+                }
                 Some("completed") => self.handle(SourceEvent::SourceCompleted),
                 Some("failed" | "cancelled") => {
                     let why = self.home.migration().and_then(|info| info.error_desc);
@@ -397,7 +415,32 @@ impl Run {
         }
     }
 
+    /// The guest stops, and its QEMU goes over to post-copy.
+    fn switch_to_postcopy(&mut self) {
+        if *self.machine.state() != SourceState::Copying {
+            return;
+        }
+        self.switched = true;
+        if let Some(stream) = &self.stream {
+            // What is queued now is downtime, and later keeps pages waiting.
+            stream.set_near_end(true);
+        }
+        let machine = &mut self.machine;
+        let switched = self.home.switch(|| {
+            machine.handle(SourceEvent::SourceHeld);
+        });
+        if let Err(error) = switched {
+            self.handle(SourceEvent::Failed(format!("{error:#}")));
+        }
+    }
+
     fn tick(&mut self) {
+        if *self.machine.state() == SourceState::Following {
+            if let Some(stream) = self.stream.clone() {
+                self.steer(&stream);
+            }
+            return;
+        }
         if *self.machine.state() != SourceState::Copying {
             return;
         }
@@ -417,7 +460,8 @@ impl Run {
     /// Asks QEMU how far it is, and has it know what the path can do.
     fn steer(&mut self, stream: &Stream) {
         // While the guest is stopped QEMU may be unable to answer until we have read its stream.
-        let info = if self.stopped {
+        let following = *self.machine.state() == SourceState::Following;
+        let info = if self.stopped && !following {
             None
         } else {
             self.home.migration()
@@ -425,14 +469,17 @@ impl Run {
         if let Some(info) = &info {
             let round = info.dirty_sync_count;
             stream.set_round(round);
-            self.near_end |= round > 1 || (round == 1 && self.is_end_near(info.remaining));
+            self.near_end |=
+                self.switched || round > 1 || (round == 1 && self.is_end_near(info.remaining));
             stream.set_near_end(self.near_end);
             if round <= 1
                 && let Some(frames) = self.session.as_ref().and_then(|s| s.frames.as_ref())
             {
                 frames.refresh();
             }
-            self.tell_rate(stream);
+            if !self.stopped {
+                self.tell_rate(stream);
+            }
         }
         if self.reported.elapsed() >= REPORT {
             self.reported = Instant::now();
@@ -523,6 +570,11 @@ impl Run {
             }
             SourceAction::BringBack => {
                 let stream = self.stream.clone();
+                if self.switched
+                    && let Some(stream) = &stream
+                {
+                    self.home.end_postcopy(stream);
+                }
                 let close = || {
                     if let Some(stream) = stream {
                         stream.close(true);
@@ -570,6 +622,7 @@ impl Run {
         spawn("gw-read", move || {
             if let Err(error) = super::reader::run(&socket, &stream, &way, packer, &hold) {
                 stream.tell(Input::Failed(error.to_string()));
+                super::reader::drain_if_asked(&socket, &stream);
             }
         })?;
         self.enter(Phase::Bulk, "memory is being copied".into());
@@ -651,6 +704,13 @@ impl Run {
                     self.spec.target_name, self.spec.target_name, self.spec.id
                 ),
             ),
+            SourceState::Following => (
+                Phase::PostCopy,
+                format!(
+                    "runs at {}; its memory follows, and it needs both hosts until then",
+                    self.spec.target_name
+                ),
+            ),
             _ => return,
         };
         if let Some(stream) = self.stream.clone() {
@@ -670,10 +730,26 @@ impl Run {
     }
 }
 
+/// A page of the host is placed at once, and pages are sent ahead one by one.
+fn check_postcopy(guest: &SourceGuest) -> anyhow::Result<()> {
+    let blocks = guest.ram_blocks()?;
+    match blocks
+        .iter()
+        .find(|block| block.page_size != PAGE_SIZE as u64)
+    {
+        Some(block) => Err(anyhow!(
+            "post-copy of memory with large pages ({}) is not carried yet",
+            block.name
+        )),
+        None => Ok(()),
+    }
+}
+
 fn parameters(spec: &MoveSpec) -> MigrationParameters {
     let default = MigrationParameters::default();
     MigrationParameters {
         downtime_limit_ms: spec.downtime_limit_ms.unwrap_or(default.downtime_limit_ms),
+        postcopy: spec.settings.mode == Mode::PostCopy,
         ..default
     }
 }

@@ -24,6 +24,7 @@ use super::right_of_way::RightOfWay;
 use super::run::Input;
 use super::shared::FrameScan;
 use super::stream::Stream;
+use super::urgent;
 
 /// How often a silent side says that it lives.
 const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -350,7 +351,7 @@ impl Sender {
             frame.stream.bucket.take(sent as u64, now);
             let wait = self.budget.take(sent as u64, now);
             if !wait.is_zero() {
-                std::thread::sleep(wait);
+                outbox.rest(wait);
             }
         }
         Ok(())
@@ -394,9 +395,17 @@ fn receive(mut link: Link, shared: &Shared, outbox: &Outbox, hold: &Hold) -> Lin
                     }
                 }
             }
-            BackMessage::ReturnPath(message) => stream.write_return_path(&message),
+            BackMessage::ReturnPath(message) => {
+                urgent::serve(&stream, &message, outbox, &pool);
+                stream.write_return_path(&message);
+            }
             BackMessage::RepairRequest(runs) => repair(&stream, &runs, outbox, &pool),
             BackMessage::Mapped { pages } => stream.mapped.store(pages, Ordering::Relaxed),
+            BackMessage::Switched => {
+                hold.at("switched", &stream.name);
+                stream.tell(Input::Switched);
+            }
+            BackMessage::Faults(times) => stream.set_faults(times),
             BackMessage::Loaded => {
                 hold.at("sent", &stream.name);
                 stream.tell(Input::Loaded);
@@ -433,14 +442,7 @@ fn receive_one(
 /// dirty, and QEMU sends it again.
 fn repair(stream: &Arc<Stream>, runs: &[(BlockIndex, PageRun)], outbox: &Outbox, pool: &Arc<Pool>) {
     for (block, run) in runs {
-        let bases = stream
-            .memory
-            .bases
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let base = bases.get(usize::from(block.0)).copied().flatten();
-        drop(bases);
-        let Some(base) = base else {
+        let Some(base) = stream.memory.base(*block) else {
             stream.tell(Input::Failed(format!(
                 "block {} cannot be read again at the source",
                 block.0

@@ -11,14 +11,15 @@ use std::time::{Duration, Instant};
 use guest::VmMemory;
 use migrate::pack::{PackCounts, SharedPages};
 use migrate::window::{Rates, Window};
-use page::{EntryId, HostAddr};
+use page::{BlockIndex, EntryId, HostAddr, PageNo, PageRun};
 use sys::ProcessMemory;
-use wire::Reached;
+use wire::{FaultTimes, Reached};
 
 use crate::link::Bucket;
 
 use super::right_of_way::Place;
 use super::run::Input;
+use super::urgent::Requests;
 
 /// How often a reader that waits looks again although nobody told it to: for the window, which
 /// acknowledgements open, and for the wire, which is given free without a word.
@@ -34,6 +35,28 @@ pub(crate) struct GuestMemory {
     pub(crate) bases: Mutex<Vec<Option<HostAddr>>>,
     /// The process and its blocks, and their names.
     pub(crate) layout: (VmMemory, Vec<String>),
+}
+
+impl GuestMemory {
+    /// Where a block of the stream starts, if QEMU tells it.
+    pub(crate) fn base(&self, block: BlockIndex) -> Option<HostAddr> {
+        lock(&self.bases)
+            .get(usize::from(block.0))
+            .copied()
+            .flatten()
+    }
+}
+
+/// What is known of a stream that may go over to post-copy.
+#[derive(Default)]
+struct Postcopy {
+    requests: Requests,
+    /// Names of the stream's blocks.
+    blocks: Vec<String>,
+    /// Pages that were sent ahead, until the reader takes them.
+    ahead: Vec<(BlockIndex, PageNo)>,
+    /// How long faults took, once the target has said so.
+    faults: Option<FaultTimes>,
 }
 
 /// One VM's stream.
@@ -61,12 +84,15 @@ pub(crate) struct Stream {
     carried: Mutex<VecDeque<(u64, Vec<EntryId>)>>,
     /// QEMU has sent all memory once: what comes is pages that were written since.
     is_late_round: AtomicBool,
+    postcopy: Mutex<Postcopy>,
 }
 
 struct Flow {
     window: Window,
     /// Set once the stream is over; everybody who waits goes home.
     closed: bool,
+    /// What QEMU still writes goes nowhere: it is to complete, and to run on here.
+    drained: bool,
     /// When the target last acknowledged something, or had nothing to.
     progress: Instant,
 }
@@ -91,6 +117,7 @@ impl Stream {
             window: Mutex::new(Flow {
                 window: Window::new(limit),
                 closed: false,
+                drained: false,
                 progress: started,
             }),
             moved: Condvar::new(),
@@ -103,6 +130,7 @@ impl Stream {
             repaired: AtomicU64::new(0),
             carried: Mutex::default(),
             is_late_round: AtomicBool::new(false),
+            postcopy: Mutex::default(),
         }
     }
 
@@ -135,7 +163,7 @@ impl Stream {
     pub(crate) fn wait_open(&self) -> bool {
         let mut flow = lock(&self.window);
         let mut since = Instant::now();
-        while !flow.closed {
+        while !flow.closed && !flow.drained {
             let yields = self.place.must_yield(Instant::now());
             flow.window.set_near_end(self.place.is_any_near_end());
             if !yields && flow.window.is_open() {
@@ -155,6 +183,77 @@ impl Stream {
             }
         }
         !flow.closed
+    }
+
+    /// Waits until all that was read is complete at the target. False: the stream is closed.
+    pub(crate) fn wait_complete(&self) -> bool {
+        let mut flow = lock(&self.window);
+        while !flow.closed && !flow.drained && flow.window.backlog() > 0 {
+            flow = self
+                .moved
+                .wait_timeout(flow, Duration::from_millis(200))
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        !flow.closed
+    }
+
+    /// From here on nothing is sent of what QEMU writes.
+    pub(crate) fn drain(&self) {
+        lock(&self.window).drained = true;
+        self.moved.notify_all();
+    }
+
+    /// Waits until the stream is drained. False: it is closed.
+    pub(crate) fn wait_drained(&self) -> bool {
+        let mut flow = lock(&self.window);
+        while !flow.closed && !flow.drained {
+            flow = self
+                .moved
+                .wait(flow)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        flow.drained
+    }
+
+    pub(crate) fn is_drained(&self) -> bool {
+        lock(&self.window).drained
+    }
+
+    /// The stream's blocks are known.
+    pub(crate) fn set_blocks(&self, names: Vec<String>) {
+        let addresses = &self.memory.addresses;
+        let bases = names.iter().map(|name| addresses.get(name).copied());
+        *lock(&self.memory.bases) = bases.collect();
+        lock(&self.postcopy).blocks = names;
+    }
+
+    /// Pages that a message of the target QEMU asks for.
+    pub(crate) fn asked(&self, message: &[u8]) -> Option<(BlockIndex, PageRun)> {
+        let mut postcopy = lock(&self.postcopy);
+        let Postcopy {
+            requests, blocks, ..
+        } = &mut *postcopy;
+        requests.asked(message, blocks)
+    }
+
+    /// These pages are on their way ahead of the stream.
+    pub(crate) fn went_ahead(&self, pages: impl Iterator<Item = (BlockIndex, PageNo)>) {
+        lock(&self.postcopy).ahead.extend(pages);
+    }
+
+    /// Pages that went ahead since the last call.
+    pub(crate) fn take_ahead(&self) -> Vec<(BlockIndex, PageNo)> {
+        std::mem::take(&mut lock(&self.postcopy).ahead)
+    }
+
+    pub(crate) fn set_faults(&self, times: FaultTimes) {
+        lock(&self.postcopy).faults = Some(times);
+    }
+
+    /// How long faults took at the target.
+    pub(crate) fn faults(&self) -> Option<FaultTimes> {
+        lock(&self.postcopy).faults
     }
 
     /// Whether the stream is over.

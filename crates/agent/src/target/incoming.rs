@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
-use guest::{RunState, TargetGuest};
+use guest::{MigrationStatus, RunState, TargetGuest};
 use migrate::handover::{FoundQemu, TargetAction, TargetEvent, TargetJournal, TargetMove};
 use sys::{Process, ProcessMemory};
 use wire::{BackMessage, MoveState, OpenMove};
@@ -20,8 +20,9 @@ use super::mapper::{self, Mapper};
 use super::pool::Pools;
 use super::pressure::Pressure;
 use super::promises::Promises;
+use super::returns::{ReturnEnd, read_return_path};
 use super::session::{GuestMemory, TargetSession, lock};
-use super::sink::{ReturnEnd, Sink, read_return_path};
+use super::sink::Sink;
 
 /// How long a QEMU that has said `SHUT 0` may take to leave its loading state.
 const LOAD_SETTLE: Duration = Duration::from_secs(10);
@@ -329,7 +330,7 @@ impl Incoming {
         });
         let fed = incoming
             .write_journal(TargetJournal::Loading)
-            .and_then(|()| incoming.feed(session, request.vm, mapper));
+            .and_then(|()| incoming.feed(session, (request.vm, request.postcopy), mapper));
         if let Err(error) = fed {
             incoming.handle(TargetEvent::Failed(format!("{error:#}")));
             return Err(error);
@@ -349,9 +350,14 @@ impl Incoming {
                 let running = guest
                     .run_state()
                     .is_ok_and(|state| state == RunState::Running);
+                let is_complete = guest
+                    .migration()
+                    .is_ok_and(|info| info.status == MigrationStatus::Completed);
                 (
                     Some(guest),
-                    if running {
+                    if running && is_complete {
+                        FoundQemu::Complete
+                    } else if running {
                         FoundQemu::Running
                     } else {
                         FoundQemu::Stopped
@@ -365,7 +371,7 @@ impl Incoming {
                     pid = entry.pid,
                     "cannot reach a QEMU that this agent started: {error}"
                 );
-                let released = matches!(state, TargetJournal::Released);
+                let released = matches!(state, TargetJournal::Released | TargetJournal::Following);
                 (
                     None,
                     if released {
@@ -393,7 +399,7 @@ impl Incoming {
     fn feed(
         self: &Arc<Self>,
         session: &Arc<TargetSession>,
-        vm: u16,
+        (vm, postcopy): (u16, bool),
         mapper: Option<Mapper>,
     ) -> anyhow::Result<()> {
         let guest = self.guest()?;
@@ -401,7 +407,7 @@ impl Incoming {
         // Paths of unix sockets are short; the process id makes it unique on this host.
         let path = self.context.run_dir.join(format!("i-{}.sock", guest.pid()));
         guest
-            .listen(&path)
+            .listen(&path, postcopy)
             .context("having the target QEMU listen")?;
         let socket = UnixStream::connect(&path)
             .with_context(|| format!("connecting to the target QEMU of {name}"))?;
@@ -418,9 +424,9 @@ impl Incoming {
                 .iter()
                 .map(|name| addresses.get(name).copied())
                 .collect();
-            Some(GuestMemory { memory, bases })
+            Some(GuestMemory::new(memory, bases))
         });
-        let (sink, handle) = Sink::new(
+        let (mut sink, handle) = Sink::new(
             session,
             vm,
             socket.try_clone()?,
@@ -428,7 +434,9 @@ impl Incoming {
             &self.context.pressure,
         );
         session.add_sink(vm, handle);
-        let pings = sink.pings();
+        let returns = sink.returns();
+        let switched = Arc::clone(self);
+        sink.when_switched(Box::new(move || switched.watch_switch()));
         let incoming = Arc::clone(self);
         std::thread::Builder::new()
             .name("gw-sink".into())
@@ -441,10 +449,36 @@ impl Incoming {
         std::thread::Builder::new()
             .name("gw-return".into())
             .spawn(move || {
-                let end = read_return_path(socket, &session, vm, &pings);
+                let end = read_return_path(socket, &session, vm, &returns);
+                if let Some(times) = returns.fault_times() {
+                    session.say(vm, BackMessage::Faults(times));
+                }
                 incoming.returned(&end);
             })?;
         Ok(())
+    }
+
+    /// Waits, in a thread of its own, for the target QEMU to have loaded the device state of a switch to
+    /// post-copy; it stands stopped then, and could run.
+    fn watch_switch(self: Arc<Self>) {
+        let watch = move || match self.settled() {
+            Ok(()) => {
+                self.context.hold.at("target-switched", &self.vm_name());
+                self.handle(TargetEvent::SwitchReported);
+                if self.answer() == MoveState::Loaded
+                    && let Some((session, vm)) = self.session()
+                {
+                    session.say(vm, BackMessage::Switched);
+                }
+            }
+            Err(error) => self.fail(&format!("{error:#}")),
+        };
+        let spawned = std::thread::Builder::new()
+            .name("gw-switch".into())
+            .spawn(watch);
+        if let Err(error) = spawned {
+            tracing::error!(%error, "no thread to watch over a switch; the move will time out");
+        }
     }
 
     /// The target QEMU's return path has ended.
@@ -454,7 +488,7 @@ impl Incoming {
                 Ok(()) => {
                     self.context.hold.at("target-loaded", &self.vm_name());
                     self.handle(TargetEvent::LoadReported);
-                    if self.answer() == MoveState::Loaded
+                    if matches!(self.answer(), MoveState::Loaded | MoveState::Running)
                         && let Some((session, vm)) = self.session()
                     {
                         session.say(vm, BackMessage::Loaded);
@@ -475,16 +509,23 @@ impl Incoming {
     /// The move fails, and the source hears why.
     fn fail(&self, reason: &str) {
         self.handle(TargetEvent::Failed(reason.to_owned()));
-        if let (MoveState::NeverRan { reason }, Some((session, vm))) =
-            (self.answer(), self.session())
-        {
-            session.say(vm, BackMessage::LoadFailed(reason));
+        let Some((session, vm)) = self.session() else {
+            return;
+        };
+        match self.answer() {
+            MoveState::NeverRan { reason } => session.say(vm, BackMessage::LoadFailed(reason)),
+            // It runs, and its memory does not come any more.
+            MoveState::Following => session.say(vm, BackMessage::LoadFailed(reason.to_owned())),
+            _ => {}
         }
     }
 
     /// Waits until QEMU stands loaded and stopped.
     fn settled(&self) -> anyhow::Result<()> {
-        let guest = self.guest()?;
+        // One that was let go in post-copy has been here before.
+        let Ok(guest) = self.guest() else {
+            return Ok(());
+        };
         let deadline = Instant::now() + LOAD_SETTLE;
         loop {
             match guest.run_state()? {
@@ -610,7 +651,10 @@ impl Incoming {
     }
 
     fn is_ended(&self) -> bool {
-        !matches!(self.answer(), MoveState::Loading | MoveState::Loaded)
+        !matches!(
+            self.answer(),
+            MoveState::Loading | MoveState::Loaded | MoveState::Following
+        )
     }
 }
 

@@ -19,6 +19,7 @@ mod pressure;
 mod promises;
 mod rack;
 mod receiver;
+mod returns;
 mod session;
 mod sink;
 

@@ -38,6 +38,12 @@ pub(crate) fn run(
             FrameKind::Heartbeat => {}
             FrameKind::Pages => deliver(session, header.vm(), Arc::new(body), false)?,
             FrameKind::Repair => deliver(session, header.vm(), Arc::new(body), true)?,
+            // Nothing of it is entered anywhere: it overtakes what is in the store.
+            FrameKind::Urgent => {
+                if let Some(sink) = session.sink(header.vm()) {
+                    sink.push_urgent(Arc::new(body));
+                }
+            }
             FrameKind::Close => session.remove_sink(header.vm()),
             other => return Err(LinkError::from(WireError::UnexpectedKind(other as u8)).into()),
         }

@@ -1,14 +1,16 @@
 //! What the VMs of one session share at the target.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
 use content::{Place, Places, Recent};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
-use page::{BlockIndex, ContentId, ContentKey, EntryId, HostAddr, PAGE_SIZE, PageBytes};
+use page::{
+    BlockIndex, ContentId, ContentKey, EntryId, HostAddr, PAGE_SIZE, PageBytes, PageNo, PageRun,
+};
 use sys::ProcessMemory;
 use wire::{BackMessage, FrameHeader, FrameKind};
 
@@ -35,6 +37,9 @@ pub(crate) struct GuestMemory {
     pub(crate) memory: ProcessMemory,
     /// Address of each block, by the stream's index; absent if QEMU does not tell it.
     pub(crate) bases: Vec<Option<HostAddr>>,
+    /// Pages that its QEMU does not have, in post-copy: who reads one waits until it is there, and may
+    /// be the one who is to bring it. Held while memory is read.
+    missing: RwLock<HashSet<(BlockIndex, PageNo)>>,
 }
 
 /// One session, for as long as one of its connections or VMs is there.
@@ -207,6 +212,30 @@ pub(crate) fn read_checked(
 }
 
 impl GuestMemory {
+    pub(crate) fn new(memory: ProcessMemory, bases: Vec<Option<HostAddr>>) -> Self {
+        Self {
+            memory,
+            bases,
+            missing: RwLock::default(),
+        }
+    }
+
+    /// QEMU is about to forget these pages.
+    pub(crate) fn forget(&self, runs: &[(BlockIndex, PageRun)]) {
+        let mut missing = self.missing.write().unwrap_or_else(PoisonError::into_inner);
+        for (block, run) in runs {
+            missing.extend(run.pages().map(|page| (*block, page)));
+        }
+    }
+
+    /// QEMU has these pages.
+    pub(crate) fn has(&self, pages: &[(BlockIndex, PageNo)]) {
+        let mut missing = self.missing.write().unwrap_or_else(PoisonError::into_inner);
+        for page in pages {
+            missing.remove(page);
+        }
+    }
+
     fn read_checked(
         &self,
         key: &ContentKey,
@@ -222,19 +251,33 @@ impl GuestMemory {
                 .flatten()?;
             base.of_page(place.page)
         };
+        let missing = self.missing.read().unwrap_or_else(PoisonError::into_inner);
+        let is_there = |place: &Place| !missing.contains(&(place.block, place.page));
+        let mut start = 0;
         // All of one VM have an address or none: places are made only of blocks that have one.
-        let addresses: Vec<HostAddr> = wanted
-            .iter()
-            .map_while(|(_, place)| address(place))
-            .collect();
-        let read = self
-            .memory
-            .read_pages(&addresses, &mut out[..addresses.len() * PAGE_SIZE])
-            .unwrap_or(0);
-        let pages = out.as_chunks::<PAGE_SIZE>().0.iter();
-        for ((bytes, (id, _)), good) in pages.zip(wanted).zip(good).take(read) {
-            let bytes: &PageBytes = bytes;
-            *good = key.id_of(bytes) == *id;
+        for there in wanted.chunk_by(|a, b| is_there(&a.1) == is_there(&b.1)) {
+            let end = start + there.len();
+            let (out, good) = (
+                &mut out[start * PAGE_SIZE..end * PAGE_SIZE],
+                &mut good[start..end],
+            );
+            start = end;
+            if !is_there(&there[0].1) {
+                continue;
+            }
+            let addresses: Vec<HostAddr> = there
+                .iter()
+                .map_while(|(_, place)| address(place))
+                .collect();
+            let read = self
+                .memory
+                .read_pages(&addresses, &mut out[..addresses.len() * PAGE_SIZE])
+                .unwrap_or(0);
+            let pages = out.as_chunks::<PAGE_SIZE>().0.iter();
+            for ((bytes, (id, _)), good) in pages.zip(there).zip(good).take(read) {
+                let bytes: &PageBytes = bytes;
+                *good = key.id_of(bytes) == *id;
+            }
         }
     }
 }

@@ -1,24 +1,24 @@
 //! Feeds one target QEMU: frames in, QEMU's stream out; acknowledgements back.
 
-use std::collections::{HashMap, VecDeque};
-use std::io::{self, IoSlice, Read, Write};
+use std::collections::HashMap;
+use std::io::{self, IoSlice, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
+use crossbeam_channel::{Receiver, Sender, select_biased, unbounded};
 use guest::CowError;
 use migrate::unpack::{Ack, Arrived, Batch, Segment, UnpackError, Unpacker};
 use page::{BlockIndex, ContentId, EntryId, HostNo, PAGE_SIZE, PageBytes, PageNo};
-use qstream::{ReturnDecoder, ReturnMessage, ReturnStep};
-use wire::{BackMessage, MAX_ENTRIES, Reached};
+use wire::{BackMessage, MAX_ENTRIES};
 
 use crate::link::Buffer;
 
 use super::contents::SessionContents;
 use super::mapper::{Mapper, Wanted, spot};
 use super::pressure::{Pressure, UnderPressure};
-use super::session::{GuestMemory, TargetSession, lock};
+use super::returns::{Ping, Returns};
+use super::session::{GuestMemory, TargetSession};
 
 /// Most bytes that wait for one QEMU. The source's window keeps far below it (8 MiB of QEMU's
 /// stream, and repairs); beyond it the source is not honest, and the VM's move fails.
@@ -34,6 +34,8 @@ const SAY_MAPPED: u64 = 4096;
 pub(crate) enum SinkFrame {
     /// From its source.
     Frame { body: Arc<Buffer>, is_repair: bool },
+    /// From its source, before all others: a processor waits for it.
+    Urgent(Arc<Buffer>),
     /// Contents that it waits for.
     Arrived(Vec<Arrived<Arc<Buffer>>>),
     /// Contents that it waits for in vain.
@@ -47,7 +49,7 @@ impl SinkFrame {
     /// Bytes that count against the queue's limit: contents are bounded by the pages that wait.
     fn counted(&self) -> usize {
         match self {
-            Self::Frame { body, .. } => body.len(),
+            Self::Frame { body, .. } | Self::Urgent(body) => body.len(),
             Self::Arrived(_) | Self::NotComing { .. } => 0,
         }
     }
@@ -57,6 +59,7 @@ impl SinkFrame {
 #[derive(Clone)]
 pub(crate) struct SinkHandle {
     frames: Sender<SinkFrame>,
+    urgent: Sender<SinkFrame>,
     queued: Arc<AtomicUsize>,
 }
 
@@ -65,19 +68,34 @@ impl SinkHandle {
     #[cfg(test)]
     pub(crate) fn alone() -> (Self, Receiver<SinkFrame>) {
         let (frames, receiver) = unbounded();
+        let (urgent, _) = unbounded();
         let queued = Arc::default();
-        (Self { frames, queued }, receiver)
+        let handle = Self {
+            frames,
+            urgent,
+            queued,
+        };
+        (handle, receiver)
     }
 
     /// The queue is bounded in bytes: above the limit frames are dropped, and the sink fails on
     /// the gap that they leave.
     pub(crate) fn push(&self, frame: SinkFrame) {
+        self.push_to(&self.frames, frame);
+    }
+
+    /// As [`SinkHandle::push`], before everything that waits.
+    pub(crate) fn push_urgent(&self, body: Arc<Buffer>) {
+        self.push_to(&self.urgent, SinkFrame::Urgent(body));
+    }
+
+    fn push_to(&self, queue: &Sender<SinkFrame>, frame: SinkFrame) {
         let len = frame.counted();
         if self.queued.fetch_add(len, Ordering::Relaxed) + len > MAX_QUEUED {
             tracing::error!("a source sends faster than its window allows; its VM's move fails");
             return;
         }
-        let _ = self.frames.send(frame);
+        let _ = queue.send(frame);
     }
 }
 
@@ -94,14 +112,18 @@ pub(crate) enum SinkError {
     Mapping(#[source] CowError),
 }
 
-/// Pings on their way, with how far the stream is once they are answered.
-type Pings = Arc<Mutex<VecDeque<(u32, Reached)>>>;
+/// What is done once the target QEMU was given the device state of a switch to post-copy.
+pub(crate) type WhenSwitched = Box<dyn FnOnce() + Send>;
 
 /// What feeds one QEMU.
 pub(crate) struct Sink {
     frames: Receiver<SinkFrame>,
+    urgent: Receiver<SinkFrame>,
     queued: Arc<AtomicUsize>,
-    pings: Pings,
+    returns: Arc<Returns>,
+    when_switched: Option<WhenSwitched>,
+    /// Pages that were given to QEMU since the last ping.
+    given: Vec<(BlockIndex, PageNo)>,
     session: Arc<TargetSession>,
     vm: u16,
     socket: UnixStream,
@@ -129,16 +151,20 @@ impl Sink {
         pressure: &Arc<Pressure>,
     ) -> (Self, SinkHandle) {
         let (sender, frames) = unbounded();
+        let (urgent_sender, urgent) = unbounded();
         let queued = Arc::new(AtomicUsize::new(0));
         let handle = SinkHandle {
             frames: sender,
+            urgent: urgent_sender,
             queued: Arc::clone(&queued),
         };
-        let pings = Pings::default();
         let sink = Self {
             frames,
+            urgent,
             queued,
-            pings,
+            returns: Arc::default(),
+            when_switched: None,
+            given: Vec::new(),
             session: Arc::clone(session),
             vm,
             socket,
@@ -152,8 +178,14 @@ impl Sink {
         (sink, handle)
     }
 
-    pub(crate) fn pings(&self) -> Pings {
-        Arc::clone(&self.pings)
+    /// What the reader of the return path shares with this.
+    pub(crate) fn returns(&self) -> Arc<Returns> {
+        Arc::clone(&self.returns)
+    }
+
+    /// Has something done once the target QEMU was given the device state of a switch.
+    pub(crate) fn when_switched(&mut self, act: WhenSwitched) {
+        self.when_switched = Some(act);
     }
 
     /// Feeds QEMU until the source closes the VM's stream or the session ends.
@@ -161,41 +193,68 @@ impl Sink {
         let mappable = self.mapper.as_ref().map(Mapper::mappable);
         let mut unpacker = Unpacker::mapping(mappable.unwrap_or_default());
         let mut batch = Batch::default();
-        while let Ok(frame) = self.frames.recv() {
-            let left = self.queued.fetch_sub(frame.counted(), Ordering::Relaxed);
-            if left > MAX_QUEUED {
-                return Err(SinkError::Dropped);
+        while let Some(frame) = self.next() {
+            // What was pushed to the one queue before a frame to the other is seen before it: the end
+            // of RAM does not pass a page that was sent ahead.
+            while !matches!(frame, SinkFrame::Urgent(_))
+                && let Ok(urgent) = self.urgent.try_recv()
+            {
+                self.feed(&mut unpacker, &urgent, &mut batch)?;
             }
-            if !unpacker.is_in_last_round() {
+            if !unpacker.is_in_last_round() && !unpacker.has_switched() {
                 self.wait_for_memory();
             }
-            batch.clear();
-            let body = self.unpack(&mut unpacker, &frame, &mut batch)?;
-            if self.memory.is_some() {
-                self.find_memory(&unpacker);
-            }
-            self.share(&mut unpacker, &mut batch, body)?;
-            if let Some(Ack::OnPong { ping, reached }) = batch.ack {
-                lock(&self.pings).push_back((ping, reached));
-            }
-            write_batch(&mut self.socket, &batch, body)?;
-            // While QEMU loads its devices: every mapping is through, and the guest waits.
-            if let Some(mapper) = self.mapper.as_mut().filter(|_| unpacker.is_past_memory()) {
-                mapper.finish();
-            }
-            if let Some(Ack::OnWrite { reached }) = batch.ack {
-                self.session.say(self.vm, BackMessage::Ack(reached));
-            }
-            for runs in batch.repair.chunks(1024) {
-                self.session
-                    .say(self.vm, BackMessage::RepairRequest(runs.to_vec()));
-            }
-            self.remember(&batch, body);
-            if let Some((rack, _)) = self.session.member(self.vm) {
-                let mut last = unpacker.last_wanted().peekable();
-                if last.peek().is_some() {
-                    rack.hurry(last);
-                }
+            self.feed(&mut unpacker, &frame, &mut batch)?;
+        }
+        Ok(())
+    }
+
+    /// The next frame; none when nobody is left who sends any.
+    fn next(&self) -> Option<SinkFrame> {
+        select_biased! {
+            recv(self.urgent) -> frame => frame.ok(),
+            recv(self.frames) -> frame => frame.ok(),
+        }
+    }
+
+    fn feed(
+        &mut self,
+        unpacker: &mut Unpacker,
+        frame: &SinkFrame,
+        batch: &mut Batch<Arc<Buffer>>,
+    ) -> Result<(), SinkError> {
+        let left = self.queued.fetch_sub(frame.counted(), Ordering::Relaxed);
+        if left > MAX_QUEUED {
+            return Err(SinkError::Dropped);
+        }
+        batch.clear();
+        let body = self.unpack(unpacker, frame, batch)?;
+        if self.memory.is_some() {
+            self.find_memory(unpacker);
+        }
+        self.share(unpacker, batch, body)?;
+        if !batch.forgotten.is_empty()
+            && let Some(memory) = self.session.memory(self.vm)
+        {
+            memory.forget(&batch.forgotten);
+        }
+        self.given.extend_from_slice(&batch.given);
+        if let Some(Ack::OnPong { ping, reached }) = batch.ack {
+            let given = std::mem::take(&mut self.given);
+            self.returns.expect(Ping {
+                value: ping,
+                reached,
+                given,
+            });
+        }
+        write_batch(&mut self.socket, batch, body)?;
+        self.returns.given(&batch.given);
+        self.tell(unpacker, batch);
+        self.remember(batch, body);
+        if let Some((rack, _)) = self.session.member(self.vm) {
+            let mut last = unpacker.last_wanted().peekable();
+            if last.peek().is_some() {
+                rack.hurry(last);
             }
         }
         Ok(())
@@ -210,6 +269,26 @@ impl Sink {
             self.session.say(self.vm, BackMessage::Note(note));
         }
         std::thread::sleep(pause);
+    }
+
+    /// Says what a batch that was written means.
+    fn tell(&mut self, unpacker: &Unpacker, batch: &Batch<Arc<Buffer>>) {
+        // While QEMU loads its devices: every mapping is through, and the guest waits.
+        if let Some(mapper) = self.mapper.as_mut().filter(|_| unpacker.is_past_memory()) {
+            mapper.finish();
+        }
+        if unpacker.has_switched()
+            && let Some(act) = self.when_switched.take()
+        {
+            act();
+        }
+        if let Some(Ack::OnWrite { reached }) = batch.ack {
+            self.session.say(self.vm, BackMessage::Ack(reached));
+        }
+        for runs in batch.repair.chunks(1024) {
+            self.session
+                .say(self.vm, BackMessage::RepairRequest(runs.to_vec()));
+        }
     }
 
     /// Turns what came into a batch; returns the body that the batch refers to.
@@ -227,6 +306,15 @@ impl Sink {
                     pool: self.mapper.as_ref().map(|mapper| &*mapper.pool),
                 };
                 unpacker.apply(body, *is_repair, &mut contents, batch)?;
+                Ok(body)
+            }
+            SinkFrame::Urgent(body) => {
+                let mut contents = SessionContents {
+                    session: &self.session,
+                    vm: self.vm,
+                    pool: None,
+                };
+                unpacker.apply(body, true, &mut contents, batch)?;
                 Ok(body)
             }
             SinkFrame::Arrived(contents) => {
@@ -258,6 +346,7 @@ impl Sink {
         if let Some(mapper) = &mut self.mapper {
             mapper.learn_blocks(blocks);
         }
+        self.returns.set_blocks(names.clone());
         if let Some(memory) = find(&names) {
             self.has_memory = memory.bases.iter().map(Option::is_some).collect();
             self.session.add_memory(self.vm, memory);
@@ -409,79 +498,6 @@ fn write_batch(socket: &mut UnixStream, batch: &Batch<Arc<Buffer>>, body: &[u8])
         }
     }
     Ok(())
-}
-
-/// How a target QEMU's return path ended.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum ReturnEnd {
-    /// It said whether it has loaded everything.
-    Shut(u32),
-    /// It closed without a word.
-    Closed,
-    /// It said what it should not.
-    Broken(String),
-}
-
-/// Reads a target QEMU's return path to its end; own pongs become acknowledgements.
-pub(crate) fn read_return_path(
-    mut socket: UnixStream,
-    session: &TargetSession,
-    vm: u16,
-    pings: &Pings,
-) -> ReturnEnd {
-    let mut decoder = ReturnDecoder::new();
-    let (mut buffer, mut filled) = (vec![0; 4096], 0);
-    loop {
-        match socket.read(&mut buffer[filled..]) {
-            Ok(0) => return ReturnEnd::Closed,
-            Ok(n) => filled += n,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(_) => return ReturnEnd::Closed,
-        }
-        let mut at = 0;
-        while at < filled {
-            match decoder.decode(&buffer[at..filled]) {
-                Err(error) => return ReturnEnd::Broken(error.to_string()),
-                Ok(ReturnStep::NeedMore { at_least }) => {
-                    if at_least > buffer.len() {
-                        buffer.resize(at_least, 0);
-                    }
-                    break;
-                }
-                Ok(ReturnStep::Message {
-                    message: ReturnMessage::Shut(status),
-                    ..
-                }) => return ReturnEnd::Shut(status),
-                Ok(ReturnStep::Message { message, raw }) => {
-                    at += raw.len();
-                    match message {
-                        ReturnMessage::Pong(value) if Unpacker::is_our_ping(value) => {
-                            acknowledge(session, vm, pings, value)
-                        }
-                        _ => session.say(vm, BackMessage::ReturnPath(raw.to_vec())),
-                    }
-                }
-            }
-        }
-        buffer.copy_within(at..filled, 0);
-        filled -= at;
-    }
-}
-
-fn acknowledge(session: &TargetSession, vm: u16, pings: &Pings, value: u32) {
-    let mut pings = lock(pings);
-    let mut answered = None;
-    while let Some((ping, reached)) = pings.front().copied() {
-        pings.pop_front();
-        answered = Some(reached);
-        if ping == value {
-            break;
-        }
-    }
-    drop(pings);
-    if let Some(reached) = answered {
-        session.say(vm, BackMessage::Ack(reached));
-    }
 }
 
 #[cfg(test)]

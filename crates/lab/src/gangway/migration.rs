@@ -22,8 +22,10 @@ use crate::fault::Armed;
 use crate::guest::Vm;
 use crate::memory::{Compared, GuestMemory, compare};
 use crate::outcome::{EventLog, Hold, Moved, Outcome, PREPARE_TIME};
+use crate::postcopy;
 use crate::scenario::Preset;
 use crate::shell::say;
+use crate::technique::Mode;
 
 /// Longest answer of the control API to `continue`; it answers when the request is accepted.
 const CONTINUE_PATIENCE: Duration = Duration::from_secs(20);
@@ -34,14 +36,15 @@ const CLI_LOG: &str = "migrate.log";
 pub fn migrate(
     agents: &Agents,
     bench: &Bench<'_>,
-    (preset, zstd): (Preset, bool),
+    (preset, zstd, mode): (Preset, bool, Mode),
     log: &EventLog,
 ) -> anyhow::Result<Outcome> {
     let cpu_before = agents.processor_s();
     let settings = Settings {
         preset,
         zstd,
-        confirm_handover: bench.scenario.compare,
+        mode,
+        confirm_handover: bench.scenario.compare && mode != Mode::PostCopy,
         stale: bench.scenario.stale_s.is_some(),
     };
     if let Some(seconds) = bench.scenario.stale_s {
@@ -65,6 +68,9 @@ pub fn migrate(
             figures.extend(prepared.map(|s| (PREPARE_TIME.to_owned(), json!(s))));
             if !attempted.notes.is_empty() {
                 figures.push(("notes".to_owned(), json!(attempted.notes)));
+            }
+            if mode != Mode::PreCopy {
+                figures.extend(postcopy::figures(bench, &attempted.faults, log));
             }
             (attempted.moved, figures, None)
         }
@@ -94,6 +100,7 @@ pub fn move_again(
     let settings = Settings {
         preset,
         zstd,
+        mode: Mode::PreCopy,
         confirm_handover: true,
         stale: false,
     };
@@ -123,6 +130,8 @@ pub(super) struct Attempted {
     prepare_s: Option<f64>,
     /// What was said of VMs beside their phases.
     pub(super) notes: Vec<String>,
+    /// What the agents say of page faults, for each VM that had some.
+    faults: Vec<Value>,
 }
 
 impl Attempt<'_> {
@@ -154,6 +163,7 @@ impl Attempt<'_> {
         Ok(Attempted {
             prepare_s,
             notes,
+            faults: record.faults(),
             moved: record.into_moved(exit_code, &said),
             exit_code,
         })
@@ -251,6 +261,8 @@ fn compare_at_both_ends(vm: &Vm) -> anyhow::Result<Compared> {
             "the VM runs at the {end} while it is held"
         );
     }
+    // In post-copy memory is complete when the source QEMU has been told so.
+    postcopy::wait_until_complete(&mut source)?;
     compare(
         &GuestMemory::of(&mut source)?,
         &GuestMemory::of(&mut target)?,

@@ -12,6 +12,7 @@ use crate::bench::Bench;
 use crate::guest::{Host, Vm};
 use crate::net::Rack;
 use crate::scenario::Preset;
+use crate::technique::Mode;
 use crate::template;
 
 /// What the plan says beside the moves.
@@ -19,6 +20,7 @@ use crate::template;
 pub(super) struct Settings {
     pub(super) preset: Preset,
     pub(super) zstd: bool,
+    pub(super) mode: Mode,
     /// VMs wait, stopped at both ends, until the lab has compared their memory.
     pub(super) confirm_handover: bool,
     /// What an earlier preparation found is used as it is.
@@ -48,6 +50,9 @@ pub(super) fn text(bench: &Bench<'_>, vms: &[&Vm], settings: Settings) -> anyhow
     });
     if settings.preset.has_index() && bench.scenario.index > 0 {
         plan["index"] = json!(index::addresses(bench));
+    }
+    if settings.mode != Mode::PreCopy {
+        plan["mode"] = settings.mode.in_plan().into();
     }
     if settings.stale {
         plan["prepare"] = false.into();

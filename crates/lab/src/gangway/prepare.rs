@@ -24,6 +24,7 @@ impl Plan {
         let settings = Settings {
             preset: Preset::Irlm,
             zstd: false,
+            mode: crate::technique::Mode::PreCopy,
             confirm_handover: false,
             stale: false,
         };

@@ -39,6 +39,8 @@ struct State {
     /// Length of the preparation phase, of which the group's stream tells if there was one.
     prepare_s: Option<f64>,
     notes: Vec<String>,
+    /// What the agents said last of the page faults of each VM.
+    faults: HashMap<String, Value>,
 }
 
 impl State {
@@ -57,6 +59,7 @@ impl<'a> Record<'a> {
             over: false,
             prepare_s: None,
             notes: Vec::new(),
+            faults: HashMap::new(),
         };
         Self {
             started,
@@ -111,6 +114,10 @@ impl<'a> Record<'a> {
     fn sample(&self, progress: &Value, vm: &str, at: UnixMs) {
         let mut state = self.state();
         let phase = state.phases.get(vm).cloned().unwrap_or_default();
+        if progress["faults"].is_object() {
+            let faults = progress["faults"].clone();
+            state.faults.insert(vm.to_owned(), faults);
+        }
         let Some(moved) = state.of(vm) else { return };
         moved.pages = pages(&progress["pages"]).or(moved.pages);
         moved.samples.push(Sample {
@@ -173,6 +180,11 @@ impl<'a> Record<'a> {
     /// How long the preparation phase took, if there was one.
     pub(super) fn prepare_s(&self) -> Option<f64> {
         self.state().prepare_s
+    }
+
+    /// How long page faults took, of each VM in post-copy that had some.
+    pub(super) fn faults(&self) -> Vec<Value> {
+        self.state().faults.values().cloned().collect()
     }
 
     /// A VM of which no event said that it moved has not, whatever the reason.

@@ -21,6 +21,11 @@
 //! 3. Once `Release` was sent (the journal says so before it is), the source says `cont` only
 //!    if the target has answered that the VM never ran there and its QEMU is gone.
 //!
+//! In post-copy the same three facts hold, the second in another way: before its QEMU is told to go
+//! over, the source guest is stopped by hand, and what was stopped by hand no failure of the
+//! migration resumes. The VM is released when the target QEMU has the device state; its memory
+//! follows, and `Loaded` completes the source QEMU when all of it is there.
+//!
 //! `docs/failures.md` says what is true of the VM at each instant; the tests of this module
 //! stop, restart and cut both ends at each step.
 

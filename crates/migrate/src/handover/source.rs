@@ -22,6 +22,15 @@ const RELEASE_PATIENCE: Duration = Duration::from_secs(60);
 ///                        ▼                                                                        │
 ///                      Stayed                              source QEMU gone while undoing ────────┘
 /// ```
+///
+/// In post-copy the source QEMU does not resume by itself once its guest was stopped by hand, and
+/// the VM runs at the target before its memory is there:
+///
+/// ```text
+///  Copying ─held, switched─► Committed ─confirmed─► Releasing ─following─► Following ─loaded, completed─► Moved
+///                                                       ▲                      │
+///                                                       └────── failed ────────┘
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SourceState {
     /// The target QEMU is being started. The VM is untouched.
@@ -30,13 +39,18 @@ pub enum SourceState {
     Copying,
     /// The target has loaded. The source QEMU was told so and is about to complete.
     Completing,
-    /// The source QEMU has completed: stopped, resumed by `cont` alone. Nothing was released.
+    /// The source QEMU has completed, or is in post-copy with a guest that was stopped by hand:
+    /// resumed by `cont` alone. Nothing was released.
     Committed,
     /// `Release` may have reached the target.
     Releasing {
         /// When it was first sent.
         since: Duration,
+        /// Why the memory that is still missing at the target does not come.
+        lost: Option<String>,
     },
+    /// It runs at the target, whose QEMU still gets memory from the source QEMU.
+    Following,
     /// The move is off; the VM is brought back to run here.
     Undoing {
         /// Why.
@@ -63,6 +77,10 @@ pub enum SourceEvent {
     TargetReady,
     /// The target QEMU has loaded everything.
     TargetLoaded,
+    /// The source guest was stopped by hand before its QEMU was told to go over to post-copy.
+    SourceHeld,
+    /// The target QEMU has the device state and could run; it needs the rest of its memory.
+    TargetSwitched,
     /// The source QEMU reports its migration as completed.
     SourceCompleted,
     /// Whoever wanted to confirm the hand-over did, or nobody wanted to.
@@ -108,8 +126,8 @@ pub enum SourceAction {
     ReleaseAgain,
     /// Tell the target, if it can be reached, that it will not be released.
     AbortTarget(String),
-    /// Cancel the migration, close its socket, see that the VM runs here (`cont` if it has
-    /// completed). Answer: `SourceRuns` or `SourceLost`.
+    /// End the migration, by cancelling it or in post-copy by having it complete into the void, close
+    /// its socket, see that the VM runs here (`cont` if it does not by itself). Answer: `SourceRuns` or `SourceLost`.
     BringBack,
     /// The source QEMU is no longer needed.
     QuitSource,
@@ -133,12 +151,25 @@ pub enum SourceJournal {
 #[derive(Debug)]
 pub struct SourceMove {
     state: SourceState,
+    memory: Memory,
+}
+
+/// How the VM's memory goes over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Memory {
+    /// Before the VM, or it is not known any more.
+    First,
+    /// After it: the source guest was stopped by hand, so nothing but `cont` resumes it.
+    After,
+    /// After it, and the source QEMU has completed.
+    Done,
 }
 
 impl Default for SourceMove {
     fn default() -> Self {
         Self {
             state: SourceState::Preparing,
+            memory: Memory::First,
         }
     }
 }
@@ -161,12 +192,43 @@ impl SourceMove {
             (S::Preparing, E::Restarted(SourceJournal::Releasing)) => (
                 S::Releasing {
                     since: Duration::ZERO,
+                    lost: Some("the agent was restarted".into()),
                 },
                 vec![A::Release],
             ),
             (S::Preparing, E::Restarted(SourceJournal::Begun)) => {
                 undo("the agent was restarted during the move".into(), true)
             }
+            (S::Copying, E::SourceHeld) => {
+                self.memory = Memory::After;
+                (S::Copying, vec![])
+            }
+            (S::Copying, E::TargetSwitched) if self.memory == Memory::After => {
+                (S::Committed, vec![A::AwaitConfirmation])
+            }
+            // It could resume at any time: by whomever the switch was made, not by us.
+            (S::Copying, E::TargetSwitched) => {
+                undo("its QEMU went over to post-copy unasked".into(), true)
+            }
+            (state @ (S::Committed | S::Releasing { .. } | S::Following), E::TargetLoaded)
+                if self.memory == Memory::After =>
+            {
+                (state, vec![A::CompleteSource])
+            }
+            (state @ (S::Committed | S::Releasing { .. }), E::SourceCompleted)
+                if self.memory == Memory::After =>
+            {
+                self.memory = Memory::Done;
+                (state, vec![])
+            }
+            (S::Following, E::SourceCompleted) => moved(),
+            // The target may have all of it already. The stream is of no use any more.
+            (S::Following, E::Failed(reason)) => {
+                self.memory = Memory::First;
+                let (since, lost) = (Duration::ZERO, Some(reason));
+                (S::Releasing { since, lost }, vec![A::Release])
+            }
+            // Without having been told of the switch: it converged first, and is done as always.
             (S::Copying, E::TargetLoaded) => (S::Completing, vec![A::CompleteSource]),
             (S::Completing, E::SourceCompleted) => (S::Committed, vec![A::AwaitConfirmation]),
             (S::Committed, E::Confirmed) => {
@@ -174,6 +236,7 @@ impl SourceMove {
                 (
                     S::Releasing {
                         since: Duration::ZERO,
+                        lost: None,
                     },
                     actions,
                 )
@@ -185,8 +248,19 @@ impl SourceMove {
                 undo("cancelled".into(), true)
             }
             (S::Releasing { .. }, E::JournalFailed(reason)) => undo(reason, true),
-            (S::Releasing { since }, E::Answer(answer)) => answered(since, answer),
-            (S::Releasing { since }, E::NoAnswer { reason, now }) => unanswered(since, reason, now),
+            // With it goes the stream.
+            (S::Releasing { since, lost: None }, E::Failed(reason))
+                if self.memory == Memory::After =>
+            {
+                let lost = Some(reason);
+                (S::Releasing { since, lost }, vec![])
+            }
+            (S::Releasing { since, lost }, E::Answer(answer)) => {
+                answered((since, lost), answer, self.memory)
+            }
+            (S::Releasing { since, lost }, E::NoAnswer { reason, now }) => {
+                unanswered((since, lost), reason, now)
+            }
             (S::Undoing { reason }, E::SourceRuns) => {
                 (S::Stayed { reason }, vec![A::ForgetJournal])
             }
@@ -209,14 +283,35 @@ fn undo(reason: String, abort: bool) -> (SourceState, Vec<SourceAction>) {
     (SourceState::Undoing { reason }, actions)
 }
 
-fn answered(since: Duration, answer: MoveState) -> (SourceState, Vec<SourceAction>) {
+fn moved() -> (SourceState, Vec<SourceAction>) {
+    let actions = vec![SourceAction::QuitSource, SourceAction::ForgetJournal];
+    (SourceState::Moved, actions)
+}
+
+fn answered(
+    (since, lost): (Duration, Option<String>),
+    answer: MoveState,
+    memory: Memory,
+) -> (SourceState, Vec<SourceAction>) {
     use SourceAction as A;
     match answer {
-        MoveState::Running => (SourceState::Moved, vec![A::QuitSource, A::ForgetJournal]),
+        MoveState::Running => moved(),
         MoveState::NeverRan { reason } => undo(reason, false),
-        MoveState::Loaded | MoveState::Loading => {
-            (SourceState::Releasing { since }, vec![A::ReleaseAgain])
-        }
+        MoveState::Loaded | MoveState::Loading => (
+            SourceState::Releasing { since, lost },
+            vec![A::ReleaseAgain],
+        ),
+        MoveState::Following => match lost {
+            None if memory == Memory::Done => moved(),
+            None => (SourceState::Following, vec![]),
+            Some(why) => {
+                let reason = format!(
+                    "it went on there in post-copy and lacks memory that only its QEMU at the \
+                     source has, which must not be ended or resumed: {why}"
+                );
+                (SourceState::NeedsPerson { reason }, vec![])
+            }
+        },
         MoveState::Unknown => {
             let reason =
                 "the target agent no longer knows this move; look there whether the VM runs".into();
@@ -226,11 +321,15 @@ fn answered(since: Duration, answer: MoveState) -> (SourceState, Vec<SourceActio
     }
 }
 
-fn unanswered(since: Duration, reason: String, now: Duration) -> (SourceState, Vec<SourceAction>) {
+fn unanswered(
+    (since, lost): (Duration, Option<String>),
+    reason: String,
+    now: Duration,
+) -> (SourceState, Vec<SourceAction>) {
     let since = if since.is_zero() { now } else { since };
     if now.saturating_sub(since) < RELEASE_PATIENCE {
         return (
-            SourceState::Releasing { since },
+            SourceState::Releasing { since, lost },
             vec![SourceAction::ReleaseAgain],
         );
     }

@@ -19,6 +19,9 @@ pub(crate) const LEASE: Duration = Duration::from_secs(120);
 ///     ▼                       ▼                  ▼
 ///  NeverRan ◄─────────────────┴──────────────────┘   (QEMU killed first)
 /// ```
+///
+/// In post-copy `Switched` stands beside `Loaded`: from it a lost session leads to `NeverRan` at once,
+/// and the load is reported when the VM runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TargetState {
     /// The target QEMU loads, stopped.
@@ -28,10 +31,19 @@ pub enum TargetState {
         /// When the source was lost, if it is.
         alone_since: Option<Duration>,
     },
+    /// It is in post-copy: it has the device state, stands stopped, and is nothing without the
+    /// source.
+    Switched,
     /// It was let go: `cont` is on its way, and nobody takes that back.
-    Releasing,
+    Releasing {
+        /// It still needs memory from the source.
+        follows: bool,
+    },
     /// The VM runs, or ran.
-    Running,
+    Running {
+        /// It still needs memory from the source.
+        follows: bool,
+    },
     /// The QEMU is gone, and never ran the VM.
     NeverRan(String),
     /// The QEMU went while it was let go.
@@ -43,6 +55,8 @@ pub enum TargetState {
 pub enum TargetEvent {
     /// The target QEMU reported a successful load.
     LoadReported,
+    /// The target QEMU went over to post-copy, and could run.
+    SwitchReported,
     /// The stream or the load failed.
     Failed(String),
     /// The process is gone.
@@ -76,8 +90,10 @@ pub enum FoundQemu {
     Gone,
     /// Stopped.
     Stopped,
-    /// Running the VM.
+    /// Running the VM; as far as it knows, with memory still to come.
     Running,
+    /// Running the VM, with its migration completed.
+    Complete,
 }
 
 /// What the machine wants done, in this order.
@@ -101,6 +117,8 @@ pub enum TargetJournal {
     Loaded,
     /// It was let go.
     Released,
+    /// It was let go in post-copy, and has not reported that it has all memory.
+    Following,
     /// It is gone and never ran.
     NeverRan {
         /// Why.
@@ -136,9 +154,10 @@ impl TargetMove {
     pub fn answer(&self) -> Option<MoveState> {
         Some(match &self.state {
             TargetState::Loading => MoveState::Loading,
-            TargetState::Loaded { .. } => MoveState::Loaded,
-            TargetState::Releasing => return None,
-            TargetState::Running => MoveState::Running,
+            TargetState::Loaded { .. } | TargetState::Switched => MoveState::Loaded,
+            TargetState::Releasing { .. } => return None,
+            TargetState::Running { follows: false } => MoveState::Running,
+            TargetState::Running { follows: true } => MoveState::Following,
             TargetState::NeverRan(reason) => MoveState::NeverRan {
                 reason: reason.clone(),
             },
@@ -154,20 +173,34 @@ impl TargetMove {
         use TargetEvent as E;
         use TargetState as S;
         let (next, actions) = match (std::mem::replace(&mut self.state, S::Loading), event) {
-            (S::Loading, E::LoadReported) => (
+            (S::Loading | S::Switched, E::LoadReported) => (
                 S::Loaded { alone_since: None },
                 vec![A::Journal(TargetJournal::Loaded)],
             ),
-            (S::Loading, E::SessionLost { .. }) => {
+            // The journal goes on saying `Loading`: an agent that is restarted has lost the stream.
+            (S::Loading, E::SwitchReported) => (S::Switched, vec![]),
+            (S::Releasing { .. }, E::LoadReported) => (
+                S::Releasing { follows: false },
+                vec![A::Journal(TargetJournal::Released)],
+            ),
+            (S::Running { .. }, E::LoadReported) => (
+                S::Running { follows: false },
+                vec![A::Journal(TargetJournal::Released)],
+            ),
+            (S::Loading | S::Switched, E::SessionLost { .. }) => {
                 never_ran("the source went away before everything was loaded")
             }
             (
-                S::Loading | S::Loaded { .. },
+                S::Loading | S::Switched | S::Loaded { .. },
                 E::Failed(reason) | E::Abort(reason) | E::QemuGone(reason),
             ) => never_ran(&reason),
             (S::Loaded { .. }, E::Release) => (
-                S::Releasing,
+                S::Releasing { follows: false },
                 vec![A::Journal(TargetJournal::Released), A::Continue],
+            ),
+            (S::Switched, E::Release) => (
+                S::Releasing { follows: true },
+                vec![A::Journal(TargetJournal::Following), A::Continue],
             ),
             (S::Loaded { alone_since: None }, E::SessionLost { now }) => (
                 S::Loaded {
@@ -184,11 +217,11 @@ impl TargetMove {
                 "the source did not let it go within {} s",
                 LEASE.as_secs()
             )),
-            (S::Releasing, E::Continued) => (S::Running, vec![]),
-            (S::Releasing, E::ContinueRefused(reason)) => {
+            (S::Releasing { follows }, E::Continued) => (S::Running { follows }, vec![]),
+            (S::Releasing { .. }, E::ContinueRefused(reason)) => {
                 never_ran(&format!("it could not be started: {reason}"))
             }
-            (S::Releasing, E::QemuGone(reason)) => (S::Lost(reason), vec![]),
+            (S::Releasing { .. }, E::QemuGone(reason)) => (S::Lost(reason), vec![]),
             (S::Loading, E::Restarted(journal, found)) => restarted(journal, found),
             (state, _) => (state, vec![]),
         };
@@ -211,16 +244,30 @@ fn never_ran(reason: &str) -> (TargetState, Vec<TargetAction>) {
 fn restarted(journal: TargetJournal, found: FoundQemu) -> (TargetState, Vec<TargetAction>) {
     match (journal, found) {
         (TargetJournal::NeverRan { reason }, _) => (TargetState::NeverRan(reason), vec![]),
-        (TargetJournal::Released, FoundQemu::Running) => (TargetState::Running, vec![]),
-        (TargetJournal::Released, FoundQemu::Stopped) => {
-            (TargetState::Releasing, vec![TargetAction::Continue])
+        (TargetJournal::Released, FoundQemu::Running | FoundQemu::Complete)
+        | (TargetJournal::Following, FoundQemu::Complete) => {
+            (TargetState::Running { follows: false }, vec![])
         }
-        (TargetJournal::Released, FoundQemu::Gone) => (
+        (TargetJournal::Released, FoundQemu::Stopped) => (
+            TargetState::Releasing { follows: false },
+            vec![TargetAction::Continue],
+        ),
+        // Its processors may wait for memory; whether they ever ran is not known.
+        (TargetJournal::Following, FoundQemu::Running) => {
+            (TargetState::Running { follows: true }, vec![])
+        }
+        (TargetJournal::Following, FoundQemu::Stopped) => (
+            TargetState::Releasing { follows: true },
+            vec![TargetAction::Continue],
+        ),
+        (TargetJournal::Released | TargetJournal::Following, FoundQemu::Gone) => (
             TargetState::Lost("its QEMU ended while the agent was away".into()),
             vec![],
         ),
         // A loaded VM that runs although nobody here let it go: a person said `cont`.
-        (TargetJournal::Loaded, FoundQemu::Running) => (TargetState::Running, vec![]),
+        (TargetJournal::Loaded, FoundQemu::Running | FoundQemu::Complete) => {
+            (TargetState::Running { follows: false }, vec![])
+        }
         (TargetJournal::Loaded, FoundQemu::Stopped) => {
             // The lease starts anew: the source cannot have been heard in the meantime.
             (

@@ -27,6 +27,11 @@ enum SourceQemu {
     Running,
     /// Stopped inside its migration: resumes by itself when its socket closes.
     SwitchOver,
+    /// In post-copy with a guest that was stopped by hand: does not resume by itself. Whether its
+    /// socket is open.
+    Post {
+        open: bool,
+    },
     /// Migration completed: stopped until `cont`.
     Completed,
     Gone,
@@ -48,6 +53,10 @@ enum Request {
 struct World {
     dice: Dice,
     now: Duration,
+    /// Whether the VM goes before its memory.
+    is_postcopy: bool,
+    /// The target QEMU has all memory that it will get, and has said so.
+    is_whole: bool,
     source_qemu: SourceQemu,
     target_qemu: TargetQemu,
     source: Option<SourceMove>,
@@ -61,6 +70,8 @@ struct World {
     /// Requests under way to the target; they may be late, but they arrive in order.
     requests: VecDeque<Request>,
     link_up: bool,
+    /// The connections that carry memory; they are not made again.
+    session_up: bool,
     faults: bool,
     vm_killed: bool,
     log: Vec<String>,
@@ -71,6 +82,8 @@ impl World {
         let mut world = Self {
             dice: Dice(seed),
             now: Duration::from_secs(1),
+            is_postcopy: seed % 2 == 1,
+            is_whole: false,
             source_qemu: SourceQemu::Running,
             target_qemu: TargetQemu::Stopped,
             source: Some(SourceMove::default()),
@@ -82,6 +95,7 @@ impl World {
             target_todo: VecDeque::new(),
             requests: VecDeque::new(),
             link_up: true,
+            session_up: true,
             faults: true,
             vm_killed: false,
             log: Vec::new(),
@@ -116,7 +130,8 @@ impl World {
                 }
             }
             SourceAction::CompleteSource => {
-                if self.source_qemu == SourceQemu::SwitchOver {
+                let is_open = SourceQemu::Post { open: true };
+                if self.source_qemu == SourceQemu::SwitchOver || self.source_qemu == is_open {
                     self.source_qemu = SourceQemu::Completed;
                     self.source_heard.push_back(SourceEvent::SourceCompleted);
                 }
@@ -143,6 +158,8 @@ impl World {
             SourceAction::BringBack => {
                 let event = match self.source_qemu {
                     SourceQemu::Gone => SourceEvent::SourceLost("gone".into()),
+                    // It waits for somebody to resume its migration.
+                    SourceQemu::Post { open: false } => SourceEvent::SourceLost("paused".into()),
                     _ => {
                         self.source_qemu = SourceQemu::Running;
                         SourceEvent::SourceRuns
@@ -216,10 +233,17 @@ impl World {
             .target
             .as_ref()
             .is_some_and(|m| *m.state() == TargetState::Loading);
-        if copying && self.target.is_some() && !loading && self.source_heard.is_empty() {
+        let waits = self
+            .target
+            .as_ref()
+            .is_some_and(|m| loading || *m.state() == TargetState::Switched);
+        if copying && self.target.is_some() && !waits && self.source_heard.is_empty() {
             // The session is over: the source's end of it says so.
             self.source_heard
                 .push_back(SourceEvent::Failed("session over".into()));
+        }
+        if self.is_postcopy {
+            return self.postcopy_flows(copying, loading);
         }
         if !(copying && loading && self.link_up && self.target_qemu == TargetQemu::Stopped) {
             return;
@@ -237,15 +261,71 @@ impl World {
         }
     }
 
+    /// The same of post-copy: the VM first, and its memory when it will.
+    fn postcopy_flows(&mut self, copying: bool, loading: bool) {
+        if !self.link_up || self.target_qemu == TargetQemu::Gone {
+            return;
+        }
+        match self.source_qemu {
+            SourceQemu::Running if copying && loading => {
+                self.source_qemu = SourceQemu::Post { open: true };
+                self.tell_source(SourceEvent::SourceHeld);
+            }
+            SourceQemu::Post { open: true } if copying && loading => {
+                self.tell_target(TargetEvent::SwitchReported);
+                self.source_heard.push_back(SourceEvent::TargetSwitched);
+            }
+            // Memory may be through before the VM is let go, and after.
+            SourceQemu::Post { open: true } if !self.is_whole && self.dice.roll(4) == 0 => {
+                self.is_whole = self.is_fed();
+                if self.is_whole {
+                    self.tell_target(TargetEvent::LoadReported);
+                    self.source_heard.push_back(SourceEvent::TargetLoaded);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Whether memory goes from one QEMU to the other.
+    fn is_fed(&self) -> bool {
+        let has_switched = |state: &TargetState| {
+            matches!(
+                state,
+                TargetState::Switched
+                    | TargetState::Releasing { follows: true }
+                    | TargetState::Running { follows: true }
+            )
+        };
+        self.source.is_some()
+            && self.session_up
+            && self
+                .target
+                .as_ref()
+                .is_some_and(|m| has_switched(m.state()))
+    }
+
+    /// What both ends hear when their session ends.
+    fn lose_session(&mut self) {
+        self.session_up = false;
+        let now = self.now;
+        self.tell_target(TargetEvent::SessionLost { now });
+        self.source_heard
+            .push_back(SourceEvent::Failed("session lost".into()));
+    }
+
     fn kill_source_agent(&mut self) {
         if self.source.take().is_some() {
             self.log.push("source agent dies".into());
             self.source_todo.clear();
             self.source_heard.clear();
             // Its socket closes: a QEMU that has not completed resumes.
-            if self.source_qemu == SourceQemu::SwitchOver {
-                self.source_qemu = SourceQemu::Running;
+            match self.source_qemu {
+                SourceQemu::SwitchOver => self.source_qemu = SourceQemu::Running,
+                SourceQemu::Post { .. } => self.source_qemu = SourceQemu::Post { open: false },
+                _ => {}
             }
+            self.session_up = false;
             let now = self.now;
             self.tell_target(TargetEvent::SessionLost { now });
         }
@@ -254,6 +334,7 @@ impl World {
     fn kill_target_agent(&mut self) {
         if self.target.take().is_some() {
             self.log.push("target agent dies".into());
+            self.session_up = false;
             self.target_todo.clear();
             while self.requests.pop_front().is_some() {
                 self.source_heard.push_back(SourceEvent::NoAnswer {
@@ -282,7 +363,8 @@ impl World {
             let found = match self.target_qemu {
                 TargetQemu::Gone => FoundQemu::Gone,
                 TargetQemu::Stopped => FoundQemu::Stopped,
-                TargetQemu::Running => FoundQemu::Running,
+                TargetQemu::Running if self.is_postcopy && !self.is_whole => FoundQemu::Running,
+                TargetQemu::Running => FoundQemu::Complete,
             };
             if let Some(journal) = self.target_journal.clone() {
                 self.tell_target(TargetEvent::Restarted(journal, found));
@@ -310,7 +392,7 @@ impl World {
             11 => self.restart_target_agent(),
             12 => self.link_up = !self.link_up,
             13 => self.tell_source(SourceEvent::Cancel),
-            14 => self.tell_target(TargetEvent::SessionLost { now }),
+            14 => self.lose_session(),
             _ => self.kill_target_qemu(),
         }
     }
@@ -333,6 +415,13 @@ impl World {
         assert!(!both, "seed {seed}: two VMs run\n{}", self.log.join("\n"));
         let none = self.source_qemu == SourceQemu::Gone && self.target_qemu != TargetQemu::Running;
         assert!(!none, "seed {seed}: no VM is left\n{}", self.log.join("\n"));
+        let memory_lost =
+            self.source_qemu == SourceQemu::Gone && self.is_postcopy && !self.is_whole;
+        assert!(
+            !memory_lost,
+            "seed {seed}: the source went with memory that is not at the target\n{}",
+            self.log.join("\n")
+        );
     }
 
     /// Everybody is back and the link is up: the move must end.
@@ -377,9 +466,14 @@ fn never_two_and_never_none_whatever_dies_whenever() {
             (_, true) => person += 1,
             _ => panic!("seed {seed}: {running} VMs run\n{}", world.log.join("\n")),
         }
-        // A person is asked only when QEMU itself died in the moment of its release.
+        // A person is asked only when QEMU itself died in the moment of its release, or when the VM
+        // runs at the target and what brings its memory is gone.
+        let lacks_memory =
+            world.is_postcopy && world.target_qemu == TargetQemu::Running && !world.is_whole;
+        // Or when the source agent died in the switch.
+        let is_paused = world.source_qemu == SourceQemu::Post { open: false };
         assert!(
-            !asked || world.vm_killed,
+            !asked || world.vm_killed || lacks_memory || is_paused,
             "seed {seed}\n{}",
             world.log.join("\n")
         );
@@ -419,6 +513,57 @@ fn a_failure_before_the_release_brings_the_source_back() {
             assert!(matches!(machine.state(), SourceState::Stayed { .. }));
         }
     }
+}
+
+#[test]
+fn a_vm_in_post_copy_is_moved_only_when_its_memory_is_there() {
+    let running = |answer| {
+        let mut machine = machine_at(&[
+            SourceEvent::TargetReady,
+            SourceEvent::SourceHeld,
+            SourceEvent::TargetSwitched,
+        ]);
+        assert_eq!(*machine.state(), SourceState::Committed);
+        machine.handle(SourceEvent::Confirmed);
+        let actions = machine.handle(SourceEvent::Answer(answer));
+        (machine, actions)
+    };
+    let (mut machine, actions) = running(MoveState::Following);
+    assert_eq!(actions, []);
+    assert_eq!(
+        machine.handle(SourceEvent::TargetLoaded),
+        [SourceAction::CompleteSource]
+    );
+    assert_eq!(*machine.state(), SourceState::Following);
+    let actions = machine.handle(SourceEvent::SourceCompleted);
+    assert_eq!(actions.first(), Some(&SourceAction::QuitSource));
+    // The stream is lost, and the target does not have everything: nobody may touch the source.
+    let (mut machine, _) = running(MoveState::Following);
+    let actions = machine.handle(SourceEvent::Failed("cut".into()));
+    assert_eq!(actions, [SourceAction::Release]);
+    assert_eq!(
+        machine.handle(SourceEvent::Answer(MoveState::Following)),
+        []
+    );
+    assert!(matches!(machine.state(), SourceState::NeedsPerson { .. }));
+}
+
+#[test]
+fn a_switch_of_a_guest_that_was_not_stopped_by_hand_is_undone() {
+    let mut machine = machine_at(&[SourceEvent::TargetReady]);
+    let actions = machine.handle(SourceEvent::TargetSwitched);
+    assert_eq!(actions.first(), Some(&SourceAction::BringBack));
+}
+
+#[test]
+fn a_vm_that_was_switched_and_not_let_go_goes_with_its_source() {
+    let mut machine = TargetMove::default();
+    machine.handle(TargetEvent::SwitchReported);
+    assert_eq!(machine.answer(), Some(MoveState::Loaded));
+    let now = Duration::from_secs(1);
+    let actions = machine.handle(TargetEvent::SessionLost { now });
+    assert_eq!(actions.first(), Some(&TargetAction::Kill));
+    assert_eq!(machine.handle(TargetEvent::Release), []);
 }
 
 #[test]

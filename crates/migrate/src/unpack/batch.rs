@@ -88,6 +88,11 @@ pub struct Batch<B> {
     /// Pages to be mapped before anything of this batch is written; see
     /// [`shared_done`](super::Unpacker::shared_done).
     pub shared: Vec<SharedPage<B>>,
+    /// Pages that the target QEMU is told to forget by this batch. From before it is written until
+    /// they are given to it again, reading them would wait for them.
+    pub forgotten: Vec<(BlockIndex, PageRun)>,
+    /// Pages that are given to a target QEMU that waits for them, after a switch to post-copy.
+    pub given: Vec<(BlockIndex, PageNo)>,
     /// Pages to ask the source for.
     pub repair: Vec<(BlockIndex, PageRun)>,
     /// To be acknowledged once the batch is loaded.
@@ -122,6 +127,8 @@ impl<B> Default for Batch<B> {
             scratch: Vec::new(),
             placed: Vec::new(),
             shared: Vec::new(),
+            forgotten: Vec::new(),
+            given: Vec::new(),
             repair: Vec::new(),
             ack: None,
             found: Vec::new(),
@@ -138,6 +145,8 @@ impl<B> Batch<B> {
         self.scratch.clear();
         self.placed.clear();
         self.shared.clear();
+        self.forgotten.clear();
+        self.given.clear();
         self.repair.clear();
         self.found.clear();
         self.ack = None;

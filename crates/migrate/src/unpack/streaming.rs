@@ -9,6 +9,7 @@ use wire::Remote;
 
 use super::batch::{Ack, Batch, Contents, Found, Placed, Segment};
 use super::mapping::{SharedPage, Untouched};
+use super::owed::Owed;
 use super::waiting::{Cause, Version, Waiting};
 use super::{MAX_HELD_TAIL, MAX_WAITING, OUR_PING, UnpackError};
 
@@ -20,6 +21,8 @@ pub(super) struct Streaming {
     pub(super) waiting: Waiting,
     pub(super) untouched: Untouched,
     pub(super) phase: Phase,
+    /// Once a switch to post-copy has begun.
+    pub(super) owed: Option<Owed>,
 }
 
 /// Where a frame's pages come from, and how new they are as a position of the source QEMU's
@@ -44,6 +47,8 @@ pub(super) struct Frame {
 pub(super) enum Phase {
     /// PARTs.
     Parts,
+    /// Inside the package with the device state: so many bytes are to come, and nothing else.
+    Package { left: u32 },
     /// Inside the END section.
     End,
     /// The END section is complete but for pages that wait; device state is held back.
@@ -71,6 +76,7 @@ impl Streaming {
             decoder,
             waiting: Waiting::default(),
             phase: Phase::Parts,
+            owed: None,
         })
     }
 
@@ -87,6 +93,9 @@ impl Streaming {
         }
         if let Origin::Stream { position } = origin {
             self.waiting.frame_ends(position);
+            if let Some(owed) = self.owed.as_mut().filter(|_| self.decoder.has_switched()) {
+                owed.since.get_or_insert(position);
+            }
         }
         // Else when they are mapped.
         if batch.shared.is_empty() {
@@ -112,7 +121,8 @@ impl Streaming {
                 batch.head.append(tail);
                 self.phase = Phase::Tail;
             }
-            Phase::End | Phase::Flushing { .. } | Phase::Tail => {}
+            // Inside a package no ping can be put in between either; QEMU reads it in one go.
+            Phase::Package { .. } | Phase::End | Phase::Flushing { .. } | Phase::Tail => {}
         }
         if let Some(reached) = self.waiting.progress() {
             batch.ack = Some(Ack::OnWrite { reached });
@@ -128,8 +138,23 @@ impl Streaming {
         batch: &mut Batch<B>,
     ) {
         self.untouched.touch(block, page);
+        self.give(block, page, batch);
         self.encoder.page(block, page, &mut batch.head);
         batch.push_page(bytes);
+    }
+
+    /// Writes a zero page.
+    pub(super) fn put_zero<B>(&mut self, block: BlockIndex, page: PageNo, batch: &mut Batch<B>) {
+        self.untouched.touch(block, page);
+        self.give(block, page, batch);
+        self.encoder.zero(block, page, &mut batch.head);
+    }
+
+    fn give<B>(&mut self, block: BlockIndex, page: PageNo, batch: &mut Batch<B>) {
+        if let Some(owed) = &mut self.owed {
+            owed.give(block, page);
+            batch.given.push((block, page));
+        }
     }
 
     /// Has a page mapped if it shared its frame and nothing was written to it yet; else writes it.
@@ -165,6 +190,13 @@ impl Streaming {
     fn check(&self, frame: &Frame, run: PageRun) -> Result<(), UnpackError> {
         match (&self.phase, frame.origin) {
             (Phase::Parts | Phase::End, _) => {}
+            // A repair that was overtaken before the switch.
+            (Phase::Package { .. }, Origin::Memory { .. }) => {}
+            (Phase::Package { .. }, Origin::Stream { .. }) => {
+                return Err(UnpackError::OutOfPlace {
+                    what: "pages inside of a package",
+                });
+            }
             (Phase::Flushing { .. }, Origin::Memory { .. }) => {}
             // A repair that was overtaken by newer versions of all its pages.
             (Phase::Tail, Origin::Memory { .. }) => {}
@@ -183,9 +215,24 @@ impl Streaming {
     }
 
     /// Whether the page is to be written: a new version always, which ends its wait; a repair
-    /// only if the page still waits, and for a version that is not newer than the repair.
+    /// only if the page still waits, and for a version that is not newer than the repair. After a
+    /// switch to post-copy: the first that comes of a page that QEMU waits for.
     fn takes(&mut self, frame: &Frame, page: PageNo) -> bool {
         let key = (frame.block, page);
+        if let Some(owed) = &self.owed {
+            let is_final = match (frame.origin, owed.since) {
+                (Origin::Stream { .. }, _) => true,
+                (Origin::Memory { as_of }, Some(since)) => as_of >= since,
+                (Origin::Memory { .. }, None) => false,
+            };
+            // Nothing can be put behind the end.
+            let is_open = !matches!(self.phase, Phase::Tail);
+            let takes = is_final && is_open && owed.has(frame.block, page);
+            if takes {
+                self.waiting.replaced(key);
+            }
+            return takes;
+        }
         match frame.origin {
             Origin::Stream { .. } => {
                 self.waiting.replaced(key);
@@ -283,6 +330,13 @@ impl Streaming {
         found.resize_with(run.count as usize, || Found::Missing);
         for ((page, index), found) in run.pages().zip(0..).zip(found.drain(..)) {
             let entry = first.plus(index);
+            if self
+                .owed
+                .as_ref()
+                .is_some_and(|owed| !owed.has(block, page))
+            {
+                continue;
+            }
             let segment = match found {
                 Found::Held(body, at) => Segment::Held(body, at),
                 Found::Scratch(at) => Segment::Scratch(at),
@@ -314,10 +368,54 @@ impl Streaming {
                 what: "a command after the end of RAM",
             });
         }
-        feed(&mut self.decoder, bytes, |item| {
-            matches!(item, Item::Command { .. } | Item::Opaque(_))
+        let (blocks, waits) = (&self.blocks, !self.waiting.is_empty());
+        let (owed, mut package) = (&mut self.owed, None);
+        feed(&mut self.decoder, bytes, |item| match item {
+            Item::Command { .. } | Item::Opaque(_) => package.is_none(),
+            // The source has waited for what comes before.
+            Item::Discard { .. } | Item::PackageBegin { .. } if waits || package.is_some() => false,
+            Item::Discard { discard, .. } => {
+                let owed = owed.get_or_insert_with(|| Owed::new(blocks));
+                for run in discard.runs() {
+                    owed.add(discard.block, run);
+                    batch.forgotten.push((discard.block, run));
+                }
+                true
+            }
+            Item::PackageBegin { len, .. } => {
+                owed.get_or_insert_with(|| Owed::new(blocks));
+                package = Some(*len);
+                true
+            }
+            _ => false,
         })?;
+        if let Some(left) = package {
+            self.phase = Phase::Package { left };
+        }
         self.encoder.close(&mut batch.head);
+        batch.head.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    pub(super) fn package<B>(
+        &mut self,
+        bytes: &[u8],
+        batch: &mut Batch<B>,
+    ) -> Result<(), UnpackError> {
+        let out_of_place = UnpackError::OutOfPlace { what: "a package" };
+        let Phase::Package { left } = &mut self.phase else {
+            return Err(out_of_place);
+        };
+        let rest = u32::try_from(bytes.len())
+            .ok()
+            .and_then(|len| left.checked_sub(len));
+        *left = rest.ok_or(out_of_place)?;
+        if *left == 0 {
+            self.phase = Phase::Parts;
+            self.encoder.name_again();
+        }
+        // It knows the length as well.
+        self.decoder.decode(bytes)?;
         batch.head.extend_from_slice(bytes);
         Ok(())
     }
@@ -359,7 +457,7 @@ impl Streaming {
                 tail.extend_from_slice(bytes)
             }
             Phase::Flushing { .. } => return Err(UnpackError::TailTooLong),
-            Phase::Parts | Phase::End => {
+            Phase::Parts | Phase::Package { .. } | Phase::End => {
                 return Err(UnpackError::OutOfPlace {
                     what: "device state before the end of RAM",
                 });
@@ -391,7 +489,7 @@ impl PageCursor {
 pub(super) fn feed(
     decoder: &mut Decoder,
     bytes: &[u8],
-    allowed: impl Fn(&Item<'_>) -> bool,
+    mut allowed: impl FnMut(&Item<'_>) -> bool,
 ) -> Result<(), UnpackError> {
     // The decoder looks one byte ahead, for a subsection or a footer; a zero is neither.
     let mut ahead = bytes.to_vec();
@@ -399,7 +497,7 @@ pub(super) fn feed(
     let mut at = 0;
     while at < bytes.len() {
         match decoder.decode(&ahead[at..])? {
-            Step::Item { item, consumed } if allowed(&item) && at + consumed <= bytes.len() => {
+            Step::Item { item, consumed } if at + consumed <= bytes.len() && allowed(&item) => {
                 at += consumed
             }
             Step::Item { .. } => {

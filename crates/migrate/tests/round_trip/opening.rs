@@ -12,6 +12,7 @@ pub(crate) fn block_list(blocks: &[(&str, u64)]) -> Arc<BlockList> {
     let block = |&(name, pages): &(&str, u64)| Block {
         name: name.into(),
         used_len: ByteLen(pages * PAGE_SIZE as u64),
+        host_page: ByteLen(PAGE_SIZE as u64),
     };
     Arc::new(BlockList::new(blocks.iter().map(block).collect()).expect("valid blocks"))
 }

@@ -111,10 +111,7 @@ fn configuration_subsections_are_checked() {
 fn commands_that_are_not_carried_are_refused_by_name_and_unknown_ones_by_number() {
     let command = |number: u8, len: u8| error(&[HEADER, &[8, 0, number, 0, len]].concat());
     for (number, len, feature) in [
-        (3, 16, Feature::Postcopy),
         (3, 0, Feature::DirtyBitmaps),
-        (4, 0, Feature::Postcopy),
-        (7, 4, Feature::Postcopy),
         (8, 0, Feature::Colo),
         (9, 0, Feature::PostcopyRecovery),
         (10, 3, Feature::PostcopyRecovery),
@@ -125,7 +122,19 @@ fn commands_that_are_not_carried_are_refused_by_name_and_unknown_ones_by_number(
             "{number}"
         );
     }
-    for (number, len) in [(0, 0), (1, 1), (2, 3), (11, 1), (12, 0)] {
+    // Listen and run stand inside of packages alone; a switch needs blocks.
+    for (number, len) in [
+        (0, 0),
+        (1, 1),
+        (2, 3),
+        (3, 8),
+        (4, 0),
+        (5, 0),
+        (6, 30),
+        (7, 4),
+        (11, 1),
+        (12, 0),
+    ] {
         let expected = StreamError::BadCommand {
             number: number.into(),
             len: len.into(),
@@ -178,6 +187,7 @@ fn a_block_list_made_by_hand_is_checked_as_well() {
     let block = |name: &str, len| Block {
         name: name.into(),
         used_len: ByteLen(len),
+        host_page: ByteLen(PAGE),
     };
     assert!(BlockList::new(vec![block(&"n".repeat(255), PAGE)]).is_ok());
     for blocks in [
@@ -371,4 +381,122 @@ fn an_error_stays_an_error() {
         assert_eq!(decoder.decode(&[0]), Err(StreamError::UnexpectedSection(0)));
     }
     assert_eq!(decoder.position(), 15);
+}
+
+fn advise(page_sizes: u64) -> Vec<u8> {
+    let mut out = vec![8, 0, 3, 0, 16];
+    out.extend_from_slice(&page_sizes.to_be_bytes());
+    out.extend_from_slice(&PAGE.to_be_bytes());
+    out
+}
+
+/// A stream of blocks `a` of 2 pages and `b` of 1 that announces post-copy.
+fn advised(rest: &[&[u8]]) -> Vec<u8> {
+    let start = ram_start(3 * PAGE, &[("a", 2 * PAGE), ("b", PAGE)]);
+    [HEADER, &advise(PAGE), &start, &rest.concat()].concat()
+}
+
+fn discard(block: &str, ranges: &[(u64, u64)]) -> Vec<u8> {
+    let mut payload = [&[0][..], &counted(block), &[0]].concat();
+    for (start, len) in ranges {
+        payload.extend_from_slice(&start.to_be_bytes());
+        payload.extend_from_slice(&len.to_be_bytes());
+    }
+    let len = u16::try_from(payload.len()).unwrap();
+    [&[8, 0, 6][..], &len.to_be_bytes(), &payload].concat()
+}
+
+fn package(len: u32) -> Vec<u8> {
+    [&[8, 0, 7, 0, 4][..], &len.to_be_bytes()].concat()
+}
+
+#[test]
+fn page_sizes_of_blocks_are_read_where_post_copy_announces_them() {
+    let large = 2_u64 << 20;
+    let entry = |name: &str, len: u64, size: Option<u64>| {
+        let size = size.map_or(vec![], |size| size.to_be_bytes().to_vec());
+        [counted(name), len.to_be_bytes().to_vec(), size].concat()
+    };
+    let list = |entries: &[Vec<u8>], total: u64| {
+        let total = (total | 4).to_be_bytes();
+        let eos = record(0x10);
+        let head = section(1, 2, "ram");
+        let entries = entries.concat();
+        let start = [&*head, &total, &entries, &eos, &footer(2)].concat();
+        [HEADER, &advise(large | PAGE), &start].concat()
+    };
+    let sizes = |stream: &[u8]| {
+        let mut sizes = vec![];
+        let rest = decode_all(stream, |item, decoder| {
+            if matches!(item, Item::RamStart { .. }) {
+                let blocks = decoder.blocks().unwrap().iter();
+                sizes.extend(blocks.map(|(_, block)| block.host_page.0));
+            }
+        });
+        assert_eq!(rest, Ok(&[][..]));
+        sizes
+    };
+    let (a, b) = (entry("a", large, Some(large)), entry("b", PAGE, None));
+    let total = large + PAGE;
+    assert_eq!(sizes(&list(&[a.clone(), b.clone()], total)), [large, PAGE]);
+    assert_eq!(sizes(&list(&[b.clone(), a], total)), [PAGE, large]);
+    for wrong in [1 << 30, large | PAGE, 3 << 20] {
+        let wrong = list(&[b.clone(), entry("a", large, Some(wrong))], total);
+        assert!(matches!(error(&wrong), StreamError::BadBlockList(_)));
+    }
+    for sizes in [0, 1, PAGE + 1] {
+        let stream = [HEADER, &advise(sizes)].concat();
+        assert_eq!(error(&stream), StreamError::BadPageSizes(sizes));
+    }
+}
+
+#[test]
+fn discards_must_lie_in_their_blocks_and_come_before_the_package() {
+    let whole = discard("a", &[(0, PAGE), (PAGE, PAGE)]);
+    let stream = advised(&[&whole]);
+    let mut found = vec![];
+    decode_all(&stream, |item, _| {
+        if let Item::Discard { discard, .. } = item {
+            let runs = discard.runs().map(|run| (run.start.0, run.count));
+            found.extend(runs);
+        }
+    })
+    .unwrap();
+    assert_eq!(found, [(0, 1), (1, 1)]);
+    let wrong = [
+        discard("c", &[(0, PAGE)]),
+        discard("b", &[(0, 2 * PAGE)]),
+        discard("b", &[(PAGE, PAGE)]),
+        discard("a", &[(0, 0)]),
+        discard("a", &[(1, PAGE)]),
+        discard("a", &[(0, PAGE + 1)]),
+        discard("a", &[(u64::MAX - PAGE + 1, PAGE)]),
+        discard("a", &[]),
+        discard("a", &[(0, PAGE); 13]),
+        vec![8, 0, 6, 0, 2, 0, 9],
+        vec![8, 0, 6, 0xff, 0xff],
+    ];
+    for command in wrong {
+        let error = error(&advised(&[&command]));
+        assert!(matches!(error, StreamError::BadDiscard(_)), "{error}");
+    }
+    let late = advised(&[&package(1), b"x", &whole]);
+    assert_eq!(error(&late), StreamError::PostcopyOutOfPlace);
+}
+
+#[test]
+fn a_package_is_announced_bounded_and_comes_once() {
+    let most = qstream::MAX_PACKAGE;
+    assert_eq!(items(&advised(&[&package(most), b"begins"])), 5);
+    for len in [0, most + 1, u32::MAX] {
+        assert_eq!(
+            error(&advised(&[&package(len)])),
+            StreamError::BadPackage(len)
+        );
+    }
+    let twice = advised(&[&package(1), b"x", &package(1)]);
+    assert_eq!(error(&twice), StreamError::PostcopyOutOfPlace);
+    let start = ram_start(PAGE, &[("a", PAGE)]);
+    let unannounced = [HEADER, &start, &package(1)].concat();
+    assert_eq!(error(&unannounced), StreamError::PostcopyOutOfPlace);
 }

@@ -23,7 +23,15 @@ impl Rewriter {
                     decoder.footers().expect("RAM has started"),
                 ));
             }
-            Item::Header { raw, .. } | Item::Opaque(raw) | Item::Tail(raw) => {
+            Item::Header { raw, .. }
+            | Item::Opaque(raw)
+            | Item::Tail(raw)
+            | Item::Discard { raw, .. }
+            | Item::Package(raw) => {
+                out.extend_from_slice(raw);
+            }
+            Item::PackageBegin { raw, .. } => {
+                self.encoder.as_mut().expect("RAM has started").name_again();
                 out.extend_from_slice(raw);
             }
             Item::Command { command, .. } => encode_command(command, out),

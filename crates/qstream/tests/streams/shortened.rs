@@ -5,7 +5,7 @@ use qstream::Item;
 use crate::common::decode_all;
 use crate::rewriter::Rewriter;
 
-/// Bytes that are kept of the tail.
+/// Bytes that are kept of the tail, which after post-copy is shorter.
 pub(crate) const TAIL: usize = 100;
 
 /// A stream cut down to the first records of its first sections and blocks and the start of its
@@ -14,7 +14,11 @@ pub(crate) fn shortened(stream: &[u8]) -> Vec<u8> {
     let mut rewriter = Rewriter::default();
     let (mut records, mut sections, mut current) = (0, 0, None);
     decode_all(stream, |item, decoder| match *item {
-        Item::Tail(raw) => rewriter.out.extend_from_slice(&raw[..TAIL]),
+        Item::Tail(raw) => rewriter.out.extend_from_slice(&raw[..raw.len().min(TAIL)]),
+        Item::PackageBegin { .. } => {
+            sections = 0;
+            rewriter.item(item, decoder);
+        }
         Item::PartBegin if sections == 2 => records = usize::MAX,
         Item::PartBegin | Item::EndBegin => {
             records = 0;
