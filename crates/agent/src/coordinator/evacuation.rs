@@ -166,8 +166,6 @@ fn know(hosts: &mut BTreeMap<String, Host>, name: &str, host: &Host) -> Result<(
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a failed set-up must stop the test")]
-
     use super::*;
 
     const GIB: u64 = 1 << 30;
