@@ -299,11 +299,16 @@ impl Net {
             let ends = self.pairs.iter().map(|pair| &pair[end].namespace);
             ends.map(|name| bytes(name, "edge", Way::Received)).sum()
         };
-        let [back, forth] = [of_pairs(0)?, of_pairs(1)?];
+        // Reading takes time in which they receive more: they are read before and after the core.
+        let early = [of_pairs(0)?, of_pairs(1)?];
         let core = |nth: usize| bytes(&self.core_namespaces[nth], "core", Way::Sent);
+        let [forth, back] = [core(0)?, core(1)?];
+        let late = [of_pairs(0)?, of_pairs(1)?];
+        let [pairs_back, pairs_forth] =
+            [0, 1].map(|end: usize| u64::midpoint(early[end], late[end]));
         Ok(Counters {
-            core_to_target: core(0)?.saturating_sub(forth),
-            core_to_source: core(1)?.saturating_sub(back),
+            core_to_target: forth.saturating_sub(pairs_forth),
+            core_to_source: back.saturating_sub(pairs_back),
             target_edges_sent: of_rack(Rack::Target, Way::Sent)?,
             source_edges_received: of_rack(Rack::Source, Way::Received)?,
         })
