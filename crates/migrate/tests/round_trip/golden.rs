@@ -54,17 +54,6 @@ fn carry(stream: &[u8], mut urgent: Vec<Urgent>) -> Vec<u8> {
         } else {
             assert!(used > 0);
         }
-        if packer.milestones().switched {
-            for (ahead, body) in urgent.drain(..) {
-                let mut batch = Batch::default();
-                unpacker
-                    .apply(&body, true, &mut All(&recent), &mut batch)
-                    .expect("an honest frame");
-                out.extend(bytes_written(&batch, &body));
-                // Without this QEMU's own copy comes as well, and is swallowed.
-                packer.sent_ahead(ahead);
-            }
-        }
         let packed = packer.take().resolve(buffer, &mut table, &[]);
         let pages = packed.pages.iter();
         let pages = pages.flat_map(|at| &buffer[*at as usize..][..PAGE_SIZE]);
@@ -75,6 +64,18 @@ fn carry(stream: &[u8], mut urgent: Vec<Urgent>) -> Vec<u8> {
             .apply(&body, false, &mut All(&recent), &mut batch)
             .expect("an honest frame");
         out.extend(bytes_written(&batch, &body));
+        // The target asks for pages once it has the package.
+        if unpacker.has_switched() {
+            for (ahead, body) in urgent.drain(..) {
+                let mut batch = Batch::default();
+                unpacker
+                    .apply(&body, true, &mut All(&recent), &mut batch)
+                    .expect("an honest frame");
+                out.extend(bytes_written(&batch, &body));
+                // Without this QEMU's own copy comes as well, and is swallowed.
+                packer.sent_ahead(ahead);
+            }
+        }
         rest = &rest[used..];
     }
     out
