@@ -1,9 +1,11 @@
 //! What QEMU says about a migration under way.
 
 use std::fmt;
+use std::time::Duration;
 
 use page::ByteLen;
 use serde::{Deserialize, Deserializer};
+use serde_json::Value;
 
 use crate::{Qmp, QmpError};
 
@@ -154,6 +156,26 @@ impl From<RawInfo> for MigrationInfo {
             blocked_reasons,
         }
     }
+}
+
+/// Longest wait for an answer in passing: a QEMU that holds its lock answers when it lets go, and who
+/// watches it has other things to watch.
+const GLANCE: Duration = Duration::from_secs(1);
+
+/// Asks QEMU in passing.
+pub(crate) fn glance(qmp: &Qmp) -> Result<MigrationInfo, QmpError> {
+    let answer = qmp.execute_within("query-migrate", &Value::Null, GLANCE)?;
+    let info: RawInfo = serde_json::from_value(answer).map_err(|source| QmpError::Answer {
+        command: "query-migrate".to_owned(),
+        source,
+    })?;
+    Ok(info.into())
+}
+
+/// Sets parameters in passing.
+pub(crate) fn set_in_passing(qmp: &Qmp, parameters: &Value) -> Result<(), QmpError> {
+    qmp.execute_within("migrate-set-parameters", parameters, GLANCE)
+        .map(drop)
 }
 
 /// Asks QEMU.

@@ -244,7 +244,7 @@ impl Qmp {
         })
     }
 
-    fn execute_within(
+    pub(crate) fn execute_within(
         &self,
         command: &str,
         arguments: &Value,

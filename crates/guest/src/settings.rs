@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use crate::migration::set_in_passing;
 use crate::{GuestError, Qmp, QmpError};
 
 /// QEMU's default `downtime-limit`.
@@ -170,7 +171,7 @@ impl SavedSettings {
         } else {
             json!({ "downtime-limit": scaled_limit(self.downtime_limit_ms, unique, logical) })
         };
-        set_parameters(qmp, parameters)
+        set_in_passing(qmp, &parameters)
     }
 
     /// Gives the settings back. QEMU takes capabilities only while no migration goes on.

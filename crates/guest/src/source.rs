@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use sys::Process;
 
 use crate::argv::pin_machine;
-use crate::migration::migration_info;
+use crate::migration::{glance, migration_info};
 use crate::obstacle::mapping_obstacle_now;
 use crate::ram::ram_blocks;
 use crate::settings::{self, SavedSettings};
@@ -255,6 +255,14 @@ impl SourceGuest {
     /// If the monitor fails.
     pub fn migration(&self) -> Result<MigrationInfo, GuestError> {
         Ok(migration_info(&self.qmp)?)
+    }
+
+    /// How far the migration is, or an error within a second if QEMU is busy with it.
+    ///
+    /// # Errors
+    /// If the monitor fails or QEMU does not answer.
+    pub fn glance(&self) -> Result<MigrationInfo, GuestError> {
+        Ok(glance(&self.qmp)?)
     }
 
     /// Lets QEMU go on from `pre-switchover` to the end.

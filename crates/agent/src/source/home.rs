@@ -76,6 +76,11 @@ impl Home {
         self.guest.as_ref()
     }
 
+    /// As [`Self::migration`], if QEMU has the time to answer.
+    pub(crate) fn glance(&self) -> Option<MigrationInfo> {
+        self.guest.as_ref()?.glance().ok()
+    }
+
     /// What QEMU says of its migration, if it can be asked.
     pub(crate) fn migration(&self) -> Option<MigrationInfo> {
         self.guest.as_ref()?.migration().ok()

@@ -113,6 +113,7 @@ pub(crate) fn run(
         }
         if packer.milestones().end_begun && !stopped {
             stopped = true;
+            stream.set_ending();
             hold.at("switch-over", &stream.name);
         }
         let full = buffer.len() - filled < page::PAGE_SIZE * 2;

@@ -445,7 +445,8 @@ impl Run {
             return;
         }
         if let Some(stream) = self.stream.clone() {
-            if self.stopped && stream.stalled_for() > self.context.stall_limit {
+            let waits = self.stopped || stream.is_ending();
+            if waits && stream.stalled_for() > self.context.stall_limit {
                 let reason = format!(
                     "the target made no progress for {} s while the guest was stopped",
                     self.context.stall_limit.as_secs()
@@ -461,10 +462,11 @@ impl Run {
     fn steer(&mut self, stream: &Stream) {
         // While the guest is stopped QEMU may be unable to answer until we have read its stream.
         let following = *self.machine.state() == SourceState::Following;
-        let info = if self.stopped && !following {
+        let waits = self.stopped || stream.is_ending();
+        let info = if waits && !following {
             None
         } else {
-            self.home.migration()
+            self.home.glance()
         };
         if let Some(info) = &info {
             let round = info.dirty_sync_count;
@@ -477,7 +479,7 @@ impl Run {
             {
                 frames.refresh();
             }
-            if !self.stopped {
+            if !waits {
                 self.tell_rate(stream);
             }
         }

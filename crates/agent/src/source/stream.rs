@@ -84,6 +84,8 @@ pub(crate) struct Stream {
     carried: Mutex<VecDeque<(u64, Vec<EntryId>)>>,
     /// QEMU has sent all memory once: what comes is pages that were written since.
     is_late_round: AtomicBool,
+    /// The last section of its memory has begun.
+    is_ending: AtomicBool,
     postcopy: Mutex<Postcopy>,
 }
 
@@ -130,6 +132,7 @@ impl Stream {
             repaired: AtomicU64::new(0),
             carried: Mutex::default(),
             is_late_round: AtomicBool::new(false),
+            is_ending: AtomicBool::new(false),
             postcopy: Mutex::default(),
         }
     }
@@ -344,6 +347,17 @@ impl Stream {
     /// Whether QEMU has sent all memory once.
     pub(crate) fn is_late_round(&self) -> bool {
         self.is_late_round.load(Ordering::Relaxed)
+    }
+
+    /// Says that the last section of memory has begun. QEMU holds its lock from then on, and may tell
+    /// of the stop only when it has written everything.
+    pub(crate) fn set_ending(&self) {
+        self.is_ending.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the last section of memory has begun.
+    pub(crate) fn is_ending(&self) -> bool {
+        self.is_ending.load(Ordering::Relaxed)
     }
 
     /// Has the reader know what is known of shared frames.
