@@ -119,7 +119,7 @@ impl Afterwards<'_> {
 pub fn pool_mappings(vms: &[Vm]) -> Option<u64> {
     let of = |vm: &Vm| {
         Some(pool_use::mappings(
-            vm.qmp(&vm.target).ok()?.peer_pid().ok()?,
+            vm.qmp_at_once(&vm.target).ok()?.peer_pid().ok()?,
         ))
     };
     vms.iter().filter_map(of).max()

@@ -55,7 +55,7 @@ fn host_in(vm: &Vm, rack: Rack) -> &Host {
 
 /// PSS of the guest's memory and of all of its QEMU.
 fn memory_of(vm: &Vm, host: &Host) -> anyhow::Result<(u64, u64)> {
-    let mut qmp = vm.qmp(host)?;
+    let mut qmp = vm.qmp_at_once(host)?;
     let guest = GuestMemory::of(&mut qmp)?
         .pss_bytes()
         .context("reading the mappings of QEMU")?;

@@ -124,6 +124,11 @@ impl Vm {
         host.dir.join(format!("{}.qmp", self.name))
     }
 
+    /// Connects to the lab's QMP socket on `host`, if a QEMU of the VM listens there now.
+    pub fn qmp_at_once(&self, host: &Host) -> anyhow::Result<Qmp> {
+        Qmp::connect(&self.lab_socket(host), Duration::ZERO)
+    }
+
     /// Connects to the lab's QMP socket on `host`.
     pub fn qmp(&self, host: &Host) -> anyhow::Result<Qmp> {
         Qmp::connect(&self.lab_socket(host), QMP_PATIENCE)
