@@ -9,6 +9,10 @@ use crate::process;
 use crate::qmp::Qmp;
 
 const PAGE: usize = 4096;
+/// An entry of `/proc/PID/pagemap`: the page is in memory, and then in which frame.
+const ENTRY: usize = 8;
+const PRESENT: u64 = 1 << 63;
+const FRAME: u64 = (1 << 55) - 1;
 /// Bytes read at a time: large enough that system calls do not count, small enough that what was
 /// read of both sides is still in the processor's cache when it is compared.
 const CHUNK: usize = 256 << 10;
@@ -20,6 +24,7 @@ const BLOCK: &str = "pc.ram";
 pub struct GuestMemory {
     pid: u32,
     file: File,
+    frames: File,
     base: u64,
     length: u64,
 }
@@ -60,9 +65,12 @@ impl GuestMemory {
         let mut options = File::options();
         let file = options.read(true).write(true).open(&path);
         let file = file.with_context(|| format!("opening {path}"))?;
+        let path = format!("/proc/{pid}/pagemap");
+        let frames = File::open(&path).with_context(|| format!("opening {path}"))?;
         Ok(Self {
             pid,
             file,
+            frames,
             base,
             length: block.length,
         })
@@ -104,6 +112,25 @@ impl GuestMemory {
             .with_context(|| format!("writing guest memory at {at:#x}"))
     }
 
+    /// The frame of each page from `at` on; 0 for a page that has none, or whose frame is not shown.
+    fn frames(&self, at: u64, into: &mut [u64]) -> anyhow::Result<()> {
+        let mut raw = vec![0; into.len() * ENTRY];
+        let offset = (self.base + at) / PAGE as u64 * ENTRY as u64;
+        self.frames
+            .read_exact_at(&mut raw, offset)
+            .with_context(|| format!("reading the frames of guest memory at {at:#x}"))?;
+        let (entries, _) = raw.as_chunks::<ENTRY>();
+        for (frame, raw) in into.iter_mut().zip(entries) {
+            let entry = u64::from_ne_bytes(*raw);
+            *frame = if entry & PRESENT == 0 {
+                0
+            } else {
+                entry & FRAME
+            };
+        }
+        Ok(())
+    }
+
     fn read(&self, at: u64, into: &mut [u8]) -> anyhow::Result<()> {
         self.file
             .read_exact_at(into, self.base + at)
@@ -111,7 +138,8 @@ impl GuestMemory {
     }
 }
 
-/// Compares all pages of two guests that are both stopped.
+/// Compares all pages of two guests that are both stopped. Pages in one frame, which is mostly the
+/// kernel's frame of zeros, are the same without being read; all others are read.
 pub fn compare(source: &GuestMemory, target: &GuestMemory) -> anyhow::Result<Compared> {
     ensure!(
         source.length == target.length,
@@ -119,25 +147,45 @@ pub fn compare(source: &GuestMemory, target: &GuestMemory) -> anyhow::Result<Com
         source.length,
         target.length
     );
+    ensure!(
+        source.length.is_multiple_of(PAGE as u64),
+        "the VM has a broken page at its end"
+    );
     // In one thread: the other VMs' migrations need the processors, and two readers of one process
     // wait for each other's locks.
+    let mut frames = [vec![0; CHUNK / PAGE], vec![0; CHUNK / PAGE]];
     let mut buffers = [vec![0; CHUNK], vec![0; CHUNK]];
     let mut found = Compared::default();
-    let mut at = 0;
-    while at < source.length {
-        let length = usize::try_from(source.length - at)
-            .unwrap_or(CHUNK)
-            .min(CHUNK);
-        let [left, right] = &mut buffers;
-        let (left, right) = (&mut left[..length], &mut right[..length]);
-        source.read(at, left)?;
-        target.read(at, right)?;
-        found.pages += length.div_ceil(PAGE) as u64;
-        if left != right {
-            let pairs = left.chunks(PAGE).zip(right.chunks(PAGE));
-            found.mismatched += pairs.filter(|(a, b)| a != b).count() as u64;
+    while found.pages * (PAGE as u64) < source.length {
+        let at = found.pages * PAGE as u64;
+        let left = (source.length - at) / PAGE as u64;
+        let count = usize::try_from(left).map_or(CHUNK / PAGE, |left| left.min(CHUNK / PAGE));
+        let [ours, theirs] = &mut frames;
+        let (ours, theirs) = (&mut ours[..count], &mut theirs[..count]);
+        source.frames(at, ours)?;
+        target.frames(at, theirs)?;
+        let is_read: Vec<bool> = ours
+            .iter()
+            .zip(&*theirs)
+            .map(|(a, b)| a != b || *a == 0)
+            .collect();
+        let mut first = 0;
+        for run in is_read.chunk_by(|a, b| a == b) {
+            if run[0] {
+                let [ours, theirs] = &mut buffers;
+                let length = run.len() * PAGE;
+                let (ours, theirs) = (&mut ours[..length], &mut theirs[..length]);
+                let at = at + (first * PAGE) as u64;
+                source.read(at, ours)?;
+                target.read(at, theirs)?;
+                if ours != theirs {
+                    let pairs = ours.chunks(PAGE).zip(theirs.chunks(PAGE));
+                    found.mismatched += pairs.filter(|(a, b)| a != b).count() as u64;
+                }
+            }
+            first += run.len();
         }
-        at += length as u64;
+        found.pages += count as u64;
     }
     Ok(found)
 }
@@ -206,39 +254,57 @@ mod tests {
         assert!(parse_gpa2hva("Memory at address 0x0 is not RAM").is_err());
     }
 
-    #[test]
-    fn every_page_that_differs_is_counted_once() {
-        let path = tempfile::tempdir().unwrap();
-        let memory = |name: &str, bytes: &[u8]| {
-            let path = path.path().join(name);
-            std::fs::write(&path, bytes).unwrap();
+    struct Files(tempfile::TempDir);
+
+    impl Files {
+        fn new() -> Self {
+            Self(tempfile::tempdir().unwrap())
+        }
+
+        /// A memory of these bytes, whose first pages have these entries in the page table.
+        fn memory(&self, name: &str, bytes: &[u8], entries: &[u64]) -> GuestMemory {
+            let write = |name: &str, bytes: &[u8]| {
+                let path = self.0.path().join(name);
+                std::fs::write(&path, bytes).unwrap();
+                File::open(path).unwrap()
+            };
+            let mut table: Vec<u8> = entries.iter().flat_map(|e| e.to_ne_bytes()).collect();
+            table.resize(bytes.len() / PAGE * ENTRY, 0);
             GuestMemory {
                 pid: std::process::id(),
-                file: File::open(path).unwrap(),
+                file: write(name, bytes),
+                frames: write(&format!("{name}.frames"), &table),
                 base: 0,
                 length: bytes.len() as u64,
             }
-        };
+        }
+    }
+
+    fn compared(pages: u64, mismatched: u64) -> Compared {
+        Compared { pages, mismatched }
+    }
+
+    #[test]
+    fn every_page_that_differs_is_counted_once() {
+        let files = Files::new();
         let mut bytes = vec![7; 9 * (1 << 20)];
-        let source = memory("source", &bytes);
-        let same = compare(&source, &memory("same", &bytes)).unwrap();
-        assert_eq!(
-            same,
-            Compared {
-                pages: 2304,
-                mismatched: 0
-            }
-        );
+        let source = files.memory("source", &bytes, &[]);
+        let same = compare(&source, &files.memory("same", &bytes, &[])).unwrap();
+        assert_eq!(same, compared(2304, 0));
         for at in [0, 1, PAGE, bytes.len() - 1] {
             bytes[at] = 8;
         }
-        let other = compare(&source, &memory("other", &bytes)).unwrap();
-        assert_eq!(
-            other,
-            Compared {
-                pages: 2304,
-                mismatched: 3
-            }
-        );
+        let other = compare(&source, &files.memory("other", &bytes, &[])).unwrap();
+        assert_eq!(other, compared(2304, 3));
+    }
+
+    #[test]
+    fn only_pages_in_one_frame_are_not_read() {
+        let files = Files::new();
+        let ours = [PRESENT | 5, PRESENT | 6, 7, PRESENT, PRESENT | 9];
+        let theirs = [PRESENT | 5, PRESENT | 8, 7, PRESENT, PRESENT | 1 << 61 | 9];
+        let source = files.memory("source", &[1; 5 * PAGE], &ours);
+        let target = files.memory("target", &[2; 5 * PAGE], &theirs);
+        assert_eq!(compare(&source, &target).unwrap(), compared(5, 3));
     }
 }
