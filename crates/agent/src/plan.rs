@@ -6,8 +6,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use crate::types::{
-    Compression, Mode, MoveSpec, Plan, PlanMove, Preset, RackPeer, RackSpec, Scope, Settings,
-    Sharing,
+    Compression, MoveSpec, Plan, PlanMove, Preset, RackPeer, RackSpec, Scope, Settings, Sharing,
 };
 
 /// Trust domain of a move that names none.
@@ -106,7 +105,7 @@ pub enum PlanError {
     SharingInRack,
     /// Settings that do not go together yet.
     #[error(
-        "mode `post-copy` goes with scope `none` or `host`, sharing `off` and compression `none` \
+        "modes `post-copy` and `hybrid` go with scope `none` or `host`, sharing `off` and compression `none` \
          only, for now"
     )]
     Postcopy,
@@ -167,7 +166,7 @@ impl Plan {
         let is_plain = settings.scope != Scope::Rack
             && settings.sharing == Sharing::Off
             && settings.compression == Compression::None;
-        if settings.mode == Mode::PostCopy && !is_plain {
+        if settings.mode.may_go_first() && !is_plain {
             return Err(PlanError::Postcopy);
         }
         self.check_hosts()?;
@@ -411,6 +410,7 @@ pub(crate) fn position(path: &Path, text: &str, span: Option<Range<usize>>) -> S
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::types::Mode;
 
     const PLAN: &str = r#"
 preset = "oc"
@@ -543,25 +543,26 @@ replace = [{ from = "/run/a", to = "/run/b" }]
     }
 
     #[test]
-    fn post_copy_is_refused_with_what_it_does_not_go_with_yet() {
-        let plan = |settings: &str| {
+    fn what_may_end_in_post_copy_is_refused_with_what_it_does_not_go_with_yet() {
+        let plan = |mode: &str, settings: &str| {
             let text = PLAN.replace("preset = \"oc\"\ncompression = \"zstd\"", settings);
             assert_ne!(text, PLAN);
-            let text = format!("mode = \"post-copy\"\n{text}");
+            let text = format!("mode = \"{mode}\"\n{text}");
             Plan::parse(Path::new("plan.toml"), &text).map(|plan| plan.settings().mode)
         };
         for good in ["preset = \"oc\"", "preset = \"gang\""] {
-            assert_eq!(plan(good).unwrap(), Mode::PostCopy);
+            assert_eq!(plan("post-copy", good).unwrap(), Mode::PostCopy);
+            assert_eq!(plan("hybrid", good).unwrap(), Mode::Hybrid);
         }
         for refused in [
             "preset = \"irlm\"",
             "preset = \"slm\"",
             "preset = \"gang\"\ncompression = \"zstd\"",
         ] {
-            assert!(
-                matches!(plan(refused), Err(PlanError::Postcopy)),
-                "{refused}"
-            );
+            for mode in ["post-copy", "hybrid"] {
+                let refusal = plan(mode, refused);
+                assert!(matches!(refusal, Err(PlanError::Postcopy)), "{refused}");
+            }
         }
     }
 

@@ -58,6 +58,17 @@ pub enum Mode {
     /// Before its memory, which follows. Until it has, the VM needs both hosts and the link between
     /// them: if one is lost, the VM stops and a person is asked.
     PostCopy,
+    /// After its memory; before it, as in post-copy, if the guest writes faster than its memory
+    /// can be sent.
+    Hybrid,
+}
+
+impl Mode {
+    /// Whether the VM may run at its target before its memory is there.
+    #[must_use]
+    pub fn may_go_first(self) -> bool {
+        self != Self::PreCopy
+    }
 }
 
 /// The four settings of a migration technique.

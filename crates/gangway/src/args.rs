@@ -244,7 +244,7 @@ pub(crate) struct Overrides {
     #[arg(long, value_parser = choice::<Compression>(&["none", "zstd"]))]
     compression: Option<Compression>,
     /// When the VMs change hosts.
-    #[arg(long, value_parser = choice::<Mode>(&["pre-copy", "post-copy"]))]
+    #[arg(long, value_parser = choice::<Mode>(&["pre-copy", "post-copy", "hybrid"]))]
     mode: Option<Mode>,
     /// Budget of the whole group on the wire, in bytes per second; K, M and G are decimal.
     #[arg(long, value_name = "BYTES/S")]

@@ -46,8 +46,13 @@ pub(crate) async fn evacuate(cli: &Cli, client: &Client, wish: &Evacuate) -> any
 
 /// Starts the plan's group; then watches it, unless told to detach.
 async fn start(cli: &Cli, client: &Client, plan: Plan, manner: &Manner) -> anyhow::Result<Exit> {
-    if plan.settings().mode == Mode::PostCopy {
-        writeln!(io::stderr(), "{POSTCOPY}")?;
+    match plan.settings().mode {
+        Mode::PreCopy => {}
+        Mode::PostCopy => writeln!(io::stderr(), "{POSTCOPY}")?,
+        Mode::Hybrid => writeln!(
+            io::stderr(),
+            "VMs that do not converge go over to {POSTCOPY}"
+        )?,
     }
     let patient = Client::unix(&cli.socket, AGREEMENT_TIME_MAX);
     let request = GroupRequest { plan, id: None };

@@ -30,12 +30,15 @@ pub enum Mode {
     PreCopy,
     /// Before it; they run while it follows.
     PostCopy,
+    /// After it, or before it if they do not converge.
+    Hybrid,
     /// Before it; they are held until it has followed, and all of it is compared.
     PostCopyHeld,
 }
 
 impl Mode {
-    const SUFFIXES: [(&str, Self); 2] = [
+    const SUFFIXES: [(&str, Self); 3] = [
+        ("+hybrid", Self::Hybrid),
         ("+postcopy", Self::PostCopy),
         ("+postcopy-held", Self::PostCopyHeld),
     ];
@@ -50,6 +53,7 @@ impl Mode {
     pub fn in_plan(self) -> &'static str {
         match self {
             Self::PreCopy => "pre-copy",
+            Self::Hybrid => "hybrid",
             Self::PostCopy | Self::PostCopyHeld => "post-copy",
         }
     }
@@ -215,7 +219,7 @@ impl FromStr for Technique {
                 let stock = Stock::ALL.map(Stock::name).join(", ");
                 format!(
                     "`{text}` is no technique; there are {stock}, oc, gang, irlm, slm (each with \
-                     +zstd too) and full, all of Gangway's with +postcopy or +postcopy-held too"
+                     +zstd too) and full, all of Gangway's with +postcopy, +postcopy-held or +hybrid too"
                 )
             })
     }
@@ -250,6 +254,7 @@ mod tests {
             "stock-postcopy",
             "gang+postcopy",
             "gang+zstd+postcopy-held",
+            "oc+hybrid",
         ] {
             assert_eq!(name.parse::<Technique>().unwrap().to_string(), name);
         }

@@ -239,6 +239,7 @@ pub(crate) fn guest_memory(guest: &SourceGuest) -> anyhow::Result<GuestMemory> {
         memory,
         addresses,
         bases: std::sync::Mutex::default(),
+        lengths: std::sync::Mutex::default(),
         layout: (layout, names),
     })
 }

@@ -11,6 +11,7 @@
 
 mod approach;
 mod control;
+mod convergence;
 mod home;
 mod index_link;
 mod outbox;

@@ -6,27 +6,30 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
-use guest::{MigrationParameters, QmpEvent, RunState, SavedSettings, SourceGuest, target_argv};
+use guest::{MigrationParameters, QmpEvent, SavedSettings};
 use migrate::handover::{SourceAction, SourceEvent, SourceJournal, SourceMove, SourceState};
 use migrate::pack::Packer;
-use page::{ContentKey, PAGE_SIZE};
 use serde::{Deserialize, Serialize};
-use wire::OpenMove;
 
 use crate::api::mover::EventSink;
 use crate::journal::Journal;
-use crate::prepare::{Preparations, Prepared};
+use crate::prepare::Preparations;
 use crate::types::{Happening, Mode, MoveSpec, Phase, Scope, Sharing};
 
 use super::approach::Approach;
 use super::control::Control;
-use super::home::{Home, guest_memory};
-use super::index_link::{IndexKey, IndexLinks};
+use super::convergence::Convergence;
+use super::home::Home;
+use super::index_link::IndexLinks;
 use super::progress::ProgressMeter;
 use super::reader::Way;
-use super::right_of_way::Place;
-use super::session::{Session, SessionContext, SessionKey, SessionRack, Sessions, describe, spawn};
+use super::session::{Session, SessionContext, Sessions, spawn};
 use super::stream::Stream;
+
+mod prepare;
+mod switch;
+
+use prepare::content_key;
 
 /// How often progress is reported.
 const REPORT: Duration = Duration::from_millis(500);
@@ -146,6 +149,7 @@ struct Run {
     /// The guest was seen to stop for its switch-over.
     stopped: bool,
     approach: Approach,
+    convergence: Convergence,
     reported: Instant,
     /// Its QEMU was told to go over to post-copy.
     switched: bool,
@@ -176,6 +180,7 @@ impl Run {
             phase: Phase::Queued,
             stopped: false,
             approach: Approach::default(),
+            convergence: Convergence::default(),
             reported: Instant::now(),
             switched: false,
         }
@@ -213,122 +218,10 @@ impl Run {
         }
     }
 
-    /// Attaches to the VM, opens the session, has the target QEMU started.
-    fn prepare(&mut self) -> anyhow::Result<()> {
-        let spec = self.spec.clone();
-        let guest = self.home.attach(&spec.qmp, self.sender.clone())?;
-        guest.check()?;
-        self.home.was_running = guest.run_state()? == RunState::Running;
-        if self.home.was_running && guest.loses_written_pages()? {
-            let (major, minor, micro) = guest.version();
-            // Each look at the written pages loses some: the rate is the true one from the start, and
-            // QEMU looks as often as it does without us.
-            self.approach.set_near();
-            self.note(format!(
-                "its QEMU {major}.{minor}.{micro} emulates the processor, and before 9.0 that loses pages which the guest \
-                 writes during any live migration: pause the guest first (`stop`), or move it with \
-                 QEMU 9.0 or newer"
-            ));
-        }
-        if parameters(&spec).postcopy {
-            check_postcopy(&guest)?;
-        }
-        self.meter = ProgressMeter::new(guest.memory_bytes().0);
-        let argv = match spec.definition.clone() {
-            Some(argv) => argv,
-            None => {
-                let replace: Vec<_> = spec
-                    .replace
-                    .iter()
-                    .map(|r| (r.from.clone(), r.to.clone()))
-                    .collect();
-                target_argv(guest.argv(), &replace).context("making the target's command line")?
-            }
-        };
-        let key = SessionKey {
-            group: spec.group.clone(),
-            target_bulk: spec.target_bulk.clone(),
-            domain_key: spec.domain_key.clone(),
-            window_log: matches!(spec.settings.compression, crate::types::Compression::Zstd)
-                .then_some(self.context.window_log),
-            index: spec.rack.as_ref().map(|rack| rack.index.clone()),
-            is_sharing: spec.settings.sharing == Sharing::Preserve,
-        };
-        let rack = self.rack_of(&spec)?;
-        let session = self
-            .context
-            .sessions
-            .get(&key, rack, &self.context.session)
-            .map_err(|e| anyhow!(describe(&e)))?;
-        self.control = Control::new(&spec.target_bulk, &session.id, &self.context.session);
-        let memory = guest_memory(&guest).context("finding the guest's memory")?;
-        let vm = session.number();
-        let stream = Stream::new(
-            vm,
-            spec.vm.clone(),
-            memory,
-            self.context.window_bytes,
-            Place::new(Arc::clone(&session.right_of_way)),
-            self.sender.clone(),
-        );
-        let stream = Arc::new(stream);
-        stream.bucket.set_rate(spec.max_bandwidth_bytes_per_s);
-        session.add(&stream);
-        self.session = Some(session);
-        self.stream = Some(stream);
-        self.home.settings = Some(guest.save_settings(&parameters(&spec))?);
-        self.write_journal(SourceJournal::Begun)?;
-        let memory_bytes = guest.memory_bytes().0;
-        let resume = self.home.was_running;
-        let open = OpenMove {
-            id: spec.id.clone(),
-            vm_name: spec.vm.clone(),
-            vm,
-            argv,
-            resume,
-            memory_bytes,
-            share: spec.settings.sharing == Sharing::Preserve,
-            postcopy: parameters(&spec).postcopy,
-        };
-        let note = self
-            .control
-            .open(open)
-            .map_err(|e| anyhow!("the target cannot receive it: {}", plain(&e)))?;
-        if let Some(message) = note {
-            self.note(message);
-        }
-        Ok(())
-    }
-
     /// Says what a person should know.
     fn note(&self, message: String) {
         tracing::warn!(vm = self.spec.vm, message);
         (self.events)(Happening::Note { message });
-    }
-
-    /// The move's place in its group; none if the index cannot be reached, which costs bytes.
-    fn rack_of(&self, spec: &MoveSpec) -> anyhow::Result<Option<SessionRack>> {
-        let Some(rack) = &spec.rack else {
-            return Ok(None);
-        };
-        let secret = content_key(&spec.domain_key)?;
-        let key = IndexKey {
-            group: spec.group.clone(),
-            domain_key: spec.domain_key.clone(),
-            shards: rack.index.clone(),
-        };
-        let indexes = &self.context.indexes;
-        match indexes.get(&key, &secret, &self.context.session) {
-            Ok(index) => Ok(Some(SessionRack::new(rack, &spec.group, &secret, index))),
-            Err(error) => {
-                let message = format!(
-                    "contents are shared on this host pair only: {}",
-                    plain(&error)
-                );
-                self.note(message);
-                Ok(None)
-            }
-        }
     }
 
     /// After a restart of the agent.
@@ -395,7 +288,7 @@ impl Run {
             // A round has ended: QEMU may stop its guest when it next looks.
             "MIGRATION_PASS" => self.tick(),
             "MIGRATION" => match event.data.get("status").and_then(|s| s.as_str()) {
-                Some("active") if parameters(&self.spec).postcopy && !self.switched => {
+                Some("active") if self.spec.settings.mode == Mode::PostCopy => {
                     self.switch_to_postcopy();
                 }
                 Some("completed") => self.handle(SourceEvent::SourceCompleted),
@@ -409,26 +302,6 @@ impl Run {
                 _ => {}
             },
             _ => {}
-        }
-    }
-
-    /// The guest stops, and its QEMU goes over to post-copy.
-    fn switch_to_postcopy(&mut self) {
-        if *self.machine.state() != SourceState::Copying {
-            return;
-        }
-        self.switched = true;
-        if let Some(stream) = &self.stream {
-            // What is queued now is downtime, and later keeps pages waiting.
-            self.approach.set_near();
-            stream.set_near_end(true);
-        }
-        let machine = &mut self.machine;
-        let switched = self.home.switch(|| {
-            machine.handle(SourceEvent::SourceHeld);
-        });
-        if let Err(error) = switched {
-            self.handle(SourceEvent::Failed(format!("{error:#}")));
         }
     }
 
@@ -478,6 +351,7 @@ impl Run {
             }
             if !waits {
                 self.tell_rate(stream);
+                self.weigh(stream, info);
             }
         }
         if self.reported.elapsed() >= REPORT {
@@ -617,22 +491,6 @@ impl Run {
         Ok(())
     }
 
-    /// What a preparation of the group has found here.
-    fn prepared(&self) -> Option<Arc<Prepared>> {
-        if self
-            .spec
-            .rack
-            .as_ref()
-            .is_some_and(|rack| rack.shared_target)
-        {
-            // Needed by this target only may still mean by two source hosts.
-            return None;
-        }
-        let secret = content_key(&self.spec.domain_key).ok()?;
-        let preparations = &self.context.preparations;
-        preparations.prepared(&self.spec.group, secret.secret())
-    }
-
     fn await_confirmation(&mut self) -> Option<SourceEvent> {
         if let Some(stream) = self.stream.clone() {
             let progress = self.meter.sample(&stream, None);
@@ -718,26 +576,11 @@ impl Run {
     }
 }
 
-/// A page of the host is placed at once, and pages are sent ahead one by one.
-fn check_postcopy(guest: &SourceGuest) -> anyhow::Result<()> {
-    let blocks = guest.ram_blocks()?;
-    match blocks
-        .iter()
-        .find(|block| block.page_size != PAGE_SIZE as u64)
-    {
-        Some(block) => Err(anyhow!(
-            "post-copy of memory with large pages ({}) is not carried yet",
-            block.name
-        )),
-        None => Ok(()),
-    }
-}
-
 fn parameters(spec: &MoveSpec) -> MigrationParameters {
     let default = MigrationParameters::default();
     MigrationParameters {
         downtime_limit_ms: spec.downtime_limit_ms.unwrap_or(default.downtime_limit_ms),
-        postcopy: spec.settings.mode == Mode::PostCopy,
+        postcopy: spec.settings.mode.may_go_first(),
         ..default
     }
 }
@@ -750,11 +593,4 @@ fn plain(error: &dyn std::error::Error) -> String {
         source = cause.source();
     }
     text
-}
-
-fn content_key(hex_digits: &str) -> anyhow::Result<ContentKey> {
-    let mut secret = [0; 32];
-    hex::decode_to_slice(hex_digits, &mut secret)
-        .context("the trust domain's secret is not 64 hex digits")?;
-    Ok(ContentKey::new(secret))
 }

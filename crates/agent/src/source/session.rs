@@ -13,7 +13,7 @@ use wire::{
     PROTOCOL_VERSION, RackHello, WireCompression, WireError,
 };
 
-use crate::link::{Bucket, Compressor, Hold, Link, LinkError, Pool, Security};
+use crate::link::{Bucket, Compressor, Hold, Link, LinkError, Pool, Security, keep_short};
 
 use crate::types::RackSpec;
 
@@ -228,6 +228,13 @@ impl Session {
             packed: Packed::default(),
             buffer: None,
         });
+    }
+
+    /// From here on frames are urgent now and then.
+    pub(crate) fn expect_urgent(&self) {
+        if let Err(error) = keep_short(&self.sockets[0]) {
+            tracing::debug!(%error, "urgent pages wait for what the kernel holds");
+        }
     }
 
     fn is_over(&self) -> bool {

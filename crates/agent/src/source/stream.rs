@@ -1,6 +1,6 @@
 //! One VM's stream as its session, its reader and its mover share it.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -33,11 +33,19 @@ pub(crate) struct GuestMemory {
     pub(crate) addresses: HashMap<String, HostAddr>,
     /// By block index, once the stream has opened.
     pub(crate) bases: Mutex<Vec<Option<HostAddr>>>,
+    /// Pages of each block, likewise.
+    pub(crate) lengths: Mutex<Vec<u32>>,
     /// The process and its blocks, and their names.
     pub(crate) layout: (VmMemory, Vec<String>),
 }
 
 impl GuestMemory {
+    /// How many pages a block of the stream has; none if QEMU does not tell where it is.
+    pub(crate) fn len(&self, block: BlockIndex) -> u32 {
+        let lengths = lock(&self.lengths);
+        lengths.get(usize::from(block.0)).copied().unwrap_or(0)
+    }
+
     /// Where a block of the stream starts, if QEMU tells it.
     pub(crate) fn base(&self, block: BlockIndex) -> Option<HostAddr> {
         lock(&self.bases)
@@ -55,6 +63,8 @@ struct Postcopy {
     blocks: Vec<String>,
     /// Pages that were sent ahead, until the reader takes them.
     ahead: Vec<(BlockIndex, PageNo)>,
+    /// Groups of neighbours that were sent ahead.
+    groups: HashSet<(BlockIndex, u32)>,
     /// How long faults took, once the target has said so.
     faults: Option<FaultTimes>,
 }
@@ -95,8 +105,16 @@ struct Flow {
     closed: bool,
     /// What QEMU still writes goes nowhere: it is to complete, and to run on here.
     drained: bool,
+    /// Nothing is read until then: a switch to post-copy is near.
+    held_until: Option<Instant>,
     /// When the target last acknowledged something, or had nothing to.
     progress: Instant,
+}
+
+impl Flow {
+    fn is_held(&self) -> bool {
+        self.held_until.is_some_and(|until| Instant::now() < until)
+    }
 }
 
 impl Stream {
@@ -120,6 +138,7 @@ impl Stream {
                 window: Window::new(limit),
                 closed: false,
                 drained: false,
+                held_until: None,
                 progress: started,
             }),
             moved: Condvar::new(),
@@ -169,10 +188,15 @@ impl Stream {
         while !flow.closed && !flow.drained {
             let yields = self.place.must_yield(Instant::now());
             flow.window.set_near_end(self.place.is_any_near_end());
-            if !yields && flow.window.is_open() {
+            let is_held = flow.is_held();
+            if !yields && !is_held && flow.window.is_open() {
                 break;
             }
-            let patience = if yields { YIELD_POLL } else { WINDOW_POLL };
+            let patience = if yields || is_held {
+                YIELD_POLL
+            } else {
+                WINDOW_POLL
+            };
             flow = self
                 .moved
                 .wait_timeout(flow, patience)
@@ -180,12 +204,24 @@ impl Stream {
                 .0;
             let waited = since.elapsed();
             since += waited;
-            if !yields {
+            if !yields && !is_held {
                 // Standing back says nothing about what the path can do.
                 flow.window.waited(waited);
             }
         }
         !flow.closed
+    }
+
+    /// Has nothing read from QEMU for some time. Never for ever: a QEMU that holds its lock while it
+    /// writes answers nobody until it is read.
+    pub(crate) fn hold(&self, time: Duration) {
+        lock(&self.window).held_until = Some(Instant::now() + time);
+        self.moved.notify_all();
+    }
+
+    /// Whether nothing is to be read for the moment.
+    pub(crate) fn is_held(&self) -> bool {
+        lock(&self.window).is_held()
     }
 
     /// Waits until all that was read is complete at the target. False: the stream is closed.
@@ -225,6 +261,13 @@ impl Stream {
 
     /// The stream's blocks are known.
     pub(crate) fn set_blocks(&self, names: Vec<String>) {
+        let (layout, known) = &self.memory.layout;
+        let lengths = names.iter().map(|name| {
+            let at = known.iter().position(|known| known == name);
+            at.and_then(|at| layout.blocks.get(at))
+                .map_or(0, |block| block.pages)
+        });
+        *lock(&self.memory.lengths) = lengths.collect();
         let addresses = &self.memory.addresses;
         let bases = names.iter().map(|name| addresses.get(name).copied());
         *lock(&self.memory.bases) = bases.collect();
@@ -238,6 +281,11 @@ impl Stream {
             requests, blocks, ..
         } = &mut *postcopy;
         requests.asked(message, blocks)
+    }
+
+    /// Whether a group of neighbours was not sent ahead before; it counts as sent now.
+    pub(crate) fn is_new_group(&self, block: BlockIndex, group: u32) -> bool {
+        lock(&self.postcopy).groups.insert((block, group))
     }
 
     /// These pages are on their way ahead of the stream.

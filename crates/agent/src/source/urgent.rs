@@ -20,6 +20,10 @@ use super::stream::Stream;
 /// Most pages of one request: a page of the host of 2 MiB.
 const MAX_PAGES: u32 = 512;
 
+/// Neighbours that go with a page: where a guest has read it soon reads on. 32 KiB, 0.3 ms at 1 Gbit/s,
+/// of which some were sent before.
+const NEIGHBOURS: u32 = 8;
+
 /// Follows what a target QEMU asks for: a request may leave out the block if it is that of the last.
 #[derive(Default)]
 pub(crate) struct Requests {
@@ -57,6 +61,15 @@ impl Requests {
     }
 }
 
+/// The pages around those of a request, of a block that has `len`.
+fn neighbours(run: PageRun, len: u32) -> impl Iterator<Item = PageNo> {
+    let first = run.start.0 / NEIGHBOURS * NEIGHBOURS;
+    let asked = run.start.0..run.start.0.saturating_add(run.count);
+    (first..first.saturating_add(NEIGHBOURS).min(len))
+        .filter(move |page| !asked.contains(page))
+        .map(PageNo)
+}
+
 /// Sends the pages that a message asks for ahead of everything else. Those that cannot be read here
 /// come from QEMU, which is asked too.
 pub(crate) fn serve(stream: &Arc<Stream>, message: &[u8], outbox: &Outbox, pool: &Arc<Pool>) {
@@ -66,7 +79,11 @@ pub(crate) fn serve(stream: &Arc<Stream>, message: &[u8], outbox: &Outbox, pool:
     let Some(base) = stream.memory.base(block) else {
         return;
     };
-    let pages: Vec<PageNo> = run.pages().collect();
+    let mut pages: Vec<PageNo> = run.pages().collect();
+    let group = run.start.0 / NEIGHBOURS;
+    if stream.is_new_group(block, group) {
+        pages.extend(neighbours(run, stream.memory.len(block)));
+    }
     let addresses: Vec<HostAddr> = pages
         .iter()
         .filter_map(|page| base.of_page(*page))
@@ -106,6 +123,31 @@ mod tests {
         let mut bytes = Vec::new();
         qstream::encode_return(message, &mut bytes);
         bytes
+    }
+
+    #[test]
+    fn neighbours_are_of_the_block_and_not_what_was_asked_for() {
+        let around = |start, count, len| {
+            let start = PageNo(start);
+            let pages = neighbours(PageRun { start, count }, len);
+            pages.map(|page| page.0).collect::<Vec<_>>()
+        };
+        assert_eq!(around(9, 1, 100), [8, 10, 11, 12, 13, 14, 15]);
+        assert_eq!(around(8, 8, 100), [0; 0]);
+        assert_eq!(around(8, 512, 1000), [0; 0]);
+        assert_eq!(around(9, 1, 11), [8, 10]);
+        assert_eq!(
+            around(u32::MAX, 1, u32::MAX),
+            [
+                u32::MAX - 7,
+                u32::MAX - 6,
+                u32::MAX - 5,
+                u32::MAX - 4,
+                u32::MAX - 3,
+                u32::MAX - 2,
+                u32::MAX - 1
+            ]
+        );
     }
 
     #[test]

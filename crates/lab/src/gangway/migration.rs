@@ -44,7 +44,7 @@ pub fn migrate(
         preset,
         zstd,
         mode,
-        confirm_handover: bench.scenario.compare && mode != Mode::PostCopy,
+        confirm_handover: bench.scenario.compare && !matches!(mode, Mode::PostCopy | Mode::Hybrid),
         stale: bench.scenario.stale_s.is_some(),
     };
     if let Some(seconds) = bench.scenario.stale_s {

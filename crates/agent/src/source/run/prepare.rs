@@ -1,0 +1,172 @@
+//! What stands before a move's stream: the VM is looked at, the session opened, the target QEMU started.
+
+use std::sync::Arc;
+
+use anyhow::{Context, anyhow};
+use guest::{RunState, SourceGuest, target_argv};
+use migrate::handover::SourceJournal;
+use page::{ContentKey, PAGE_SIZE};
+use wire::OpenMove;
+
+use crate::prepare::Prepared;
+use crate::types::{Compression, MoveSpec, Sharing};
+
+use super::super::home::guest_memory;
+use super::super::index_link::IndexKey;
+use super::super::progress::ProgressMeter;
+use super::super::right_of_way::Place;
+use super::super::session::{SessionKey, SessionRack, describe};
+use super::super::stream::Stream;
+use super::{Control, Run, parameters, plain};
+
+impl Run {
+    /// Attaches to the VM, opens the session, has the target QEMU started.
+    pub(super) fn prepare(&mut self) -> anyhow::Result<()> {
+        let spec = self.spec.clone();
+        let guest = self.home.attach(&spec.qmp, self.sender.clone())?;
+        guest.check()?;
+        self.home.was_running = guest.run_state()? == RunState::Running;
+        if self.home.was_running && guest.loses_written_pages()? {
+            let (major, minor, micro) = guest.version();
+            // Each look at the written pages loses some: the rate is the true one from the start, and
+            // QEMU looks as often as it does without us.
+            self.approach.set_near();
+            self.note(format!(
+                "its QEMU {major}.{minor}.{micro} emulates the processor, and before 9.0 that loses pages which the guest \
+                 writes during any live migration: pause the guest first (`stop`), or move it with \
+                 QEMU 9.0 or newer"
+            ));
+        }
+        if parameters(&spec).postcopy {
+            check_postcopy(&guest)?;
+        }
+        self.meter = ProgressMeter::new(guest.memory_bytes().0);
+        let argv = match spec.definition.clone() {
+            Some(argv) => argv,
+            None => {
+                let replace: Vec<_> = spec
+                    .replace
+                    .iter()
+                    .map(|r| (r.from.clone(), r.to.clone()))
+                    .collect();
+                target_argv(guest.argv(), &replace).context("making the target's command line")?
+            }
+        };
+        let key = SessionKey {
+            group: spec.group.clone(),
+            target_bulk: spec.target_bulk.clone(),
+            domain_key: spec.domain_key.clone(),
+            window_log: matches!(spec.settings.compression, Compression::Zstd)
+                .then_some(self.context.window_log),
+            index: spec.rack.as_ref().map(|rack| rack.index.clone()),
+            is_sharing: spec.settings.sharing == Sharing::Preserve,
+        };
+        let rack = self.rack_of(&spec)?;
+        let session = self
+            .context
+            .sessions
+            .get(&key, rack, &self.context.session)
+            .map_err(|e| anyhow!(describe(&e)))?;
+        self.control = Control::new(&spec.target_bulk, &session.id, &self.context.session);
+        let memory = guest_memory(&guest).context("finding the guest's memory")?;
+        let vm = session.number();
+        let stream = Stream::new(
+            vm,
+            spec.vm.clone(),
+            memory,
+            self.context.window_bytes,
+            Place::new(Arc::clone(&session.right_of_way)),
+            self.sender.clone(),
+        );
+        let stream = Arc::new(stream);
+        stream.bucket.set_rate(spec.max_bandwidth_bytes_per_s);
+        session.add(&stream);
+        self.session = Some(session);
+        self.stream = Some(stream);
+        self.home.settings = Some(guest.save_settings(&parameters(&spec))?);
+        self.write_journal(SourceJournal::Begun)?;
+        let memory_bytes = guest.memory_bytes().0;
+        let resume = self.home.was_running;
+        let open = OpenMove {
+            id: spec.id.clone(),
+            vm_name: spec.vm.clone(),
+            vm,
+            argv,
+            resume,
+            memory_bytes,
+            share: spec.settings.sharing == Sharing::Preserve,
+            postcopy: parameters(&spec).postcopy,
+        };
+        let note = self
+            .control
+            .open(open)
+            .map_err(|e| anyhow!("the target cannot receive it: {}", plain(&e)))?;
+        if let Some(message) = note {
+            self.note(message);
+        }
+        Ok(())
+    }
+
+    /// The move's place in its group; none if the index cannot be reached, which costs bytes.
+    fn rack_of(&self, spec: &MoveSpec) -> anyhow::Result<Option<SessionRack>> {
+        let Some(rack) = &spec.rack else {
+            return Ok(None);
+        };
+        let secret = content_key(&spec.domain_key)?;
+        let key = IndexKey {
+            group: spec.group.clone(),
+            domain_key: spec.domain_key.clone(),
+            shards: rack.index.clone(),
+        };
+        let indexes = &self.context.indexes;
+        match indexes.get(&key, &secret, &self.context.session) {
+            Ok(index) => Ok(Some(SessionRack::new(rack, &spec.group, &secret, index))),
+            Err(error) => {
+                let message = format!(
+                    "contents are shared on this host pair only: {}",
+                    plain(&error)
+                );
+                self.note(message);
+                Ok(None)
+            }
+        }
+    }
+
+    /// What a preparation of the group has found here.
+    pub(super) fn prepared(&self) -> Option<Arc<Prepared>> {
+        if self
+            .spec
+            .rack
+            .as_ref()
+            .is_some_and(|rack| rack.shared_target)
+        {
+            // Needed by this target only may still mean by two source hosts.
+            return None;
+        }
+        let secret = content_key(&self.spec.domain_key).ok()?;
+        let preparations = &self.context.preparations;
+        preparations.prepared(&self.spec.group, secret.secret())
+    }
+}
+
+/// A page of the host is placed at once, and pages are sent ahead one by one.
+fn check_postcopy(guest: &SourceGuest) -> anyhow::Result<()> {
+    let blocks = guest.ram_blocks()?;
+    match blocks
+        .iter()
+        .find(|block| block.page_size != PAGE_SIZE as u64)
+    {
+        Some(block) => Err(anyhow!(
+            "post-copy of memory with large pages ({}) is not carried yet",
+            block.name
+        )),
+        None => Ok(()),
+    }
+}
+
+pub(super) fn content_key(hex_digits: &str) -> anyhow::Result<ContentKey> {
+    let mut secret = [0; 32];
+    hex::decode_to_slice(hex_digits, &mut secret)
+        .context("the trust domain's secret is not 64 hex digits")?;
+    Ok(ContentKey::new(secret))
+}
