@@ -16,7 +16,10 @@ use crate::index_host::IndexHost;
 use crate::journal::Journal;
 use crate::link::{Bucket, Hold, Security, Terms};
 use crate::prepare::{OverLinks, Preparations};
-use crate::source::{Entry, IndexLinks, Input, MoveContext, MoveRun, SessionContext, Sessions};
+use crate::source::{
+    Entry, IndexLinks, Input, MoveContext, MoveRun, SessionContext, Sessions, guest_memory,
+    shares_memory,
+};
 use crate::target::{self, Arrivals, Pools, Pressure, TargetContext};
 use crate::tls::Tls;
 use crate::types::{
@@ -244,9 +247,10 @@ impl Mover for HostMover {
         guest.check().map_err(|e| refuse(&e))?;
         let argv = spec.definition.as_deref().unwrap_or(guest.argv());
         let (major, minor, micro) = guest.version();
+        let shares = || guest_memory(&guest).is_ok_and(|memory| shares_memory(&memory));
         let held = match spec.settings.sharing {
-            Sharing::Preserve => guest.held_memory(),
-            Sharing::Off => None,
+            Sharing::Preserve if shares() => guest.held_memory(),
+            Sharing::Preserve | Sharing::Off => None,
         };
         Ok(MoveCheck {
             vm: spec.vm.clone(),

@@ -19,7 +19,7 @@ use crate::prepare::{Preparations, Prepared};
 use crate::types::{Happening, Mode, MoveSpec, Phase, Scope, Sharing};
 
 use super::control::Control;
-use super::home::{Home, guest_memory};
+use super::home::{Home, guest_memory, shares_memory};
 use super::index_link::{IndexKey, IndexLinks};
 use super::progress::ProgressMeter;
 use super::reader::Way;
@@ -265,6 +265,8 @@ impl Run {
             .map_err(|e| anyhow!(describe(&e)))?;
         self.control = Control::new(&spec.target_bulk, &session.id, &self.context.session);
         let memory = guest_memory(&guest).context("finding the guest's memory")?;
+        // A target QEMU that maps shared pages has no huge ones: only if there is something to share.
+        let share = spec.settings.sharing == Sharing::Preserve && shares_memory(&memory);
         let vm = session.number();
         let stream = Stream::new(
             vm,
@@ -290,7 +292,7 @@ impl Run {
             argv,
             resume,
             memory_bytes,
-            share: spec.settings.sharing == Sharing::Preserve,
+            share,
             postcopy: parameters(&spec).postcopy,
         };
         let note = self
