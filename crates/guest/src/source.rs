@@ -33,6 +33,15 @@ const END_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often the end of a migration is looked for.
 const END_POLL: Duration = Duration::from_millis(20);
 
+/// First version whose emulation sees every write to a page while it is migrated.
+const MARKS_KEPT: (u32, u32, u32) = (9, 0, 0);
+
+/// `query-kvm`.
+#[derive(Deserialize)]
+struct Kvm {
+    enabled: bool,
+}
+
 /// A running QEMU that somebody else started.
 ///
 /// Nothing is changed by attaching; [`SourceGuest::start_migration`] changes settings and
@@ -137,6 +146,19 @@ impl SourceGuest {
     pub fn version(&self) -> (u32, u32, u32) {
         let version = self.qmp.version();
         (version.major, version.minor, version.micro)
+    }
+
+    /// Whether this QEMU can miss that its guest has written a page, so that any live migration of
+    /// the running guest may lose it: before 9.0 an emulating QEMU (TCG) clears marks of written
+    /// pages without having the emulation set them again. Under KVM the kernel keeps the marks.
+    ///
+    /// # Errors
+    /// If the monitor fails.
+    pub fn loses_written_pages(&self) -> Result<bool, GuestError> {
+        if self.version() >= MARKS_KEPT {
+            return Ok(false);
+        }
+        Ok(!self.qmp.query::<Kvm>("query-kvm")?.enabled)
     }
 
     /// QEMU's command line, for [`crate::target_argv`]: the machine type replaced by the versioned

@@ -9,6 +9,7 @@
 //!  QMP ◄─► mover (one a VM: the hand-over machine) ◄─► control connection ═════► target agent
 //! ```
 
+mod approach;
 mod control;
 mod home;
 mod index_link;

@@ -9,7 +9,7 @@ use anyhow::{Context, anyhow};
 use guest::{MigrationParameters, QmpEvent, RunState, SavedSettings, SourceGuest, target_argv};
 use migrate::handover::{SourceAction, SourceEvent, SourceJournal, SourceMove, SourceState};
 use migrate::pack::Packer;
-use page::{ByteLen, ContentKey, PAGE_SIZE};
+use page::{ContentKey, PAGE_SIZE};
 use serde::{Deserialize, Serialize};
 use wire::OpenMove;
 
@@ -18,6 +18,7 @@ use crate::journal::Journal;
 use crate::prepare::{Preparations, Prepared};
 use crate::types::{Happening, Mode, MoveSpec, Phase, Scope, Sharing};
 
+use super::approach::Approach;
 use super::control::Control;
 use super::home::{Home, guest_memory, shares_memory};
 use super::index_link::{IndexKey, IndexLinks};
@@ -29,16 +30,6 @@ use super::stream::Stream;
 
 /// How often progress is reported.
 const REPORT: Duration = Duration::from_millis(500);
-
-/// How often QEMU is asked how far it is and told the wire's rate, and how often near the end, where
-/// it waits for that word before it stops its guest.
-const TICK: Duration = Duration::from_millis(500);
-const TICK_NEAR: Duration = Duration::from_millis(100);
-
-/// The end is near from the second round on, or with less than this to go, or less than what QEMU
-/// passes in this time: three ticks, and a stretch of zero pages that it passes in one.
-const NEAR_END: ByteLen = ByteLen(8 << 20);
-const NEAR_END_TIME: Duration = Duration::from_millis(1500);
 
 /// Pause before a release is repeated.
 const RELEASE_PAUSE: Duration = Duration::from_millis(500);
@@ -154,10 +145,7 @@ struct Run {
     phase: Phase,
     /// The guest was seen to stop for its switch-over.
     stopped: bool,
-    /// QEMU may soon stop its guest.
-    near_end: bool,
-    /// What QEMU had to send when it was last asked.
-    remaining: Option<(Instant, ByteLen)>,
+    approach: Approach,
     reported: Instant,
     /// Its QEMU was told to go over to post-copy.
     switched: bool,
@@ -187,8 +175,7 @@ impl Run {
             started: Instant::now(),
             phase: Phase::Queued,
             stopped: false,
-            near_end: false,
-            remaining: None,
+            approach: Approach::default(),
             reported: Instant::now(),
             switched: false,
         }
@@ -211,8 +198,7 @@ impl Run {
         };
         self.handle(first);
         while !self.phase.is_final() {
-            let tick = if self.near_end { TICK_NEAR } else { TICK };
-            match self.inputs.recv_timeout(tick) {
+            match self.inputs.recv_timeout(self.approach.tick()) {
                 Ok(input) => self.take(input),
                 Err(RecvTimeoutError::Timeout) => self.tick(),
                 // Cannot be: we hold a sender ourselves.
@@ -233,6 +219,17 @@ impl Run {
         let guest = self.home.attach(&spec.qmp, self.sender.clone())?;
         guest.check()?;
         self.home.was_running = guest.run_state()? == RunState::Running;
+        if self.home.was_running && guest.loses_written_pages()? {
+            let (major, minor, micro) = guest.version();
+            // Each look at the written pages loses some: the rate is the true one from the start, and
+            // QEMU looks as often as it does without us.
+            self.approach.set_near();
+            self.note(format!(
+                "its QEMU {major}.{minor}.{micro} emulates the processor, and before 9.0 that loses pages which the guest \
+                 writes during any live migration: pause the guest first (`stop`), or move it with \
+                 QEMU 9.0 or newer"
+            ));
+        }
         if parameters(&spec).postcopy {
             check_postcopy(&guest)?;
         }
@@ -425,6 +422,7 @@ impl Run {
         self.switched = true;
         if let Some(stream) = &self.stream {
             // What is queued now is downtime, and later keeps pages waiting.
+            self.approach.set_near();
             stream.set_near_end(true);
         }
         let machine = &mut self.machine;
@@ -473,9 +471,8 @@ impl Run {
         if let Some(info) = &info {
             let round = info.dirty_sync_count;
             stream.set_round(round);
-            self.near_end |=
-                self.switched || round > 1 || (round == 1 && self.is_end_near(info.remaining));
-            stream.set_near_end(self.near_end);
+            self.approach.observe(round, info.remaining, Instant::now());
+            stream.set_near_end(self.approach.is_near());
             if round <= 1
                 && let Some(frames) = self.session.as_ref().and_then(|s| s.frames.as_ref())
             {
@@ -490,17 +487,6 @@ impl Run {
             let progress = self.meter.sample(stream, info.as_ref());
             (self.events)(Happening::Progress { progress });
         }
-    }
-
-    fn is_end_near(&mut self, remaining: ByteLen) -> bool {
-        let now = Instant::now();
-        let before = self.remaining.replace((now, remaining));
-        let soon = before.is_some_and(|(then, before)| {
-            let passed = u128::from(before.0.saturating_sub(remaining.0));
-            let took = now.saturating_duration_since(then).as_millis();
-            u128::from(remaining.0) * took < passed * NEAR_END_TIME.as_millis()
-        });
-        soon || remaining < NEAR_END
     }
 
     fn tell_rate(&self, stream: &Stream) {
