@@ -73,6 +73,9 @@ pub struct Config {
     /// Most memory that the shared pages of a trust domain may take here; what does not fit is copied.
     #[serde(default = "default_pool_bytes_max")]
     pub pool_bytes_max: u64,
+    /// What becomes of the kernel's merging of identical pages while VMs arrive.
+    #[serde(default)]
+    pub ksm: Ksm,
     /// zstd window, for each host pair; a power of two.
     #[serde(default = "default_compression_window_bytes")]
     pub compression_window_bytes: u64,
@@ -82,6 +85,19 @@ pub struct Config {
     /// Test aid: a move waits at instant NAME while a file `NAME.VM` exists in this directory.
     #[serde(default)]
     pub hold_dir: Option<PathBuf>,
+}
+
+/// The kernel's merging of identical pages (KSM), which is one for the whole host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ksm {
+    /// It is left alone.
+    #[default]
+    Keep,
+    /// It is driven as hard as a core allows while VMs arrive and until they were scanned, and then set
+    /// back to what was found. It merges the pages of all processes that asked for it, of whatever
+    /// trust domain.
+    Boost,
 }
 
 fn default_state_dir() -> PathBuf {
@@ -304,6 +320,8 @@ mod tests {
             (15, 5)
         );
         assert_eq!(config.store_bytes, 32 << 20);
+        assert_eq!(config.ksm, Ksm::Keep);
+        assert_eq!(parse("ksm = \"boost\"\n").unwrap().ksm, Ksm::Boost);
         assert_eq!(config.compression_window_bytes, 32 << 20);
         assert_eq!(config.window_bytes_max, 8 << 20);
         assert_eq!((config.control, config.insecure_plaintext), (None, false));

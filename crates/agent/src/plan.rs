@@ -101,9 +101,6 @@ pub enum PlanError {
         value: String,
     },
     /// Settings that do not go together yet.
-    #[error("sharing `preserve` does not go with scope `rack` yet: choose scope `none` or `host`")]
-    SharingInRack,
-    /// Settings that do not go together yet.
     #[error(
         "modes `post-copy` and `hybrid` go with scope `none` or `host`, sharing `off` and compression `none` \
          only, for now"
@@ -160,9 +157,6 @@ impl Plan {
             });
         }
         let settings = self.settings();
-        if settings.sharing == Sharing::Preserve && settings.scope == Scope::Rack {
-            return Err(PlanError::SharingInRack);
-        }
         let is_plain = settings.scope != Scope::Rack
             && settings.sharing == Sharing::Off
             && settings.compression == Compression::None;
@@ -567,17 +561,18 @@ replace = [{ from = "/run/a", to = "/run/b" }]
     }
 
     #[test]
-    fn sharing_in_a_rack_is_refused_in_so_many_words() {
+    fn sharing_goes_with_every_scope_and_full_has_it() {
         let sharing = |preset: &str| {
             let text = PLAN.replace("preset = \"oc\"", preset);
-            Plan::parse(Path::new("plan.toml"), &text).map(|plan| plan.settings().sharing)
+            let plan = Plan::parse(Path::new("plan.toml"), &text);
+            plan.unwrap().settings().sharing
         };
-        assert_eq!(sharing("preset = \"slm\"").unwrap(), Sharing::Preserve);
-        assert_eq!(
-            sharing("preset = \"gang\"\nsharing = \"preserve\"").unwrap(),
-            Sharing::Preserve
-        );
-        let refused = sharing("preset = \"full\"\nsharing = \"preserve\"");
-        assert!(matches!(refused, Err(PlanError::SharingInRack)));
+        let preserve = "\nsharing = \"preserve\"";
+        for preset in ["oc", "gang", "irlm", "slm", "full"] {
+            let preset = format!("preset = \"{preset}\"");
+            assert_eq!(sharing(&(preset.clone() + preserve)), Sharing::Preserve);
+            let has_it = preset.contains("slm") || preset.contains("full");
+            assert_eq!(sharing(&preset) == Sharing::Preserve, has_it, "{preset}");
+        }
     }
 }

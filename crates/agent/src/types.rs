@@ -98,7 +98,8 @@ pub enum Preset {
     /// Sharing-aware live migration: what shares memory at the source is sent once and shares it at
     /// the target; other contents are not compared.
     Slm,
-    /// Each content once for the whole group, and compressed.
+    /// Each content once for the whole group, and compressed; what shares memory at the source
+    /// shares it at the target.
     Full,
 }
 
@@ -114,8 +115,8 @@ impl Preset {
             Self::Full => (Scope::Rack, Compression::Zstd),
         };
         let sharing = match self {
-            Self::Slm => Sharing::Preserve,
-            Self::Oc | Self::Gang | Self::Irlm | Self::Full => Sharing::Off,
+            Self::Slm | Self::Full => Sharing::Preserve,
+            Self::Oc | Self::Gang | Self::Irlm => Sharing::Off,
         };
         Settings {
             scope,

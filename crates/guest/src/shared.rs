@@ -118,6 +118,19 @@ impl SharedFrames {
         }
     }
 
+    /// How many pages of a VM map a frame that something else maps too, or a file that it could: another
+    /// VM, or this one again. What it is is not known before it is looked at as well.
+    ///
+    /// # Errors
+    /// If a page table cannot be read.
+    pub fn mapped_elsewhere(vm: VmMemory) -> io::Result<u64> {
+        let mut frames = Self::new(vec![vm]);
+        frames.zero_frame = zero_frame()?;
+        let mut found = Vec::new();
+        frames.read_vm(0, &mut found)?;
+        Ok(found.len() as u64)
+    }
+
     /// Looks at these VMs instead from the next refresh on; nothing is shared until then. Files keep
     /// their numbers.
     pub fn set_vms(&mut self, vms: Vec<VmMemory>) {

@@ -60,6 +60,12 @@ fn pages_of_a_template_are_shared_touched_or_not_until_they_are_written() {
     read(&one, 1);
     read(&two, 2);
     write(&one, 3);
+    let alone = SharedFrames::mapped_elsewhere(vm_of(&one));
+    assert_eq!(
+        alone.unwrap(),
+        63,
+        "the page that it has written is its own"
+    );
     let mut frames = SharedFrames::new(vec![vm_of(&one), vm_of(&two)]);
     let report = frames.refresh().unwrap();
     assert!(report.unread.is_empty());

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Context;
 use serde_json::{Value, json};
@@ -221,6 +222,7 @@ fn one(
         run.index_bytes = None;
     }
     run.source_footprint = Some(source_footprint);
+    std::thread::sleep(Duration::from_secs(scenario.rest_s));
     run.target_footprint = Some(Footprint::read(
         &bench,
         Rack::Target,

@@ -29,6 +29,9 @@ pub struct Scenario {
     /// Seconds between the last guest's being ready and the migration.
     #[serde(default = "settle")]
     pub settle_s: u64,
+    /// Seconds for which the guests run at their targets before it is read what they hold there.
+    #[serde(default)]
+    pub rest_s: u64,
     /// A run that takes longer has failed.
     #[serde(default = "patience")]
     pub patience_s: u64,

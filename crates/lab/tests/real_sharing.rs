@@ -4,6 +4,8 @@
 //! Needs the `gangway` binary and the mapping library of the same target directory (`make test` builds
 //! them first).
 
+use std::path::{Path, PathBuf};
+
 use lab::results::{Results, Run};
 use lab::run;
 use lab::scenario::Scenario;
@@ -133,6 +135,46 @@ fn real_vms_arrive_as_copies_when_their_pages_cannot_be_mapped_and_that_is_said(
             mapped(&run)
         );
     }
+}
+
+/// What the tests of `cow-shim` are built with (`make test` builds all): it fails as it is called.
+fn stand_in(failure: &str, dir: &Path) -> PathBuf {
+    let test = std::env::current_exe().expect("the program of this test");
+    let built = test.ancestors().nth(2).expect("the target directory");
+    let built = built.join("examples/libstand_in.so");
+    assert!(built.is_file(), "{} was not built", built.display());
+    let file = dir.join(format!("{failure}.so"));
+    std::fs::copy(built, &file).expect("a copy of it");
+    file
+}
+
+#[test]
+fn real_vms_arrive_as_copies_when_the_mapping_library_fails_and_that_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    for (failure, said) in [
+        ("version", "speaks version"),
+        ("memory", "could not be mapped"),
+        ("thread", "its thread has ended"),
+    ] {
+        let library = stand_in(failure, dir.path());
+        let run = slm(&[&format!("agent.cow_library={}", library.display())]);
+        assert_eq!(run.application["exit_code"], 0, "{failure}");
+        assert_eq!(run.compared_pages, Some(2 * PAGES), "{failure}");
+        assert!(notes(&run).contains(said), "{failure}: {}", notes(&run));
+        assert_eq!(mapped(&run), 0, "{failure}");
+    }
+}
+
+/// Two pairs of hosts. Contents that go to both cross once, and are mapped wherever they come from.
+#[test]
+fn real_vms_of_two_hosts_share_their_memory_where_each_content_crosses_once_for_all() {
+    let run = &results_of(&["techniques=full", "hosts.source=2", "hosts.target=2"]).runs[0];
+    assert_intact(run);
+    assert_eq!(run.compared_pages, Some(4 * PAGES));
+    assert_eq!(notes(run), "");
+    let pages = run.pages.unwrap();
+    assert!(pages.remote_reference.unwrap() > 1000, "{pages:?}");
+    assert!(mapped(run) > 20_000, "{pages:?}");
 }
 
 #[test]

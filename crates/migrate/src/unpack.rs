@@ -258,7 +258,7 @@ impl Unpacker {
     }
 
     /// Contents came, from another connection or another host: pages that wait for them are
-    /// written to `batch`, which is empty.
+    /// written to `batch`, which is empty, or to be mapped as those of a frame are.
     pub fn arrived<B>(
         &mut self,
         contents: impl IntoIterator<Item = Arrived<B>>,
@@ -270,17 +270,19 @@ impl Unpacker {
             return;
         };
         for Arrived { entry, body, at } in contents {
-            for (block, page) in streaming.waiting.take_for(entry) {
-                streaming.put(block, page, Segment::Held(body.clone(), at), batch);
-                batch.placed.push(Placed {
-                    entry,
-                    block,
-                    page,
-                    literal_at: None,
-                });
+            for (version, page) in streaming.waiting.take_for(entry) {
+                let bytes = Segment::Held(body.clone(), at);
+                if streaming.share_or_put(version, page, (Some(entry), bytes), batch) {
+                    batch.placed.push(Placed {
+                        entry,
+                        block: version.block,
+                        page,
+                        literal_at: None,
+                    });
+                }
             }
         }
-        streaming.flush(&mut self.next_ping, batch);
+        streaming.flush_unless_shared(&mut self.next_ping, batch);
         batch.close_head();
     }
 
@@ -345,7 +347,7 @@ impl Unpacker {
                 let at = batch.scratch.len();
                 batch.scratch.resize(at + PAGE_SIZE, byte);
                 streaming.pages(frame, run, |s, page| {
-                    s.share_or_put(frame, page, (None, Segment::Scratch(at)), batch);
+                    s.share_or_put(frame.version(), page, (None, Segment::Scratch(at)), batch);
                 })
             }
             Op::Plain(run) => streaming.pages_with_bytes(frame, run, None, batch),

@@ -11,13 +11,16 @@ use page::ByteLen;
 
 use crate::api::mover::{Admission, Bandwidth, EventSink, MoveCheck, Mover, Refusal, RefusalCode};
 use crate::api::preparer::Preparer;
-use crate::config::Config;
+use crate::config::{Config, Ksm};
 use crate::index_host::IndexHost;
 use crate::journal::Journal;
 use crate::link::{Bucket, Hold, Security, Terms};
 use crate::prepare::{OverLinks, Preparations};
-use crate::source::{Entry, IndexLinks, Input, MoveContext, MoveRun, SessionContext, Sessions};
-use crate::target::{self, Arrivals, Pools, Pressure, TargetContext};
+use crate::source::{
+    Entry, IndexLinks, Input, MoveContext, MoveRun, SessionContext, Sessions, guest_memory,
+    shares_memory,
+};
+use crate::target::{self, Arrivals, KsmBoost, Pools, Pressure, TargetContext};
 use crate::tls::Tls;
 use crate::types::{
     Happening, HostVm, Inventory, MoveSpec, Phase, PrepareSpec, PrepareStatus, ResolveSpec, Sharing,
@@ -35,6 +38,8 @@ const SHARING_MARGIN_BYTES: u64 = 16 << 20;
 pub(crate) struct HostMover {
     /// Locked for as long as the agent lives: two agents must not take up one journal.
     _lock: std::fs::File,
+    /// Puts KSM's settings back when it goes.
+    _ksm: Option<Arc<KsmBoost>>,
     context: MoveContext,
     /// Where moves arrive.
     bulk: std::net::SocketAddr,
@@ -66,6 +71,12 @@ impl HostMover {
         let lock = claim(&config.state_dir)?;
         let journal =
             |role| Journal::open(config.state_dir.join(role)).context("opening the journal");
+        target::restore_leftover(&config.state_dir);
+        let pressure = Pressure::start().context("watching this host's memory")?;
+        let boost = (config.ksm == Ksm::Boost)
+            .then(|| KsmBoost::start(&config.state_dir, &pressure))
+            .transpose()
+            .context("driving KSM")?;
         let arrivals = Arrivals::start(TargetContext {
             host: config.name.clone(),
             run_dir: config.run_dir.clone(),
@@ -75,7 +86,7 @@ impl HostMover {
             store_bytes: usize::try_from(config.store_bytes)?,
             pools: Pools::start(ByteLen(config.pool_bytes_max))
                 .context("starting the pools of shared pages")?,
-            pressure: Pressure::start().context("watching this host's memory")?,
+            pressure,
             cow_library: config.cow_library.clone(),
         })?;
         target::listen(
@@ -114,6 +125,7 @@ impl HostMover {
         };
         Ok(Self {
             _lock: lock,
+            _ksm: boost,
             context,
             bulk: config.bulk,
             arrivals,
@@ -244,9 +256,10 @@ impl Mover for HostMover {
         guest.check().map_err(|e| refuse(&e))?;
         let argv = spec.definition.as_deref().unwrap_or(guest.argv());
         let (major, minor, micro) = guest.version();
+        let shares = || guest_memory(&guest).is_ok_and(|memory| shares_memory(&memory));
         let held = match spec.settings.sharing {
-            Sharing::Preserve => guest.held_memory(),
-            Sharing::Off => None,
+            Sharing::Preserve if shares() => guest.held_memory(),
+            Sharing::Preserve | Sharing::Off => None,
         };
         Ok(MoveCheck {
             vm: spec.vm.clone(),

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow};
 use guest::{
     MemoryBlock, MigrationInfo, MigrationParameters, MigrationStatus, RunState, SavedSettings,
-    SourceGuest, VmMemory,
+    SharedFrames, SourceGuest, VmMemory,
 };
 use sys::ProcessMemory;
 
@@ -242,6 +242,21 @@ pub(crate) fn guest_memory(guest: &SourceGuest) -> anyhow::Result<GuestMemory> {
         lengths: std::sync::Mutex::default(),
         layout: (layout, names),
     })
+}
+
+/// Fewer pages that a VM shares are not worth what sharing costs its target QEMU: huge pages.
+const SHARED_MIN_PAGES: u64 = 1024;
+
+/// Whether a VM shares memory here, with whomever. Not asked of the VMs of its session: those that join
+/// later would be missed.
+pub(crate) fn shares_memory(memory: &GuestMemory) -> bool {
+    match SharedFrames::mapped_elsewhere(memory.layout.0.clone()) {
+        Ok(pages) => pages >= SHARED_MIN_PAGES,
+        Err(error) => {
+            tracing::warn!("whether a VM shares memory cannot be seen: {error}");
+            false
+        }
+    }
 }
 
 /// Accepts the one connection of a source QEMU.

@@ -24,6 +24,7 @@ mod shared;
 mod stream;
 mod urgent;
 
+pub(crate) use home::{guest_memory, shares_memory};
 pub(crate) use index_link::{IndexKey, IndexLink, IndexLinks};
 pub(crate) use run::{Entry, Input, MoveContext, MoveRun};
 pub(crate) use session::{SessionContext, Sessions};

@@ -11,6 +11,7 @@
 mod contents;
 mod entry;
 mod incoming;
+mod ksm;
 mod listener;
 mod mapper;
 mod peer;
@@ -24,6 +25,7 @@ mod session;
 mod sink;
 
 pub(crate) use incoming::{Arrivals, TargetContext};
+pub(crate) use ksm::{KsmBoost, restore_leftover};
 pub(crate) use listener::listen;
 pub(crate) use pool::Pools;
 pub(crate) use pressure::Pressure;

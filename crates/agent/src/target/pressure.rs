@@ -53,6 +53,11 @@ impl Pressure {
         UnderPressure { pressure, said }
     }
 
+    /// VMs that arrive now.
+    pub(super) fn count(&self) -> usize {
+        self.arriving.load(Ordering::Relaxed)
+    }
+
     fn measured(&self, left: ByteLen) {
         let is_scarce = left < SCARCE;
         if self.is_scarce.swap(is_scarce, Ordering::Relaxed) != is_scarce {

@@ -44,6 +44,21 @@ pub(super) struct Frame {
     pub(super) bytes: PageCursor,
 }
 
+impl Frame {
+    /// Which version its pages have. What was read again from memory shares nothing here.
+    pub(super) fn version(&self) -> Version {
+        let (position, sharing) = match self.origin {
+            Origin::Stream { position } => (position, self.sharing),
+            Origin::Memory { as_of } => (as_of, FrameSharing::No),
+        };
+        Version {
+            block: self.block,
+            position,
+            sharing,
+        }
+    }
+}
+
 pub(super) enum Phase {
     /// PARTs.
     Parts,
@@ -97,11 +112,15 @@ impl Streaming {
                 owed.since.get_or_insert(position);
             }
         }
-        // Else when they are mapped.
+        self.flush_unless_shared(next_ping, batch);
+        Ok(())
+    }
+
+    /// With pages to be mapped, that is done when they are.
+    pub(super) fn flush_unless_shared<B>(&mut self, next_ping: &mut u32, batch: &mut Batch<B>) {
         if batch.shared.is_empty() {
             self.flush(next_ping, batch);
         }
-        Ok(())
     }
 
     pub(super) fn flush<B>(&mut self, next_ping: &mut u32, batch: &mut Batch<B>) {
@@ -161,23 +180,19 @@ impl Streaming {
     /// False: it is to be mapped.
     pub(super) fn share_or_put<B>(
         &mut self,
-        frame: &Frame,
+        version: Version,
         page: PageNo,
         (entry, bytes): (Option<EntryId>, Segment<B>),
         batch: &mut Batch<B>,
     ) -> bool {
-        let block = frame.block;
-        if let Origin::Stream { position } = frame.origin
-            && frame.sharing.is_shared()
-            && self.untouched.touch(block, page)
-        {
-            let version = Version { block, position };
+        let block = version.block;
+        if version.sharing.is_shared() && self.untouched.touch(block, page) {
             self.waiting.wait(version, page, Cause::Mapping);
             batch.shared.push(SharedPage {
                 entry,
                 block,
                 page,
-                sharing: frame.sharing,
+                sharing: version.sharing,
                 bytes,
             });
             return false;
@@ -274,7 +289,7 @@ impl Streaming {
             let entry = first.map(|first| first.plus(index));
             let bytes = Segment::Own(at);
             let is_written = match entry {
-                Some(_) => self.share_or_put(frame, page, (entry, bytes), batch),
+                Some(_) => self.share_or_put(frame.version(), page, (entry, bytes), batch),
                 None => {
                     self.put(block, page, bytes, batch);
                     true
@@ -301,18 +316,14 @@ impl Streaming {
         batch: &mut Batch<B>,
     ) -> Result<(), UnpackError> {
         self.check(frame, run)?;
-        let Origin::Stream { position } = frame.origin else {
+        if matches!(frame.origin, Origin::Memory { .. }) {
             return Err(UnpackError::OutOfPlace {
                 what: "a reference as a repair",
             });
-        };
+        }
         let mut found = std::mem::take(&mut batch.found);
         contents.find((first, run.count), remote, &mut batch.scratch, &mut found);
-        let version = Version {
-            block: frame.block,
-            position,
-        };
-        self.put_found(frame, version, (run, first), &mut found, batch);
+        self.put_found(frame.version(), (run, first), &mut found, batch);
         batch.found = found;
         Ok(())
     }
@@ -320,7 +331,6 @@ impl Streaming {
     /// Writes the pages whose contents were found, and has the others wait.
     fn put_found<B>(
         &mut self,
-        frame: &Frame,
         version: Version,
         (run, first): (PageRun, EntryId),
         found: &mut Vec<Found<B>>,
@@ -351,7 +361,7 @@ impl Streaming {
                 }
             };
             self.waiting.replaced((block, page));
-            if self.share_or_put(frame, page, (Some(entry), segment), batch) {
+            if self.share_or_put(version, page, (Some(entry), segment), batch) {
                 batch.placed.push(Placed {
                     entry,
                     block,

@@ -4,7 +4,7 @@
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
-use page::{BlockIndex, EntryId, PageNo};
+use page::{BlockIndex, EntryId, FrameSharing, PageNo};
 use wire::Reached;
 
 /// Most ends of frames that are remembered while pages wait: an honest source's window holds a
@@ -14,11 +14,13 @@ const MAX_ENDS: usize = 1 << 14;
 type PageKey = (BlockIndex, PageNo);
 
 /// Which version of a block's pages a frame has.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) struct Version {
     pub(super) block: BlockIndex,
     /// Where the frame ends in the source QEMU's stream.
     pub(super) position: u64,
+    /// How the pages share their frames at the source.
+    pub(super) sharing: FrameSharing,
 }
 
 /// What a page waits for.
@@ -34,8 +36,7 @@ pub(super) enum Cause {
 
 /// A page that waits.
 struct Wait {
-    /// End of the frame that has the version.
-    position: u64,
+    version: Version,
     cause: Cause,
 }
 
@@ -66,10 +67,9 @@ impl Waiting {
     /// The page waits for this version, and for no older one.
     pub(super) fn wait(&mut self, version: Version, page: PageNo, cause: Cause) {
         let key = (version.block, page);
-        let position = version.position;
         self.replaced(key);
-        self.pages.insert(key, Wait { position, cause });
-        *self.by_position.entry(position).or_default() += 1;
+        self.pages.insert(key, Wait { version, cause });
+        *self.by_position.entry(version.position).or_default() += 1;
         if let Cause::Entry(entry) = cause {
             self.by_entry.entry(entry).or_default().push(key);
         }
@@ -81,7 +81,7 @@ impl Waiting {
             return;
         }
         if let Some(wait) = self.pages.remove(&key) {
-            self.counted_down(wait.position);
+            self.counted_down(wait.version.position);
         }
     }
 
@@ -89,7 +89,9 @@ impl Waiting {
     /// wait, or for a newer version.
     pub(super) fn repaired(&mut self, key: PageKey, as_of: u64) -> bool {
         let position = match self.pages.entry(key) {
-            Entry::Occupied(wait) if wait.get().position <= as_of => wait.remove().position,
+            Entry::Occupied(wait) if wait.get().version.position <= as_of => {
+                wait.remove().version.position
+            }
             _ => return false,
         };
         self.counted_down(position);
@@ -100,27 +102,29 @@ impl Waiting {
     /// It does not wait any more then.
     pub(super) fn mapping_done(&mut self, key: PageKey) -> bool {
         let position = match self.pages.entry(key) {
-            Entry::Occupied(wait) if wait.get().cause == Cause::Mapping => wait.remove().position,
+            Entry::Occupied(wait) if wait.get().cause == Cause::Mapping => {
+                wait.remove().version.position
+            }
             _ => return false,
         };
         self.counted_down(position);
         true
     }
 
-    /// The entry came: the pages that wait for it, which do not any more.
-    pub(super) fn take_for(&mut self, entry: EntryId) -> Vec<PageKey> {
-        let mut keys = self.by_entry.remove(&entry).unwrap_or_default();
-        keys.retain(|key| {
-            let position = match self.pages.entry(*key) {
+    /// The entry came: the pages that wait for it, which do not any more, and the versions.
+    pub(super) fn take_for(&mut self, entry: EntryId) -> Vec<(Version, PageNo)> {
+        let keys = self.by_entry.remove(&entry).unwrap_or_default();
+        let take = |key: PageKey| {
+            let version = match self.pages.entry(key) {
                 Entry::Occupied(wait) if wait.get().cause == Cause::Entry(entry) => {
-                    wait.remove().position
+                    wait.remove().version
                 }
-                _ => return false,
+                _ => return None,
             };
-            self.counted_down(position);
-            true
-        });
-        keys
+            self.counted_down(version.position);
+            Some((version, key.1))
+        };
+        keys.into_iter().filter_map(take).collect()
     }
 
     /// The entry does not come: the pages that wait for it, which wait for a repair from now on.
@@ -198,6 +202,7 @@ mod tests {
         Version {
             block: BLOCK,
             position,
+            sharing: FrameSharing::No,
         }
     }
 
@@ -215,7 +220,7 @@ mod tests {
         assert!(!waiting.repaired((BLOCK, PageNo(2)), 29), "read too early");
         assert!(waiting.repaired((BLOCK, PageNo(2)), 30));
         assert_eq!(complete(&mut waiting), None);
-        assert_eq!(waiting.take_for(EntryId(7)), [(BLOCK, PageNo(1))]);
+        assert_eq!(waiting.take_for(EntryId(7)), [(version(20), PageNo(1))]);
         assert_eq!(complete(&mut waiting), Some(40));
         assert!(waiting.is_empty());
     }

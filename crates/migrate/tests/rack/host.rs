@@ -8,7 +8,7 @@ use migrate::exchange::Store;
 use migrate::pack::{Packer, Scan};
 use migrate::unpack::{Arrived, Batch, Segment, Unpacker};
 use migrate::window::Window;
-use page::{BlockIndex, ContentId, ContentKey, EntryId, HostNo, PAGE_SIZE, PageRun};
+use page::{BlockIndex, ByteLen, ContentId, ContentKey, EntryId, HostNo, PAGE_SIZE, PageRun};
 use wire::Reached;
 use wire::index::Verdict;
 
@@ -72,6 +72,10 @@ impl Move {
             .filter(|(index, _)| *index != NOT_REPAIRABLE)
             .map(|(_, block)| block.name.to_string())
             .collect();
+        let blocks = source.layout.blocks.iter();
+        let pages = |len: ByteLen| u32::try_from(len.pages()).unwrap();
+        let mappable = blocks.map(|(_, block)| (block.name.to_string(), pages(block.used_len)));
+        let mappable = mappable.collect();
         Self {
             source,
             read: 0,
@@ -82,7 +86,7 @@ impl Move {
             requests: VecDeque::new(),
             answers: VecDeque::new(),
             inbox: VecDeque::new(),
-            unpacker: Unpacker::default(),
+            unpacker: Unpacker::mapping(mappable),
             pings: VecDeque::new(),
             pongs_seen: 0,
             carried: VecDeque::new(),

@@ -8,12 +8,12 @@ use content::{Place, Recent};
 use index::{ClientNo, Table};
 use migrate::exchange::{Action, Came, Lookup, Store, Waiter};
 use migrate::pack::repair_front;
-use migrate::unpack::{Ack, Batch, Contents, Found, literal_runs, remotes};
+use migrate::unpack::{Ack, Batch, Contents, Found, Segment, literal_runs, remotes};
 use page::{ContentId, ContentKey, EntryId, HostNo, PAGE_SIZE, PageBytes};
 use wire::index::{EntryRun, Item, Verdict};
 use wire::{Reached, Remote, split_pages_body};
 
-use crate::guest::{bytes_of, is_fill};
+use crate::guest::{bytes_of, content_of, is_fill, marks};
 use crate::host::{Asked, Body, Crossed, Host, Inbox, bytes_written};
 use crate::rng::Rng;
 use crate::target::TargetQemu;
@@ -44,6 +44,10 @@ pub(crate) struct Faults {
     shelf_pages: usize,
     /// How long a step takes: with long steps everything is late for somebody.
     step: Duration,
+    /// Of 100 pages, so many are said to share their frame at the source, truly or not.
+    marked: usize,
+    /// Of those that are to be mapped, so many cannot be.
+    unmappable: usize,
 }
 
 impl Faults {
@@ -58,6 +62,8 @@ impl Faults {
         prepared: false,
         shelf_pages: 1 << 18,
         step: Duration::from_nanos(1),
+        marked: 0,
+        unmappable: 0,
     };
 
     /// Nothing fails, after a preparation.
@@ -79,6 +85,8 @@ impl Faults {
             prepared: rng.chance(50),
             shelf_pages: rng.below(40),
             step: Duration::from_micros([100, 1000][rng.below(2)]),
+            marked: [0, 30, 100][rng.below(3)],
+            unmappable: [0, 0, 20][rng.below(3)],
         }
     }
 }
@@ -128,6 +136,8 @@ pub(crate) struct World {
     pub(crate) doubled: u64,
     pub(crate) remote_pages: u64,
     pub(crate) repaired_pages: u64,
+    /// Pages that were mapped when their contents came, after they were named.
+    pub(crate) mapped_late: u64,
 }
 
 impl World {
@@ -155,6 +165,7 @@ impl World {
             doubled: 0,
             remote_pages: 0,
             repaired_pages: 0,
+            mapped_late: 0,
         };
         if faults.prepared {
             world.prepare();
@@ -271,6 +282,10 @@ impl World {
         m.buffer
             .extend_from_slice(&m.source.stream[m.read..m.read + count]);
         m.read += count;
+        if self.rng.chance(30) {
+            let marks = marks(&m.source, self.faults.marked, &mut self.rng);
+            m.packer.set_shared(marks);
+        }
         let used = m.packer.scan(&m.buffer, 0).expect("QEMU's stream");
         let buffer: Vec<u8> = m.buffer.drain(..used).collect();
         if !m.packer.has_pieces() {
@@ -502,6 +517,7 @@ impl World {
         let mut batch = Batch::default();
         let mut actions = Vec::new();
         let (mut own, mut repair_as_of) = (Body::default(), None);
+        let is_late = matches!(inbox, Inbox::Arrived(_));
         match inbox {
             Inbox::Frame(body, is_repair) => {
                 let mut contents = TargetContents {
@@ -538,6 +554,13 @@ impl World {
                 }
             }
         }
+        let mapped = map(
+            host,
+            vm,
+            (&mut batch, &own),
+            (&self.key, &mut self.rng, self.faults.unmappable),
+        );
+        self.mapped_late += if is_late { mapped } else { 0 };
         host.targets[vm].write(&bytes_written(&batch, &own), repair_as_of);
         let m = &mut host.moves[vm];
         m.requests.extend(batch.repair.iter().copied());
@@ -581,21 +604,66 @@ impl World {
     }
 }
 
+/// Maps the pages that are to be mapped, but for some; returns how many are.
+fn map(
+    host: &mut Host,
+    vm: usize,
+    (batch, own): (&mut Batch<Body>, &[u8]),
+    (key, rng, unmappable): (&ContentKey, &mut Rng, usize),
+) -> u64 {
+    if batch.shared.is_empty() {
+        return 0;
+    }
+    let mut is_mapped = Vec::new();
+    for shared in &batch.shared {
+        let bytes = match &shared.bytes {
+            Segment::Head(_) => panic!("no page"),
+            Segment::Own(at) => &own[*at..][..PAGE_SIZE],
+            Segment::Held(body, at) => &body[*at..][..PAGE_SIZE],
+            Segment::Scratch(at) => &batch.scratch[*at..][..PAGE_SIZE],
+        };
+        let bytes: &PageBytes = bytes.try_into().unwrap();
+        let row = host.moves[vm].source.layout.row(shared.block, shared.page);
+        is_mapped.push(!rng.chance(unmappable));
+        if is_mapped.last() == Some(&true) {
+            host.targets[vm].map(row, content_of(bytes), &host.moves[vm].source);
+        }
+        let Some(entry) = shared.entry else { continue };
+        let (block, page) = (shared.block, shared.page);
+        place(
+            host,
+            entry,
+            Some(key.id_of(bytes)),
+            Place {
+                vm: u16::try_from(vm).unwrap(),
+                block,
+                page,
+            },
+        );
+    }
+    host.moves[vm].unpacker.shared_done(&is_mapped, batch);
+    is_mapped.iter().filter(|is_mapped| **is_mapped).count() as u64
+}
+
 fn remember(host: &mut Host, vm: usize, batch: &Batch<Body>, body: &[u8], key: &ContentKey) {
     for placed in &batch.placed {
         let id = placed
             .literal_at
             .map(|at| key.id_of(body[at..][..PAGE_SIZE].try_into().unwrap()));
-        let place = Place {
+        let at = Place {
             vm: u16::try_from(vm).unwrap(),
             block: placed.block,
             page: placed.page,
         };
-        if !placed.entry.is_local() {
-            host.store.place(placed.entry, id, place);
-        } else if let Some(id) = id.or_else(|| host.places.id(placed.entry)) {
-            host.places.put(placed.entry, id, place);
-        }
+        place(host, placed.entry, id, at);
+    }
+}
+
+fn place(host: &mut Host, entry: EntryId, id: Option<ContentId>, at: Place) {
+    if !entry.is_local() {
+        host.store.place(entry, id, at);
+    } else if let Some(id) = id.or_else(|| host.places.id(entry)) {
+        host.places.put(entry, id, at);
     }
 }
 

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use page::{BlockIndex, PAGE_SIZE, PageBytes, PageNo};
+use migrate::pack::SharedPages;
+use page::{BlockIndex, FileRange, FrameSharing, PAGE_SIZE, PageBytes, PageNo};
 use qstream::{BlockList, Command, Encoder, encode_command};
 
 use crate::opening;
@@ -236,4 +237,27 @@ impl SourceQemu {
 
 fn random_content(rng: &mut Rng) -> Content {
     u32::try_from(rng.below(CONTENTS)).unwrap()
+}
+
+/// Says of some pages that they share their frame.
+pub(crate) fn marks(source: &SourceQemu, percent: usize, rng: &mut Rng) -> Arc<SharedPages> {
+    let blocks: Vec<_> = source.layout.blocks.iter().collect();
+    let pages = |len: page::ByteLen| u32::try_from(len.pages()).unwrap();
+    let shapes = blocks.iter().map(|(_, b)| (&*b.name, pages(b.used_len)));
+    let mut marks = SharedPages::of_blocks(shapes);
+    for (position, (_, block)) in blocks.iter().enumerate() {
+        for page in 0..pages(block.used_len) {
+            if rng.chance(percent) {
+                let range = FileRange { file: 0, ahead: 7 };
+                let of_file = rng.chance(50);
+                let sharing = if of_file {
+                    FrameSharing::File(range)
+                } else {
+                    FrameSharing::Merged
+                };
+                marks.mark(position, page::PageNo(page), sharing);
+            }
+        }
+    }
+    Arc::new(marks)
 }

@@ -6,16 +6,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use content::{HostTable, Place, Places, Recent};
-use migrate::pack::{Packer, SharedPages, repair_front};
+use migrate::pack::{Packer, repair_front};
 use migrate::unpack::{Ack, Batch, Contents, Found, Segment, Unpacker, literal_runs};
 use migrate::window::Window;
-use page::{BlockIndex, ContentKey, EntryId, FileRange, FrameSharing, PAGE_SIZE, PageRun};
+use page::{BlockIndex, ContentKey, EntryId, PAGE_SIZE, PageRun};
 use wire::{
     BackMessage, FrameHeader, FrameKind, HEADER_LEN, Op, OpReader, Reached, Remote,
     split_pages_body,
 };
 
-use crate::guest::{Content, NOT_REPAIRABLE, SourceQemu, bytes_of, content_of, is_fill};
+use crate::guest::{Content, NOT_REPAIRABLE, SourceQemu, bytes_of, content_of, is_fill, marks};
 use crate::rng::Rng;
 use crate::target::TargetQemu;
 
@@ -541,29 +541,6 @@ fn bytes_of_segment<'a>(
         Segment::Held(body, at) => &body[*at..][..PAGE_SIZE],
         Segment::Scratch(at) => &batch.scratch[*at..][..PAGE_SIZE],
     }
-}
-
-/// Says of some pages that they share their frame.
-fn marks(source: &SourceQemu, percent: usize, rng: &mut Rng) -> Arc<SharedPages> {
-    let blocks: Vec<_> = source.layout.blocks.iter().collect();
-    let pages = |len: page::ByteLen| u32::try_from(len.pages()).unwrap();
-    let shapes = blocks.iter().map(|(_, b)| (&*b.name, pages(b.used_len)));
-    let mut marks = SharedPages::of_blocks(shapes);
-    for (position, (_, block)) in blocks.iter().enumerate() {
-        for page in 0..pages(block.used_len) {
-            if rng.chance(percent) {
-                let range = FileRange { file: 0, ahead: 7 };
-                let of_file = rng.chance(50);
-                let sharing = if of_file {
-                    FrameSharing::File(range)
-                } else {
-                    FrameSharing::Merged
-                };
-                marks.mark(position, page::PageNo(page), sharing);
-            }
-        }
-    }
-    Arc::new(marks)
 }
 
 /// The contents of the target host, which loses some.

@@ -11,7 +11,7 @@ use wire::OpenMove;
 use crate::prepare::Prepared;
 use crate::types::{Compression, MoveSpec, Sharing};
 
-use super::super::home::guest_memory;
+use super::super::home::{guest_memory, shares_memory};
 use super::super::index_link::IndexKey;
 use super::super::progress::ProgressMeter;
 use super::super::right_of_way::Place;
@@ -69,6 +69,8 @@ impl Run {
             .map_err(|e| anyhow!(describe(&e)))?;
         self.control = Control::new(&spec.target_bulk, &session.id, &self.context.session);
         let memory = guest_memory(&guest).context("finding the guest's memory")?;
+        // A target QEMU that maps shared pages has no huge ones: only if there is something to share.
+        let share = spec.settings.sharing == Sharing::Preserve && shares_memory(&memory);
         let vm = session.number();
         let stream = Stream::new(
             vm,
@@ -94,7 +96,7 @@ impl Run {
             argv,
             resume,
             memory_bytes,
-            share: spec.settings.sharing == Sharing::Preserve,
+            share,
             postcopy: parameters(&spec).postcopy,
         };
         let note = self
