@@ -5,12 +5,13 @@
 use std::fmt::Debug;
 
 use libfuzzer_sys::fuzz_target;
-use page::{BlockIndex, EntryId, PageNo};
+use page::{BlockIndex, ContentId, EntryId, FrameSharing, HostSet, PageNo};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use wire::{
     BackMessage, ControlReply, ControlRequest, FrameHeader, HEADER_LEN, Hello, MAX_BODY, MAX_OPS,
-    Op, OpReader, OpWriter, WireError, decode_control, encode_control, split_pages_body,
+    Op, OpReader, OpWriter, RemoteContent, WireError, decode_control, encode_control,
+    split_pages_body,
 };
 
 /// More pages than this are counted and not looked at one by one.
@@ -50,15 +51,21 @@ fn back_message(input: &[u8]) {
     assert_eq!(BackMessage::decode(&bytes), Ok(message));
 }
 
-/// An operation on one page, or another one.
+/// An operation on one page with all that belongs to it, or another one.
 #[derive(Debug, PartialEq)]
 enum Single<'a> {
-    Zero(BlockIndex, PageNo),
-    Fill(BlockIndex, PageNo, u8),
-    Plain(BlockIndex, PageNo),
-    Literal(BlockIndex, PageNo, EntryId),
-    Reference(BlockIndex, PageNo, EntryId),
+    Page(FrameSharing, BlockIndex, PageNo, Kind),
     Other(Op<'a>),
+}
+
+#[derive(Debug, PartialEq)]
+enum Kind {
+    Zero,
+    Fill(u8),
+    Plain,
+    Literal(EntryId, HostSet),
+    Reference(EntryId),
+    Remote(RemoteContent),
 }
 
 fn pages_body(input: &[u8]) {
@@ -88,46 +95,80 @@ fn pages_body(input: &[u8]) {
     assert_eq!(singles(&ops), expected);
 }
 
+/// Whom a literal is passed on to and how its frame is shared is said once for many.
 fn singles<'a>(ops: &[Op<'a>]) -> Vec<Single<'a>> {
     let mut block = BlockIndex(0);
+    let (mut forward, mut sharing) = (HostSet::default(), FrameSharing::default());
     let mut out = Vec::new();
     for op in ops {
-        match *op {
-            Op::Block(b) => block = b,
-            Op::Zero(run) => out.extend(run.pages().map(|page| Single::Zero(block, page))),
-            Op::Fill(run, byte) => {
-                out.extend(run.pages().map(|page| Single::Fill(block, page, byte)));
+        let (run, kind): (_, Box<dyn Fn(u32) -> Kind>) = match *op {
+            Op::Block(b) => {
+                block = b;
+                continue;
             }
-            Op::Plain(run) => out.extend(run.pages().map(|page| Single::Plain(block, page))),
-            Op::Literal(run, first) => out.extend(
-                run.pages()
-                    .zip(0..)
-                    .map(|(page, i)| Single::Literal(block, page, first.plus(i))),
+            Op::Forward(hosts) => {
+                forward = hosts;
+                continue;
+            }
+            Op::Shared(shared) => {
+                sharing = shared;
+                continue;
+            }
+            Op::Zero(run) => (run, Box::new(|_| Kind::Zero)),
+            Op::Fill(run, byte) => (run, Box::new(move |_| Kind::Fill(byte))),
+            Op::Plain(run) => (run, Box::new(|_| Kind::Plain)),
+            Op::Literal(run, first) => (
+                run,
+                Box::new(move |i| Kind::Literal(first.plus(i), forward)),
             ),
-            Op::Reference(run, first) => out.extend(
-                run.pages()
-                    .zip(0..)
-                    .map(|(page, i)| Single::Reference(block, page, first.plus(i))),
-            ),
-            other => out.push(Single::Other(other)),
-        }
+            Op::Reference(run, first) => (run, Box::new(move |i| Kind::Reference(first.plus(i)))),
+            Op::Remote(remote) => {
+                let kind = move |i: u32| {
+                    Kind::Remote(RemoteContent {
+                        entry: remote.first.plus(i),
+                        id: ContentId(remote.ids[i as usize]),
+                        carrier: remote.carrier,
+                        pushed: remote.pushed,
+                    })
+                };
+                (remote.run, Box::new(kind))
+            }
+            Op::Raw(_)
+            | Op::RamStart(_)
+            | Op::Package(_)
+            | Op::EndBegin
+            | Op::EndClosed
+            | Op::Tail(_) => {
+                out.push(Single::Other(*op));
+                continue;
+            }
+        };
+        let page = |(page, i)| Single::Page(sharing, block, page, kind(i));
+        out.extend(run.pages().zip(0..).map(page));
     }
     out
 }
 
 fn write(single: &Single<'_>, writer: &mut OpWriter) {
-    match *single {
-        Single::Zero(block, page) => writer.zero(block, page),
-        Single::Fill(block, page, byte) => writer.fill(block, page, byte),
-        Single::Plain(block, page) => writer.plain(block, page),
-        Single::Literal(block, page, entry) => writer.literal(block, page, entry),
-        Single::Reference(block, page, entry) => writer.reference(block, page, entry),
+    match single {
+        Single::Page(sharing, block, page, kind) => {
+            writer.shared(*sharing);
+            match kind {
+                Kind::Zero => writer.zero(*block, *page),
+                Kind::Fill(byte) => writer.fill(*block, *page, *byte),
+                Kind::Plain => writer.plain(*block, *page),
+                Kind::Literal(entry, hosts) => writer.literal_for(*block, *page, *entry, *hosts),
+                Kind::Reference(entry) => writer.reference(*block, *page, *entry),
+                Kind::Remote(content) => writer.remote(*block, *page, content),
+            }
+        }
         Single::Other(Op::Raw(bytes)) => writer.raw(bytes),
         Single::Other(Op::RamStart(bytes)) => writer.ram_start(bytes),
+        Single::Other(Op::Package(bytes)) => writer.package(bytes),
         Single::Other(Op::Tail(bytes)) => writer.tail(bytes),
         Single::Other(Op::EndBegin) => writer.end_begin(),
         Single::Other(Op::EndClosed) => writer.end_closed(),
-        Single::Other(_) => unreachable!("operations on pages are taken apart"),
+        Single::Other(op) => unreachable!("{op:?} is taken apart"),
     }
 }
 
