@@ -37,5 +37,8 @@ pub async fn run(config: &config::Config) -> anyhow::Result<()> {
         _ => None,
     };
     let mover = Arc::new(host::HostMover::start(config, tls.as_ref())?);
-    Ok(api::server::run(config, tls, mover).await?)
+    let served = api::server::run(config, tls, mover).await;
+    // Threads of moves may keep what would do it.
+    target::restore_leftover(&config.state_dir);
+    Ok(served?)
 }
