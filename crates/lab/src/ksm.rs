@@ -112,8 +112,8 @@ fn is_stable(before: u64, after: u64) -> bool {
     after.saturating_sub(before) as f64 <= before as f64 * GROWTH_MAX
 }
 
-/// Writes down what is set now, unless this session has done so already.
-fn save(session: &Session) -> anyhow::Result<()> {
+/// Writes down what is set now, for [`restore`], unless this session has done so already.
+pub fn save(session: &Session) -> anyhow::Result<()> {
     let path = session.dir().join(FOUND);
     if path.exists() {
         return Ok(());

@@ -203,6 +203,10 @@ fn one(
 ) -> anyhow::Result<Run> {
     let bench = Bench::start(session, scenario, programs)?;
     let pids: Vec<u32> = bench.running.iter().map(|running| running.pid).collect();
+    if scenario.agent.contains_key("ksm") {
+        // Agents that drive KSM are ended without having put it back.
+        ksm::save(session)?;
+    }
     let merged = scenario
         .ksm
         .then(|| ksm::merge(session, &pids, scenario.ksm_goes_on))
