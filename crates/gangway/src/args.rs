@@ -361,7 +361,7 @@ mod tests {
                 tried += 1;
             }
         }
-        assert_eq!(tried, 14);
+        assert_eq!(tried, 15);
     }
 
     #[test]
