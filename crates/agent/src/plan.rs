@@ -102,8 +102,7 @@ pub enum PlanError {
     },
     /// Settings that do not go together yet.
     #[error(
-        "modes `post-copy` and `hybrid` go with scope `none` or `host`, sharing `off` and compression `none` \
-         only, for now"
+        "modes `post-copy` and `hybrid` go with scope `none` or `host` and sharing `off` only, for now"
     )]
     Postcopy,
     /// A command line or a replacement that cannot work.
@@ -157,9 +156,7 @@ impl Plan {
             });
         }
         let settings = self.settings();
-        let is_plain = settings.scope != Scope::Rack
-            && settings.sharing == Sharing::Off
-            && settings.compression == Compression::None;
+        let is_plain = settings.scope != Scope::Rack && settings.sharing == Sharing::Off;
         if settings.mode.may_go_first() && !is_plain {
             return Err(PlanError::Postcopy);
         }
@@ -544,15 +541,15 @@ replace = [{ from = "/run/a", to = "/run/b" }]
             let text = format!("mode = \"{mode}\"\n{text}");
             Plan::parse(Path::new("plan.toml"), &text).map(|plan| plan.settings().mode)
         };
-        for good in ["preset = \"oc\"", "preset = \"gang\""] {
+        for good in [
+            "preset = \"oc\"",
+            "preset = \"gang\"",
+            "preset = \"gang\"\ncompression = \"zstd\"",
+        ] {
             assert_eq!(plan("post-copy", good).unwrap(), Mode::PostCopy);
             assert_eq!(plan("hybrid", good).unwrap(), Mode::Hybrid);
         }
-        for refused in [
-            "preset = \"irlm\"",
-            "preset = \"slm\"",
-            "preset = \"gang\"\ncompression = \"zstd\"",
-        ] {
+        for refused in ["preset = \"irlm\"", "preset = \"slm\""] {
             for mode in ["post-copy", "hybrid"] {
                 let refusal = plan(mode, refused);
                 assert!(matches!(refusal, Err(PlanError::Postcopy)), "{refused}");

@@ -17,6 +17,10 @@ use crate::link::Buffer;
 
 use super::stream::Stream;
 
+/// Frames of fewer bytes say little about what compression achieves. Those of post-copy have about
+/// twice as many.
+const RATIO_FROM: usize = 16 << 10;
+
 /// A frame on its way to the sender.
 pub(crate) struct OutFrame {
     pub(crate) kind: FrameKind,
@@ -141,7 +145,7 @@ impl Outbox {
 
     /// Learns what a frame took on the wire.
     pub(crate) fn learn_ratio(&self, raw: usize, wire: usize) {
-        if raw < 64 << 10 {
+        if raw < RATIO_FROM {
             return;
         }
         let mut inner = self.lock();
