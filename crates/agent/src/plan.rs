@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use crate::types::{
-    Compression, MoveSpec, Plan, PlanMove, Preset, RackPeer, RackSpec, Scope, Settings, Sharing,
+    MoveSpec, Plan, PlanMove, Preset, RackPeer, RackSpec, Scope, Settings, Sharing,
 };
 
 /// Trust domain of a move that names none.
@@ -101,9 +101,7 @@ pub enum PlanError {
         value: String,
     },
     /// Settings that do not go together yet.
-    #[error(
-        "modes `post-copy` and `hybrid` go with scope `none` or `host` and sharing `off` only, for now"
-    )]
+    #[error("modes `post-copy` and `hybrid` go with sharing `off` only, for now")]
     Postcopy,
     /// A command line or a replacement that cannot work.
     #[error("VM `{vm}`: `{key}` {problem}")]
@@ -156,8 +154,7 @@ impl Plan {
             });
         }
         let settings = self.settings();
-        let is_plain = settings.scope != Scope::Rack && settings.sharing == Sharing::Off;
-        if settings.mode.may_go_first() && !is_plain {
+        if settings.mode.may_go_first() && settings.sharing != Sharing::Off {
             return Err(PlanError::Postcopy);
         }
         self.check_hosts()?;
@@ -401,7 +398,7 @@ pub(crate) fn position(path: &Path, text: &str, span: Option<Range<usize>>) -> S
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::Mode;
+    use crate::types::{Compression, Mode};
 
     const PLAN: &str = r#"
 preset = "oc"
@@ -545,11 +542,13 @@ replace = [{ from = "/run/a", to = "/run/b" }]
             "preset = \"oc\"",
             "preset = \"gang\"",
             "preset = \"gang\"\ncompression = \"zstd\"",
+            "preset = \"irlm\"",
+            "preset = \"full\"\nsharing = \"off\"",
         ] {
             assert_eq!(plan("post-copy", good).unwrap(), Mode::PostCopy);
             assert_eq!(plan("hybrid", good).unwrap(), Mode::Hybrid);
         }
-        for refused in ["preset = \"irlm\"", "preset = \"slm\""] {
+        for refused in ["preset = \"full\"", "preset = \"slm\""] {
             for mode in ["post-copy", "hybrid"] {
                 let refusal = plan(mode, refused);
                 assert!(matches!(refusal, Err(PlanError::Postcopy)), "{refused}");

@@ -48,7 +48,11 @@ fn real_vms_run_before_their_memory_and_find_all_of_it_right() {
         panic!("two techniques, {} runs", results.runs.len())
     };
     let bytes = |run: &Run| run.core_bytes.unwrap();
-    assert!(bytes(held) * 2 < bytes(running), "compressed: {}", bytes(held));
+    assert!(
+        bytes(held) * 2 < bytes(running),
+        "compressed: {}",
+        bytes(held)
+    );
     for run in [running, held] {
         assert_eq!(run.failure, None, "{}", run.name());
         assert_eq!(run.vms_lost, Some(0), "{}", run.name());

@@ -42,7 +42,7 @@ use qstream::{BlockList, Decoder, Item, StreamError};
 use wire::{MAX_BODY, Op, OpReader, Remote, WireError, split_pages_body};
 
 pub use batch::{Ack, Arrived, Batch, Contents, Found, Placed, Segment};
-pub use mapping::SharedPage;
+pub use mapping::{ExpectedPage, SharedPage};
 use streaming::{Frame, Origin, PageCursor, Phase, Streaming, feed};
 
 /// Most device state that is held back while pages wait: large guests have a few MiB.
@@ -300,15 +300,20 @@ impl Unpacker {
 
     /// The entries that keep the stream from its end; none until the guest is stopped, which it is
     /// once its last RAM section begins. Not only when that section has come: the source may not be
-    /// allowed to send more before these are here.
+    /// allowed to send more before these are here. None after a switch to post-copy: the guest runs, and
+    /// what it needs is sent ahead.
     pub fn last_wanted(&self) -> impl Iterator<Item = EntryId> {
-        let stopped = match &self.state {
-            State::Streaming(streaming) => {
-                matches!(streaming.phase, Phase::End | Phase::Flushing { .. }).then_some(streaming)
-            }
+        let is_stopped = self.is_in_last_round() && !self.has_switched();
+        self.wanted().take_while(move |_| is_stopped)
+    }
+
+    /// The entries that pages wait for.
+    pub fn wanted(&self) -> impl Iterator<Item = EntryId> {
+        let streaming = match &self.state {
+            State::Streaming(streaming) => Some(streaming),
             State::Opening(_) => None,
         };
-        stopped.into_iter().flat_map(|s| s.waiting.entries())
+        streaming.into_iter().flat_map(|s| s.waiting.entries())
     }
 
     fn apply_op<B>(

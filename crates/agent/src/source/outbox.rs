@@ -143,6 +143,17 @@ impl Outbox {
         Ok(urgent.or_else(|| inner.frames.pop_front()))
     }
 
+    /// What the VM's pages wait for at the target is wanted at once, by the pages of the frames that are
+    /// queued.
+    pub(crate) fn hurry(&self, stream: &Arc<Stream>) {
+        self.push(OutFrame {
+            kind: FrameKind::Hurry,
+            stream: Arc::clone(stream),
+            packed: Packed::default(),
+            buffer: None,
+        });
+    }
+
     /// Learns what a frame took on the wire.
     pub(crate) fn learn_ratio(&self, raw: usize, wire: usize) {
         if raw < RATIO_FROM {

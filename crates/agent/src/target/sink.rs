@@ -43,6 +43,8 @@ pub(crate) enum SinkFrame {
         carrier: HostNo,
         entries: Vec<EntryId>,
     },
+    /// What it waits for is to come at once, or not at all.
+    Hurry,
 }
 
 impl SinkFrame {
@@ -50,7 +52,7 @@ impl SinkFrame {
     fn counted(&self) -> usize {
         match self {
             Self::Frame { body, .. } | Self::Urgent(body) => body.len(),
-            Self::Arrived(_) | Self::NotComing { .. } => 0,
+            Self::Arrived(_) | Self::NotComing { .. } | Self::Hurry => 0,
         }
     }
 }
@@ -251,13 +253,21 @@ impl Sink {
         self.returns.given(&batch.given);
         self.tell(unpacker, batch);
         self.remember(batch, body);
-        if let Some((rack, _)) = self.session.member(self.vm) {
-            let mut last = unpacker.last_wanted().peekable();
-            if last.peek().is_some() {
-                rack.hurry(last);
-            }
+        self.hurry(unpacker.last_wanted());
+        if matches!(frame, SinkFrame::Hurry) {
+            self.hurry(unpacker.wanted());
         }
         Ok(())
+    }
+
+    /// What is on its way, or quicker read again from the source: a guest stands still, or soon will.
+    fn hurry(&self, entries: impl Iterator<Item = EntryId>) {
+        let mut entries = entries.peekable();
+        if let Some((rack, _)) = self.session.member(self.vm)
+            && entries.peek().is_some()
+        {
+            rack.hurry(entries);
+        }
     }
 
     /// Waits a little if memory is scarce: what is not acknowledged slows the source.
@@ -328,6 +338,7 @@ impl Sink {
                 }
                 Ok(&[])
             }
+            SinkFrame::Hurry => Ok(&[]),
         }
     }
 

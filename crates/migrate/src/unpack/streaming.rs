@@ -8,7 +8,7 @@ use qstream::{BlockList, Command, Decoder, Encoder, Item, Step, encode_command};
 use wire::Remote;
 
 use super::batch::{Ack, Batch, Contents, Found, Placed, Segment};
-use super::mapping::{SharedPage, Untouched};
+use super::mapping::{ExpectedPage, SharedPage, Untouched};
 use super::owed::Owed;
 use super::waiting::{Cause, Version, Waiting};
 use super::{MAX_HELD_TAIL, MAX_WAITING, OUR_PING, UnpackError};
@@ -176,8 +176,8 @@ impl Streaming {
         }
     }
 
-    /// Has a page mapped if it shared its frame and nothing was written to it yet; else writes it.
-    /// False: it is to be mapped.
+    /// Has a page mapped if it shared its frame and nothing was written to it yet; else, and always
+    /// after a switch, writes it. False: it is to be mapped.
     pub(super) fn share_or_put<B>(
         &mut self,
         version: Version,
@@ -186,18 +186,29 @@ impl Streaming {
         batch: &mut Batch<B>,
     ) -> bool {
         let block = version.block;
-        if version.sharing.is_shared() && self.untouched.touch(block, page) {
+        let sharing = version.sharing;
+        let is_mappable = sharing.is_shared() && self.untouched.touch(block, page);
+        if is_mappable && self.owed.is_none() {
             self.waiting.wait(version, page, Cause::Mapping);
             batch.shared.push(SharedPage {
                 entry,
                 block,
                 page,
-                sharing: version.sharing,
+                sharing,
                 bytes,
             });
             return false;
         }
         self.put(block, page, bytes, batch);
+        if is_mappable {
+            batch.expected.push(ExpectedPage {
+                entry,
+                block,
+                page,
+                sharing,
+                segment: batch.segments.len() - 1,
+            });
+        }
         true
     }
 
@@ -379,7 +390,7 @@ impl Streaming {
             });
         }
         let (blocks, waits) = (&self.blocks, !self.waiting.is_empty());
-        let (owed, mut package) = (&mut self.owed, None);
+        let (owed, untouched, mut package) = (&mut self.owed, &mut self.untouched, None);
         feed(&mut self.decoder, bytes, |item| match item {
             Item::Command { .. } | Item::Opaque(_) => package.is_none(),
             // The source has waited for what comes before.
@@ -388,6 +399,7 @@ impl Streaming {
                 let owed = owed.get_or_insert_with(|| Owed::new(blocks));
                 for run in discard.runs() {
                     owed.add(discard.block, run);
+                    untouched.forget(discard.block, run);
                     batch.forgotten.push((discard.block, run));
                 }
                 true
