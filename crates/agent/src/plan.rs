@@ -5,9 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use crate::types::{
-    MoveSpec, Plan, PlanMove, Preset, RackPeer, RackSpec, Scope, Settings, Sharing,
-};
+use crate::types::{MoveSpec, Plan, PlanMove, Preset, RackPeer, RackSpec, Scope, Settings};
 
 /// Trust domain of a move that names none.
 pub const DEFAULT_DOMAIN: &str = "default";
@@ -100,9 +98,6 @@ pub enum PlanError {
         /// What it holds.
         value: String,
     },
-    /// Settings that do not go together yet.
-    #[error("modes `post-copy` and `hybrid` go with sharing `off` only, for now")]
-    Postcopy,
     /// A command line or a replacement that cannot work.
     #[error("VM `{vm}`: `{key}` {problem}")]
     CommandLine {
@@ -152,10 +147,6 @@ impl Plan {
                 min: 1,
                 max: DOWNTIME_LIMIT_MS_MAX,
             });
-        }
-        let settings = self.settings();
-        if settings.mode.may_go_first() && settings.sharing != Sharing::Off {
-            return Err(PlanError::Postcopy);
         }
         self.check_hosts()?;
         let mut seen = HashSet::new();
@@ -398,7 +389,7 @@ pub(crate) fn position(path: &Path, text: &str, span: Option<Range<usize>>) -> S
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::{Compression, Mode};
+    use crate::types::{Compression, Mode, Sharing};
 
     const PLAN: &str = r#"
 preset = "oc"
@@ -531,27 +522,22 @@ replace = [{ from = "/run/a", to = "/run/b" }]
     }
 
     #[test]
-    fn what_may_end_in_post_copy_is_refused_with_what_it_does_not_go_with_yet() {
-        let plan = |mode: &str, settings: &str| {
-            let text = PLAN.replace("preset = \"oc\"\ncompression = \"zstd\"", settings);
-            assert_ne!(text, PLAN);
-            let text = format!("mode = \"{mode}\"\n{text}");
-            Plan::parse(Path::new("plan.toml"), &text).map(|plan| plan.settings().mode)
-        };
-        for good in [
-            "preset = \"oc\"",
-            "preset = \"gang\"",
-            "preset = \"gang\"\ncompression = \"zstd\"",
-            "preset = \"irlm\"",
-            "preset = \"full\"\nsharing = \"off\"",
-        ] {
-            assert_eq!(plan("post-copy", good).unwrap(), Mode::PostCopy);
-            assert_eq!(plan("hybrid", good).unwrap(), Mode::Hybrid);
-        }
-        for refused in ["preset = \"full\"", "preset = \"slm\""] {
-            for mode in ["post-copy", "hybrid"] {
-                let refusal = plan(mode, refused);
-                assert!(matches!(refusal, Err(PlanError::Postcopy)), "{refused}");
+    fn every_mode_goes_with_every_preset() {
+        for preset in ["oc", "gang", "irlm", "slm", "full"] {
+            let name = format!("preset = \"{preset}\"");
+            let of_preset = parse(&PLAN.replace("preset = \"oc\"", &name)).unwrap();
+            for (mode, expected) in [
+                ("pre-copy", Mode::PreCopy),
+                ("post-copy", Mode::PostCopy),
+                ("hybrid", Mode::Hybrid),
+            ] {
+                let text = PLAN.replace("preset = \"oc\"", &name);
+                let plan = parse(&format!("mode = \"{mode}\"\n{text}")).unwrap();
+                let settings = Settings {
+                    mode: expected,
+                    ..of_preset.settings()
+                };
+                assert_eq!(plan.settings(), settings, "{preset} in {mode}");
             }
         }
     }

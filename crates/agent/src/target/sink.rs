@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crossbeam_channel::{Receiver, Sender, select_biased, unbounded};
 use guest::CowError;
 use migrate::unpack::{Ack, Arrived, Batch, Segment, UnpackError, Unpacker};
-use page::{BlockIndex, ContentId, EntryId, HostNo, PAGE_SIZE, PageBytes, PageNo};
+use page::{BlockIndex, ContentId, EntryId, FrameSharing, HostNo, PAGE_SIZE, PageBytes, PageNo};
 use wire::{BackMessage, MAX_ENTRIES};
 
 use crate::link::Buffer;
@@ -208,6 +208,10 @@ impl Sink {
             }
             self.feed(&mut unpacker, &frame, &mut batch)?;
         }
+        // In post-copy QEMU has placed everything only when the source has heard so, and says no more.
+        if let Some(mapper) = self.mapper.as_mut().filter(|_| unpacker.has_switched()) {
+            mapper.finish();
+        }
         Ok(())
     }
 
@@ -284,7 +288,8 @@ impl Sink {
     /// Says what a batch that was written means.
     fn tell(&mut self, unpacker: &Unpacker, batch: &Batch<Arc<Buffer>>) {
         // While QEMU loads its devices: every mapping is through, and the guest waits.
-        if let Some(mapper) = self.mapper.as_mut().filter(|_| unpacker.is_past_memory()) {
+        let is_over = unpacker.is_past_memory() && !unpacker.has_switched();
+        if let Some(mapper) = self.mapper.as_mut().filter(|_| is_over) {
             mapper.finish();
         }
         if unpacker.has_switched()
@@ -375,8 +380,24 @@ impl Sink {
         let Some(mut mapper) = self.mapper.take() else {
             return Ok(());
         };
+        if !batch.expected.is_empty() {
+            let pages = batch.expected.iter().map(|page| {
+                let place = (page.block, page.page, page.sharing);
+                (page.entry, place, &batch.segments[page.segment])
+            });
+            mapper.expect(&wanted(
+                &self.session,
+                &mut self.fills,
+                pages,
+                (batch, body),
+            ));
+        }
         if !batch.shared.is_empty() {
-            let wanted = wanted(&self.session, &mut self.fills, batch, body);
+            let pages = batch.shared.iter().map(|page| {
+                let place = (page.block, page.page, page.sharing);
+                (page.entry, place, &page.bytes)
+            });
+            let wanted = wanted(&self.session, &mut self.fills, pages, (batch, body));
             let is_mapped = mapper.map(&wanted).map_err(SinkError::Mapping)?;
             let pages = batch.shared.iter().zip(&wanted);
             let entries = pages.filter(|(_, wanted)| self.is_findable(wanted.block));
@@ -444,18 +465,26 @@ fn losses(carrier: HostNo, entries: &[EntryId]) -> impl Iterator<Item = BackMess
     entries.chunks(MAX_ENTRIES).map(lost)
 }
 
-/// The pages of a batch that are to be mapped, with the ids of their contents.
+/// A page of a batch that is to be mapped: the entry of its content, where it is and how it shares, and
+/// its bytes.
+type ToMap<'a> = (
+    Option<EntryId>,
+    (BlockIndex, PageNo, FrameSharing),
+    &'a Segment<Arc<Buffer>>,
+);
+
+/// Pages of a batch that are to be mapped, with the ids of their contents.
 fn wanted<'a>(
     session: &TargetSession,
     fills: &mut HashMap<u8, ContentId>,
-    batch: &'a Batch<Arc<Buffer>>,
-    body: &'a [u8],
+    pages: impl Iterator<Item = ToMap<'a>>,
+    (batch, body): (&'a Batch<Arc<Buffer>>, &'a [u8]),
 ) -> Vec<Wanted<'a>> {
-    let pages = batch.shared.iter().filter_map(|shared| {
-        let bytes = bytes_of(&shared.bytes, batch, body);
+    let pages = pages.filter_map(|(entry, (block, page, sharing), segment)| {
+        let bytes = bytes_of(segment, batch, body);
         let bytes: &PageBytes = bytes.try_into().ok()?;
         // What somebody else could map must be hashed here: the source's word is not enough.
-        let (content, fill) = match shared.entry {
+        let (content, fill) = match entry {
             None => {
                 let id = fills.entry(bytes[0]);
                 (
@@ -466,11 +495,11 @@ fn wanted<'a>(
             Some(_) => (session.key.id_of(bytes), None),
         };
         Some(Wanted {
-            block: shared.block,
-            page: shared.page,
+            block,
+            page,
             content,
             bytes,
-            spot: spot(session.number, shared, fill),
+            spot: spot(session.number, (sharing, page), fill),
         })
     });
     pages.collect()
