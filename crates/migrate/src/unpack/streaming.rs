@@ -23,6 +23,20 @@ pub(super) struct Streaming {
     pub(super) phase: Phase,
     /// Once a switch to post-copy has begun.
     pub(super) owed: Option<Owed>,
+    /// Whether the target QEMU empties its memory, and when it has.
+    pub(super) emptied: Emptied,
+}
+
+/// A QEMU that is told that post-copy may follow empties its memory, when it gets to that: nothing is
+/// mapped before.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Emptied {
+    /// It does not.
+    Never,
+    /// It may not even have been told.
+    NotYet,
+    /// It has, once it answers this ping.
+    Before(u32),
 }
 
 /// Where a frame's pages come from, and how new they are as a position of the source QEMU's
@@ -75,6 +89,7 @@ pub(super) enum Phase {
 impl Streaming {
     pub(super) fn begin(
         decoder: Decoder,
+        empties: bool,
         mappable: &HashMap<String, u32>,
     ) -> Result<Self, UnpackError> {
         let none = || UnpackError::OutOfPlace {
@@ -92,6 +107,11 @@ impl Streaming {
             waiting: Waiting::default(),
             phase: Phase::Parts,
             owed: None,
+            emptied: if empties {
+                Emptied::NotYet
+            } else {
+                Emptied::Never
+            },
         })
     }
 
@@ -131,6 +151,9 @@ impl Streaming {
                     let ping = *next_ping;
                     encode_command(Command::Ping(ping), &mut batch.head);
                     batch.ack = Some(Ack::OnPong { ping, reached });
+                    if self.emptied == Emptied::NotYet {
+                        self.emptied = Emptied::Before(ping);
+                    }
                     *next_ping = ping.wrapping_add(1) | OUR_PING;
                 }
                 return;
@@ -187,7 +210,9 @@ impl Streaming {
     ) -> bool {
         let block = version.block;
         let sharing = version.sharing;
-        let is_mappable = sharing.is_shared() && self.untouched.touch(block, page);
+        let is_mappable = sharing.is_shared()
+            && self.untouched.touch(block, page)
+            && self.emptied != Emptied::NotYet;
         if is_mappable && self.owed.is_none() {
             self.waiting.wait(version, page, Cause::Mapping);
             batch.shared.push(SharedPage {

@@ -678,6 +678,14 @@ fn map(
     if batch.shared.is_empty() {
         return 0;
     }
+    let (m, target) = (&mut host.moves[vm], &mut host.targets[vm]);
+    if m.unpacker.maps_after().is_some() {
+        // It is waited for: QEMU empties its memory before.
+        while target.pongs.is_empty() {
+            assert!(target.unread() > 0, "the ping is not written");
+            target.load(target.unread(), &m.source);
+        }
+    }
     let mut is_mapped = Vec::new();
     for shared in &batch.shared {
         let bytes = match &shared.bytes {

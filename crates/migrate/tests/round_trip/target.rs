@@ -149,6 +149,10 @@ impl TargetQemu {
                     command: Command::Ping(value),
                     ..
                 } => self.pongs.push(value),
+                Item::Command {
+                    command: Command::PostcopyAdvise { .. },
+                    ..
+                } => self.pages.fill(None),
                 Item::Discard { discard, .. } => {
                     assert!(self.package.is_empty());
                     for page in discard.runs().flat_map(|run| run.pages()) {
