@@ -86,8 +86,8 @@ pub(crate) struct Stream {
     pub(crate) wire_bytes: AtomicU64,
     /// Pages that the target has mapped.
     pub(crate) mapped: AtomicU64,
-    /// What is known of shared frames, until the reader takes it.
-    shared: Mutex<Option<Arc<SharedPages>>>,
+    /// What is known of shared frames, and whether the reader has taken it.
+    shared: Mutex<(Arc<SharedPages>, bool)>,
     counts: Mutex<PackCounts>,
     repaired: AtomicU64,
     /// Entries of the rack in frames that are not acknowledged, with the frames' ends.
@@ -463,12 +463,23 @@ impl Stream {
 
     /// Has the reader know what is known of shared frames.
     pub(crate) fn set_shared(&self, pages: SharedPages) {
-        *lock(&self.shared) = Some(Arc::new(pages));
+        *lock(&self.shared) = (Arc::new(pages), false);
     }
 
     /// What has become known of shared frames since the last call.
     pub(crate) fn take_shared(&self) -> Option<Arc<SharedPages>> {
-        lock(&self.shared).take()
+        let (pages, is_taken) = &mut *lock(&self.shared);
+        (!std::mem::replace(is_taken, true)).then(|| Arc::clone(pages))
+    }
+
+    /// What is known of shared frames, and the name of a block.
+    pub(crate) fn shared_in(&self, block: BlockIndex) -> Option<(Arc<SharedPages>, String)> {
+        let name = lock(&self.postcopy)
+            .blocks
+            .get(usize::from(block.0))
+            .cloned()?;
+        let pages = Arc::clone(&lock(&self.shared).0);
+        Some((pages, name))
     }
 
     pub(crate) fn count_repaired(&self, pages: u64) {
