@@ -9,6 +9,8 @@ use crate::types::{
     Compression, MoveSpec, Plan, PlanMove, Preset, RackPeer, RackSpec, Scope, Settings, Sharing,
 };
 
+mod seeds;
+
 /// Trust domain of a move that names none.
 pub const DEFAULT_DOMAIN: &str = "default";
 
@@ -106,6 +108,14 @@ pub enum PlanError {
          only, for now"
     )]
     Postcopy,
+    /// Contents cannot be taken from VMs at the target hosts.
+    #[error("{whose}: {problem}")]
+    Seeds {
+        /// A resident VM, or the plan.
+        whose: String,
+        /// Why.
+        problem: &'static str,
+    },
     /// A command line or a replacement that cannot work.
     #[error("VM `{vm}`: `{key}` {problem}")]
     CommandLine {
@@ -171,7 +181,7 @@ impl Plan {
                 return Err(PlanError::TwoMoves(plan_move.vm.clone()));
             }
         }
-        Ok(())
+        self.check_seeds()
     }
 
     fn check_hosts(&self) -> Result<(), PlanError> {

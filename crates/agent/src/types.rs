@@ -169,6 +169,34 @@ pub struct Plan {
     /// The moves, in the order in which they start.
     #[serde(rename = "move")]
     pub moves: Vec<PlanMove>,
+    /// Also take contents from the VMs that run at the target hosts already, with scope `rack`: all
+    /// that the agents there find, which then count as of the trust domain `default`.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub seed_from_target: bool,
+    /// VMs at target hosts to take contents from, with scope `rack`; with others they are not used.
+    #[serde(rename = "resident", default, skip_serializing_if = "Vec::is_empty")]
+    pub residents: Vec<Resident>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn is_false(flag: &bool) -> bool {
+    !flag
+}
+
+/// A VM that runs at a target host and stays there. What it has need not be sent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Resident {
+    /// Its name.
+    pub vm: String,
+    /// Target host that it runs on.
+    pub host: String,
+    /// QMP socket of its QEMU there, for the agent's use alone.
+    #[schema(value_type = String)]
+    pub qmp: PathBuf,
+    /// Trust domain: only moves of the same one use its contents. `default` if absent.
+    #[serde(default)]
+    pub domain: Option<String>,
 }
 
 /// Addresses of one agent.

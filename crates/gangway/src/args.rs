@@ -132,8 +132,12 @@ pub(crate) struct Manner {
     #[arg(long)]
     pub(crate) json: bool,
     /// Do not hash memory before the migration.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "seed_from_target")]
     no_prepare: bool,
+    /// Also take contents from the VMs that run at the target hosts (scope `rack`); they count as of
+    /// the trust domain `default`.
+    #[arg(long)]
+    seed_from_target: bool,
     /// Return once all agents have agreed; prints the group's id.
     #[arg(long)]
     pub(crate) detach: bool,
@@ -162,6 +166,9 @@ pub(crate) struct Prepare {
     plan: PathBuf,
     #[command(flatten)]
     pub(crate) bounds: Bounds,
+    /// Also hash the VMs that run at the target hosts; to be given to `migrate`, too.
+    #[arg(long)]
+    seed_from_target: bool,
     /// Print the result as one JSON object.
     #[arg(long)]
     pub(crate) json: bool,
@@ -170,7 +177,14 @@ pub(crate) struct Prepare {
 impl Prepare {
     /// Reads the plan.
     pub(crate) fn plan(&self) -> Result<Plan, PlanError> {
-        Plan::load(&self.plan)
+        let mut plan = Plan::load(&self.plan)?;
+        if self.seed_from_target {
+            // Nothing else uses them.
+            plan.scope = Some(Scope::Rack);
+            plan.seed_from_target = true;
+            plan.check()?;
+        }
+        Ok(plan)
     }
 }
 
@@ -258,6 +272,7 @@ impl Overrides {
         if manner.no_prepare {
             plan.prepare = Some(false);
         }
+        plan.seed_from_target |= manner.seed_from_target;
         plan.check()?;
         Ok(plan)
     }
@@ -353,7 +368,10 @@ mod tests {
             .filter(|argument| argument.get_long().is_some())
         {
             for value in argument.get_possible_values() {
-                if matches!(argument.get_long(), Some("json" | "detach" | "no-prepare")) {
+                if matches!(
+                    argument.get_long(),
+                    Some("json" | "detach" | "no-prepare" | "seed-from-target")
+                ) {
                     continue;
                 }
                 let long = argument.get_long().unwrap();

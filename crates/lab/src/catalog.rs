@@ -33,6 +33,10 @@ const SAME_RUNS: &[(&str, &str)] = &[
 const BUILT_IN: &[(&str, &str)] = &[
     ("pair", include_str!("../scenarios/pair.toml")),
     ("racks-small", include_str!("../scenarios/racks-small.toml")),
+    (
+        "racks-seeded",
+        include_str!("../scenarios/racks-seeded.toml"),
+    ),
     ("racks", include_str!("../scenarios/racks.toml")),
     ("pair-big", include_str!("../scenarios/pair-big.toml")),
     ("dirty", include_str!("../scenarios/dirty.toml")),

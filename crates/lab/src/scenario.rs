@@ -32,6 +32,9 @@ pub struct Scenario {
     /// Seconds for which the guests run at their targets before it is read what they hold there.
     #[serde(default)]
     pub rest_s: u64,
+    /// Whether plans with scope `rack` name the VMs that stay on target hosts.
+    #[serde(default)]
+    pub seeds: bool,
     /// A run that takes longer has failed.
     #[serde(default = "patience")]
     pub patience_s: u64,
@@ -103,6 +106,9 @@ pub struct Hosts {
     pub target: u32,
     /// VMs on each source host.
     pub vms_per_host: u32,
+    /// VMs on each target host that run there already, and stay.
+    #[serde(default)]
+    pub residents_per_host: u32,
     /// Memory of each target host, in MiB; all of the machine's if absent.
     #[serde(default)]
     pub target_memory_mb: Option<u64>,
@@ -321,6 +327,7 @@ impl Scenario {
         };
         let with = |((source, target), vms_per_host)| Self {
             hosts: Hosts {
+                residents_per_host: hosts.residents_per_host,
                 source,
                 target,
                 vms_per_host,

@@ -31,6 +31,7 @@ mod group;
 mod preflight;
 mod prepare;
 mod saved;
+mod seeds;
 #[cfg(test)]
 mod tests;
 

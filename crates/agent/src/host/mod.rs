@@ -20,7 +20,7 @@ use crate::source::{
     Entry, IndexLinks, Input, MoveContext, MoveRun, SessionContext, Sessions, guest_memory,
     shares_memory,
 };
-use crate::target::{self, Arrivals, KsmBoost, Pools, Pressure, TargetContext};
+use crate::target::{self, Arrivals, KsmBoost, Pools, Pressure, RackStores, TargetContext};
 use crate::tls::Tls;
 use crate::types::{
     Happening, HostVm, Inventory, MoveSpec, Phase, PrepareSpec, PrepareStatus, ResolveSpec, Sharing,
@@ -89,9 +89,11 @@ impl HostMover {
             pressure,
             cow_library: config.cow_library.clone(),
         })?;
+        let racks = Arc::<RackStores>::default();
         target::listen(
             config.bulk,
             Arc::clone(&arrivals),
+            Arc::clone(&racks),
             IndexHost::start(0, index::MAX_ENTRIES)?,
             Terms {
                 security: security.clone(),
@@ -111,7 +113,8 @@ impl HostMover {
             links: Arc::clone(&indexes),
             session: session.clone(),
         });
-        let preparations = Arc::new(Preparations::new(&config.name, window_log, Some(index)));
+        let preparations = Preparations::new(&config.name, window_log, Some(index));
+        let preparations = Arc::new(preparations.with_stores(racks));
         let context = MoveContext {
             sessions: Arc::new(Sessions::default()),
             indexes: Arc::clone(&indexes),

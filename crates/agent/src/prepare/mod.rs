@@ -43,6 +43,7 @@ pub use registrar::{Connect, RegisterError, Registrar};
 pub(crate) use report::ids_of;
 
 use crate::api::mover::{Refusal, RefusalCode};
+use crate::target::RackStores;
 use crate::types::{HostSurvey, PrepareSpec, PrepareState, PrepareStatus, ResolveSpec};
 use job::Domain;
 
@@ -64,6 +65,8 @@ pub struct Preparations {
     host: String,
     window_log: u8,
     index: Option<Arc<dyn Connect>>,
+    /// Where contents of VMs that stay here are kept for those that come.
+    stores: Option<Arc<RackStores>>,
     table: Mutex<HashMap<String, Arc<Preparation>>>,
 }
 
@@ -95,7 +98,16 @@ impl Preparations {
             host: host.to_owned(),
             window_log,
             index,
+            stores: None,
             table: Mutex::default(),
+        }
+    }
+
+    /// With the stores of the VMs that come to this host.
+    pub(crate) fn with_stores(self, stores: Arc<RackStores>) -> Self {
+        Self {
+            stores: Some(stores),
+            ..self
         }
     }
 
@@ -107,7 +119,7 @@ impl Preparations {
         let keys = job::keys_of(&spec)?;
         let mut table = lock(&self.table);
         table.retain(|_, one| !one.is_expired());
-        let known = table.get(&spec.group).cloned();
+        let known = table.get(&spec.key()).cloned();
         if known.is_none() && table.len() >= PREPARATIONS_MAX {
             let message = format!("this agent holds {PREPARATIONS_MAX} preparations, its most");
             return Err(Refusal::new(RefusalCode::Busy, message));
@@ -116,13 +128,19 @@ impl Preparations {
             None => BTreeMap::new(),
             Some(known) => known.take_domains()?,
         };
-        let group = spec.group.clone();
+        let key = spec.key();
         let preparation = Arc::new(Preparation::new(spec, domains));
-        table.insert(group, Arc::clone(&preparation));
+        table.insert(key, Arc::clone(&preparation));
         drop(table);
         let (host, index) = (self.host.clone(), self.index.clone());
+        let stores = self.stores.clone();
         preparation.spawn("prepare", move |one, domains| {
-            job::scan(one, domains, keys, &host, index.as_deref())
+            let with = job::With {
+                host: &host,
+                index: index.as_deref(),
+                stores: stores.as_deref(),
+            };
+            job::scan(one, domains, keys, &with)
         })
     }
 
@@ -155,6 +173,9 @@ impl Preparations {
         let preparation = self.find(group)?;
         preparation.cancelled.store(true, Ordering::Relaxed);
         lock(&self.table).remove(group);
+        if let Some(stores) = self.stores.as_ref().filter(|_| preparation.spec.resident) {
+            stores.forget_seeds(group);
+        }
         Ok(())
     }
 

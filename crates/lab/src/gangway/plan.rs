@@ -48,6 +48,14 @@ pub(super) fn text(bench: &Bench<'_>, vms: &[&Vm], settings: Settings) -> anyhow
         "hosts": hosts,
         "move": moves,
     });
+    if settings.preset.has_index() && bench.scenario.seeds && !bench.residents.is_empty() {
+        let resident = |vm: &Vm| {
+            let qmp = vm.agent_socket(&vm.source);
+            json!({"vm": vm.name, "host": vm.source.name(), "qmp": qmp})
+        };
+        let residents = bench.residents.iter().map(resident);
+        plan["resident"] = residents.collect();
+    }
     if settings.preset.has_index() && bench.scenario.index > 0 {
         plan["index"] = json!(index::addresses(bench));
     }
