@@ -20,7 +20,7 @@ use crate::api::mover::{Refusal, RefusalCode};
 use crate::client::{CallError, Client};
 use crate::types::{
     GroupSurvey, Happening, HostSurvey, Plan, PreparationRequest, PreparationStatus, PrepareSpec,
-    PrepareState, PrepareStatus, PrepareVm, ResolveSpec, Scope,
+    PrepareState, PrepareStatus, PrepareVm, ResolveSpec, Scope, Sharing,
 };
 
 /// How often an agent is asked how far it is.
@@ -95,7 +95,11 @@ impl Preparation {
         keys: BTreeMap<String, String>,
         peers: &Peers,
     ) -> Self {
-        let hosts = source_hosts(&saved.id, &saved.plan, &keys, peers);
+        let mut hosts = source_hosts(&saved.id, &saved.plan, &keys, peers);
+        if saved.plan.settings().scope != Scope::Rack {
+            // The migration does not ask an index.
+            hosts.iter_mut().for_each(|host| host.spec.index.clear());
+        }
         Self::with_hosts(&saved.id, saved.plan.clone(), keys, hosts, false)
     }
 
@@ -380,6 +384,7 @@ fn source_hosts(
     keys: &BTreeMap<String, String>,
     peers: &Peers,
 ) -> Vec<SourceHost> {
+    let identical = plan.settings().sharing == Sharing::Identical;
     // The numbers of target hosts and the index are those of a migration with this scope.
     let plan = Plan {
         scope: Some(Scope::Rack),
@@ -410,6 +415,7 @@ fn source_hosts(
                 // A plan has at most 4096 moves.
                 targets: u16::try_from(rack.peers.len()).unwrap_or(u16::MAX),
                 bounds: crate::types::PrepareBounds::default(),
+                identical,
             },
         });
     }

@@ -114,6 +114,7 @@ fn spec(group: &str, vms: &[(&str, &Vm, u16)], targets: u16) -> PrepareSpec {
         index: vec!["index:1".to_owned()],
         targets,
         bounds: PrepareBounds::default(),
+        identical: false,
     }
 }
 
@@ -233,6 +234,7 @@ fn a_vm_that_is_gone_fails_the_preparation_and_says_which() {
         index: Vec::new(),
         targets: 1,
         bounds: PrepareBounds::default(),
+        identical: false,
     };
     host.start(spec.clone()).unwrap();
     let status = settled(&host, "g");

@@ -54,6 +54,10 @@ pub struct PrepareSpec {
     /// What hashing may take.
     #[serde(default)]
     pub bounds: PrepareBounds,
+    /// Whether it is found out, too, what the VMs that go to a target host have in common: with
+    /// sharing `identical`.
+    #[serde(default)]
+    pub identical: bool,
 }
 
 /// A VM to hash.
