@@ -174,7 +174,8 @@ impl Preparations {
         let prepared = self.prepared(group, secret)?;
         let preparation = self.find(group).ok()?;
         let vm = preparation.spec.vms.iter().find(|one| one.vm == vm)?;
-        prepared.alike(vm.target).cloned()
+        let alike = prepared.alike(vm.target)?;
+        alike.vms.contains_key(&vm.vm).then(|| Arc::clone(alike))
     }
 
     fn find(&self, group: &str) -> Result<Arc<Preparation>, Refusal> {
