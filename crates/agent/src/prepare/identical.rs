@@ -153,9 +153,11 @@ mod tests {
 
     use super::*;
 
+    type Pages = Vec<Option<(u8, u8)>>;
+
     /// A VM whose pages each have two bytes that make their content; with two that are the same, that
     /// byte all over; not touched where there are none.
-    struct Fake(Vec<Option<(u8, u8)>>);
+    struct Fake(Pages);
 
     impl Fake {
         fn page(&self, addr: HostAddr) -> Option<(u8, u8)> {
@@ -202,7 +204,7 @@ mod tests {
         chosen.contents.has(key().id_of(&bytes))
     }
 
-    fn scan(vms: &[(&str, Vec<Option<(u8, u8)>>)]) -> Scan {
+    fn scan(vms: &[(&str, Pages)]) -> Scan {
         let mut scan = Scan::new(key());
         let (cancelled, progress) = (AtomicBool::new(false), ScanProgress::default());
         let mut pace = Pace::new(Bounds::default(), &cancelled, &progress);
@@ -221,7 +223,7 @@ mod tests {
     }
 
     /// Pages with these contents, 0 for one that was not touched.
-    fn pages(contents: &[u8]) -> Vec<Option<(u8, u8)>> {
+    fn pages(contents: &[u8]) -> Pages {
         let page = |n: &u8| (*n != 0).then_some((*n, 9));
         contents.iter().map(page).collect()
     }
@@ -244,8 +246,9 @@ mod tests {
 
     #[test]
     fn fill_pages_share_if_there_are_more_than_their_places() {
-        let fill = |byte: u8, count| vec![Some((byte, byte)); count];
-        let (few, many) = (FILL_SHARERS_MIN as usize / 2 - 1, 100);
+        let fill = |byte: u8, count: u64| vec![Some((byte, byte)); usize::try_from(count).unwrap()];
+        let (few, many) = (63, 100);
+        assert!(2 * few < FILL_SHARERS_MIN && 2 * many >= FILL_SHARERS_MIN);
         let vm = || [fill(7, few), fill(8, many), fill(0, 300)].concat();
         let chosen = choose(&scan(&[("a", vm()), ("b", vm())]), &["a", "b"], 1000);
         let shared: Vec<u8> = (0..20)

@@ -276,7 +276,8 @@ pub(crate) fn is_left_out(row: usize) -> bool {
 /// What shares for what it holds.
 pub(crate) fn alike(source: &SourceQemu, key: &ContentKey) -> IdenticalPages {
     let mut contents = Identical::default();
-    for content in (1..CONTENTS as Content).filter(|content| is_alike(*content)) {
+    let most = Content::try_from(CONTENTS).unwrap();
+    for content in (1..most).filter(|content| is_alike(*content)) {
         match u8::try_from(content) {
             Ok(byte) if is_fill(content) => contents.add_fill(byte),
             _ => contents.add(key.id_of(&bytes_of(content))),
