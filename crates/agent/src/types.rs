@@ -37,6 +37,10 @@ pub enum Sharing {
     /// Pages that share a frame at the source share one at the target (*sharing-aware live
     /// migration*), among the VMs of a group and trust domain that move between the same two hosts.
     Preserve,
+    /// Pages with the same content share one at the target, too, whatever they shared at the source:
+    /// those of the VMs of a group and trust domain that move between the same two hosts. Like KSM's,
+    /// such sharing lets a guest find out by timing its writes what the others hold.
+    Identical,
 }
 
 /// How page bytes are packed on the wire.
@@ -156,7 +160,8 @@ pub struct Plan {
     /// `continue` is said through the control API (for people and managers that check first).
     #[serde(default)]
     pub confirm_handover: bool,
-    /// Whether memory is hashed before the migration, with scope `rack`; yes if absent.
+    /// Whether memory is hashed before the migration, with scope `rack` or sharing `identical`; yes if
+    /// absent.
     #[serde(default)]
     pub prepare: Option<bool>,
     /// `host:port` of the processes of a stand-alone index, in the order of their shards; if
@@ -373,7 +378,7 @@ pub struct PageCounts {
     pub remote_reference: u64,
     /// Pages whose reference could not be served and that were read again from the source.
     pub repaired: u64,
-    /// Pages that are mapped from the target host's pool, with sharing `preserve`.
+    /// Pages that are mapped from the target host's pool, with sharing `preserve` or `identical`.
     #[serde(default)]
     pub mapped: u64,
 }

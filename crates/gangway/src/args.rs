@@ -252,7 +252,7 @@ pub(crate) struct Overrides {
     #[arg(long, value_parser = choice::<Scope>(&["none", "host", "rack"]))]
     scope: Option<Scope>,
     /// What becomes of page sharing at the target.
-    #[arg(long, value_parser = choice::<Sharing>(&["off", "preserve"]))]
+    #[arg(long, value_parser = choice::<Sharing>(&["off", "preserve", "identical"]))]
     sharing: Option<Sharing>,
     /// How page bytes are packed.
     #[arg(long, value_parser = choice::<Compression>(&["none", "zstd"]))]
@@ -379,7 +379,7 @@ mod tests {
                 tried += 1;
             }
         }
-        assert_eq!(tried, 15);
+        assert_eq!(tried, 16);
     }
 
     #[test]

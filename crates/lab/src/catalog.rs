@@ -81,6 +81,8 @@ const BUILT_IN: &[(&str, &str)] = &[
         include_str!("../scenarios/slm-isolation.toml"),
     ),
     ("slm-dirty", include_str!("../scenarios/slm-dirty.toml")),
+    ("slm-rest", include_str!("../scenarios/slm-rest.toml")),
+    ("identical", include_str!("../scenarios/identical.toml")),
     ("slm-tight", include_str!("../scenarios/slm-tight.toml")),
     ("peers", include_str!("../scenarios/peers.toml")),
     ("unlike", include_str!("../scenarios/unlike.toml")),

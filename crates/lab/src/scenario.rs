@@ -29,6 +29,10 @@ pub struct Scenario {
     /// Seconds between the last guest's being ready and the migration.
     #[serde(default = "settle")]
     pub settle_s: u64,
+    /// Seconds for which the guests stay at their sources, merged, before it is read what they hold
+    /// there and they are moved.
+    #[serde(default)]
+    pub stay_s: u64,
     /// Seconds for which the guests run at their targets before it is read what they hold there.
     #[serde(default)]
     pub rest_s: u64,
@@ -138,6 +142,9 @@ pub struct Vm {
     /// Whether all VMs begin as copies of one that was booted, its memory mapped copy-on-write.
     #[serde(default)]
     pub template: bool,
+    /// Trust domains, to which the VMs belong in turn.
+    #[serde(default = "one_domain")]
+    pub domains: u32,
     /// `idle`, `stamp`, `dirty`, `alike` (as `dirty`, with the same bytes in every guest), `cpu`,
     /// `random`, `cache`, `subset-sum` or `random-writes`. A scenario's workloads are in its place.
     pub mode: String,
@@ -221,6 +228,10 @@ fn one_cpu() -> u32 {
 
 fn heartbeat() -> u32 {
     10
+}
+
+fn one_domain() -> u32 {
+    1
 }
 
 fn every_one() -> u32 {
@@ -366,6 +377,7 @@ impl Scenario {
             ("hosts.vms_per_host", self.hosts.vms_per_host, 64),
             ("vm.cpus", self.vm.cpus, 16),
             ("vm.busy_every", self.vm.busy_every, 64),
+            ("vm.domains", self.vm.domains, 64),
         ]
         .into_iter()
         .chain(swept("hosts.sweep", &self.hosts.sweep))

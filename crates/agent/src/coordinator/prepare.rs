@@ -21,7 +21,7 @@ use crate::api::mover::{Refusal, RefusalCode};
 use crate::client::{CallError, Client};
 use crate::types::{
     GroupSurvey, Happening, HostSurvey, Plan, PreparationRequest, PreparationStatus, PrepareBounds,
-    PrepareSpec, PrepareState, PrepareStatus, PrepareVm, ResolveSpec, Scope,
+    PrepareSpec, PrepareState, PrepareStatus, PrepareVm, ResolveSpec, Scope, Sharing,
 };
 
 /// How often an agent is asked how far it is.
@@ -103,10 +103,17 @@ impl Preparation {
         keys: BTreeMap<String, String>,
         peers: &Peers,
     ) -> Self {
-        let hosts = source_hosts(&saved.id, &saved.plan, &keys, peers);
+        let mut hosts = source_hosts(&saved.id, &saved.plan, &keys, peers);
+        let is_rack = saved.plan.settings().scope == Scope::Rack;
+        if !is_rack {
+            // The migration does not ask an index.
+            hosts.iter_mut().for_each(|host| host.spec.index.clear());
+        }
         let mut one = Self::with_hosts(&saved.id, saved.plan.clone(), keys, hosts, false);
-        let bounds = PrepareBounds::default();
-        one.seeded = seeded_hosts(&saved.id, &one.plan, &one.keys, (peers, bounds));
+        if is_rack {
+            let bounds = PrepareBounds::default();
+            one.seeded = seeded_hosts(&saved.id, &one.plan, &one.keys, (peers, bounds));
+        }
         one
     }
 
@@ -407,6 +414,7 @@ fn source_hosts(
     keys: &BTreeMap<String, String>,
     peers: &Peers,
 ) -> Vec<SourceHost> {
+    let identical = plan.settings().sharing == Sharing::Identical;
     // The numbers of target hosts and the index are those of a migration with this scope.
     let plan = Plan {
         scope: Some(Scope::Rack),
@@ -439,6 +447,7 @@ fn source_hosts(
                 bounds: PrepareBounds::default(),
                 resident: false,
                 seeded: plan.takes_seeds(),
+                identical,
             },
         });
     }

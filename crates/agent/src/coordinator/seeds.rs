@@ -138,6 +138,7 @@ pub(super) fn seeded_hosts(
                 bounds,
                 resident: true,
                 seeded: true,
+                identical: false,
             },
             finds,
         }

@@ -261,8 +261,9 @@ impl Mover for HostMover {
         let (major, minor, micro) = guest.version();
         let shares = || guest_memory(&guest).is_ok_and(|memory| shares_memory(&memory));
         let held = match spec.settings.sharing {
-            Sharing::Preserve if shares() => guest.held_memory(),
-            Sharing::Preserve | Sharing::Off => None,
+            // What more is found to be the same comes on top; it is not known yet.
+            Sharing::Preserve | Sharing::Identical if shares() => guest.held_memory(),
+            Sharing::Preserve | Sharing::Identical | Sharing::Off => None,
         };
         Ok(MoveCheck {
             vm: spec.vm.clone(),

@@ -384,6 +384,7 @@ fn real_a_prepared_vm_is_in_the_index_of_another_agent() {
         bounds: crate::types::PrepareBounds::default(),
         resident: false,
         seeded: false,
+        identical: false,
     };
     let settled = || {
         let deadline = Instant::now() + Duration::from_secs(30);

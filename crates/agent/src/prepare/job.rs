@@ -11,11 +11,13 @@ use page::{BlockIndex, ContentId, ContentKey, EntryId, HostNo, HostSet, PAGE_SIZ
 use sys::ProcessMemory;
 use wire::WireCompression;
 
+use super::identical::{self, SharedAlike};
 use super::registrar::BATCH;
 use super::report::{goes_to, ids_of, leading_bits, of_host};
 use super::{Connect, Need, Outcome, Preparation, Prepared, RegisterError, Registrar, Secret};
 use crate::api::mover::{Refusal, RefusalCode};
 use crate::link::{Compressor, SqueezeError};
+use crate::source::RUNS_MAX;
 use crate::target::{GuestMemory, RackStores, Seed, store_name};
 use crate::types::{HostSurvey, PrepareSpec, PrepareState, PrepareVm, ResolveSpec};
 
@@ -325,7 +327,8 @@ pub(super) fn resolve(
         match needs(&one.spec, domain, index) {
             Ok(needs) => {
                 let contents = Arc::clone(domain.scan.contents());
-                prepared.insert(*secret, Arc::new(Prepared::new(contents, needs)));
+                let alike = alike(&one.spec, &domain.scan);
+                prepared.insert(*secret, Arc::new(Prepared::new(contents, needs, alike)));
             }
             Err(error) => message = error.to_string(),
         }
@@ -347,6 +350,19 @@ pub(super) fn resolve(
         report,
         prepared,
     })
+}
+
+/// What shares at each target host for what it holds, if that is asked for.
+fn alike(spec: &PrepareSpec, scan: &Scan) -> BTreeMap<u16, Arc<SharedAlike>> {
+    let of_target = |target: u16| {
+        let names = scan.names().filter(|name| goes_to(spec, name, target));
+        let names: Vec<&str> = names.collect();
+        let chosen = identical::choose(scan, &names, RUNS_MAX);
+        tracing::debug!(target, contents = chosen.contents.len(), "identical");
+        (target, Arc::new(chosen))
+    };
+    let targets = spec.identical.then(|| targets(spec));
+    targets.into_iter().flatten().map(of_target).collect()
 }
 
 fn add_time(report: &mut HostSurvey, wall: Duration, cpu: Duration) {

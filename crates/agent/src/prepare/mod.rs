@@ -23,6 +23,7 @@
 //! ends, or when nobody has asked for it for [`LEASE`].
 
 mod connection;
+mod identical;
 mod job;
 mod prepared;
 mod registrar;
@@ -38,6 +39,7 @@ use std::time::{Duration, Instant};
 use guest::scan::ScanProgress;
 
 pub(crate) use connection::OverLinks;
+pub(crate) use identical::SharedAlike;
 pub use prepared::{Need, Prepared};
 pub use registrar::{Connect, RegisterError, Registrar};
 pub(crate) use report::ids_of;
@@ -186,6 +188,15 @@ impl Preparations {
         let mut inner = lock(&preparation.inner);
         inner.used = Instant::now();
         inner.prepared.get(secret).cloned()
+    }
+
+    /// What shares for what it holds where a VM of the group goes; none unless that is ready.
+    pub(crate) fn alike(&self, group: &str, secret: &Secret, vm: &str) -> Option<Arc<SharedAlike>> {
+        let prepared = self.prepared(group, secret)?;
+        let preparation = self.find(group).ok()?;
+        let vm = preparation.spec.vms.iter().find(|one| one.vm == vm)?;
+        let alike = prepared.alike(vm.target)?;
+        alike.vms.contains_key(&vm.vm).then(|| Arc::clone(alike))
     }
 
     fn find(&self, group: &str) -> Result<Arc<Preparation>, Refusal> {

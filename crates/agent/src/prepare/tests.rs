@@ -127,6 +127,7 @@ fn spec(group: &str, vms: &[(&str, &Vm, u16)], targets: u16) -> PrepareSpec {
         bounds: PrepareBounds::default(),
         resident: false,
         seeded: false,
+        identical: false,
     }
 }
 
@@ -271,6 +272,54 @@ fn real_an_index_that_lost_everything_is_told_again() {
     );
 }
 
+/// Three VMs that are the same, the third in a trust domain of its own.
+#[test]
+fn real_vms_share_what_they_hold_in_common_inside_their_trust_domain_and_only_if_that_is_wanted() {
+    let dir = tempfile::tempdir().unwrap();
+    let names = ["one", "two", "three"];
+    let vms = names.map(|name| vm(dir.path(), name, 7));
+    let host = Preparations::new("a", 23, None);
+    let mut spec = spec(
+        "g",
+        &[
+            ("one", &vms[0], 0),
+            ("two", &vms[1], 0),
+            ("three", &vms[2], 0),
+        ],
+        1,
+    );
+    spec.index.clear();
+    spec.vms[2].domain_key = "43".repeat(32);
+    let alike = |identical, secret, vm| {
+        let spec = PrepareSpec {
+            identical,
+            ..spec.clone()
+        };
+        host.start(spec).unwrap();
+        settled(&host, "g");
+        host.resolve("g", ResolveSpec::default()).unwrap();
+        settled(&host, "g");
+        host.alike("g", &[secret; 32], vm)
+    };
+    assert!(alike(false, 0x42, "one").is_none());
+    let shared = alike(true, 0x42, "one").unwrap();
+    // The page whose first byte is 1, too, has one byte all over.
+    let common = || (0..200).filter(|n| *n != 1);
+    assert!(common().all(|n| shared.contents.has(id(n, 1))));
+    assert!(shared.contents.has(id(210, 7)));
+    assert!(shared.vms["one"].pages >= 300 && !shared.vms.contains_key("three"));
+    // Of the contents that it has once, none: those of the other domain do not count.
+    let alone = host.alike("g", &[0x43; 32], "three").unwrap();
+    assert!(alone.vms["three"].pages < 200, "{:?}", alone.vms);
+    let other = |n| {
+        let mut page = [1; 4096];
+        page[0] = n;
+        ContentKey::new([0x43; 32]).id_of(&page)
+    };
+    assert!(common().all(|n| !alone.contents.has(other(n))));
+    assert!(host.alike("g", &[0x43; 32], "one").is_none());
+}
+
 #[test]
 fn a_vm_that_is_gone_fails_the_preparation_and_says_which() {
     let host = Preparations::new("a", 23, None);
@@ -288,6 +337,7 @@ fn a_vm_that_is_gone_fails_the_preparation_and_says_which() {
         bounds: PrepareBounds::default(),
         resident: false,
         seeded: false,
+        identical: false,
     };
     host.start(spec.clone()).unwrap();
     let status = settled(&host, "g");

@@ -60,6 +60,10 @@ pub struct PrepareSpec {
     /// Whether VMs that stay at target hosts are hashed, too.
     #[serde(default)]
     pub seeded: bool,
+    /// Whether it is found out, too, what the VMs that go to a target host have in common: with
+    /// sharing `identical`.
+    #[serde(default)]
+    pub identical: bool,
 }
 
 impl PrepareSpec {
@@ -71,7 +75,6 @@ impl PrepareSpec {
         } else {
             self.group.clone()
         }
-    }
 }
 
 /// A VM to hash.
