@@ -5,9 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use crate::types::{
-    Compression, MoveSpec, Plan, PlanMove, Preset, RackPeer, RackSpec, Scope, Settings, Sharing,
-};
+use crate::types::{MoveSpec, Plan, PlanMove, Preset, RackPeer, RackSpec, Scope, Settings};
 
 mod seeds;
 
@@ -102,12 +100,6 @@ pub enum PlanError {
         /// What it holds.
         value: String,
     },
-    /// Settings that do not go together yet.
-    #[error(
-        "modes `post-copy` and `hybrid` go with scope `none` or `host`, sharing `off` and compression `none` \
-         only, for now"
-    )]
-    Postcopy,
     /// Contents cannot be taken from VMs at the target hosts.
     #[error("{whose}: {problem}")]
     Seeds {
@@ -165,13 +157,6 @@ impl Plan {
                 min: 1,
                 max: DOWNTIME_LIMIT_MS_MAX,
             });
-        }
-        let settings = self.settings();
-        let is_plain = settings.scope != Scope::Rack
-            && settings.sharing == Sharing::Off
-            && settings.compression == Compression::None;
-        if settings.mode.may_go_first() && !is_plain {
-            return Err(PlanError::Postcopy);
         }
         self.check_hosts()?;
         let mut seen = HashSet::new();
@@ -414,7 +399,7 @@ pub(crate) fn position(path: &Path, text: &str, span: Option<Range<usize>>) -> S
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::Mode;
+    use crate::types::{Compression, Mode, Sharing};
 
     const PLAN: &str = r#"
 preset = "oc"
@@ -547,25 +532,22 @@ replace = [{ from = "/run/a", to = "/run/b" }]
     }
 
     #[test]
-    fn what_may_end_in_post_copy_is_refused_with_what_it_does_not_go_with_yet() {
-        let plan = |mode: &str, settings: &str| {
-            let text = PLAN.replace("preset = \"oc\"\ncompression = \"zstd\"", settings);
-            assert_ne!(text, PLAN);
-            let text = format!("mode = \"{mode}\"\n{text}");
-            Plan::parse(Path::new("plan.toml"), &text).map(|plan| plan.settings().mode)
-        };
-        for good in ["preset = \"oc\"", "preset = \"gang\""] {
-            assert_eq!(plan("post-copy", good).unwrap(), Mode::PostCopy);
-            assert_eq!(plan("hybrid", good).unwrap(), Mode::Hybrid);
-        }
-        for refused in [
-            "preset = \"irlm\"",
-            "preset = \"slm\"",
-            "preset = \"gang\"\ncompression = \"zstd\"",
-        ] {
-            for mode in ["post-copy", "hybrid"] {
-                let refusal = plan(mode, refused);
-                assert!(matches!(refusal, Err(PlanError::Postcopy)), "{refused}");
+    fn every_mode_goes_with_every_preset() {
+        for preset in ["oc", "gang", "irlm", "slm", "full"] {
+            let name = format!("preset = \"{preset}\"");
+            let of_preset = parse(&PLAN.replace("preset = \"oc\"", &name)).unwrap();
+            for (mode, expected) in [
+                ("pre-copy", Mode::PreCopy),
+                ("post-copy", Mode::PostCopy),
+                ("hybrid", Mode::Hybrid),
+            ] {
+                let text = PLAN.replace("preset = \"oc\"", &name);
+                let plan = parse(&format!("mode = \"{mode}\"\n{text}")).unwrap();
+                let settings = Settings {
+                    mode: expected,
+                    ..of_preset.settings()
+                };
+                assert_eq!(plan.settings(), settings, "{preset} in {mode}");
             }
         }
     }

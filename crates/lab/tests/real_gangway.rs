@@ -42,11 +42,17 @@ fn real_gang_needs_fewer_bytes_than_stock_and_every_page_arrives() {
 
 #[test]
 fn real_vms_run_before_their_memory_and_find_all_of_it_right() {
-    let techniques = "techniques=gang+postcopy,gang+postcopy-held";
+    let techniques = "techniques=gang+postcopy,gang+zstd+postcopy-held";
     let results = results_of("pair", &[techniques, "settle_s=1"]);
     let [running, held] = &results.runs[..] else {
         panic!("two techniques, {} runs", results.runs.len())
     };
+    let bytes = |run: &Run| run.core_bytes.unwrap();
+    assert!(
+        bytes(held) * 2 < bytes(running),
+        "compressed: {}",
+        bytes(held)
+    );
     for run in [running, held] {
         assert_eq!(run.failure, None, "{}", run.name());
         assert_eq!(run.vms_lost, Some(0), "{}", run.name());

@@ -338,7 +338,10 @@ impl Run {
         };
         if let Some(info) = &info {
             let round = info.dirty_sync_count;
-            stream.set_round(round);
+            if !self.switched {
+                // After it comes what was left then: memory that was never sent, or was written.
+                stream.set_round(round);
+            }
             self.approach.observe(round, info.remaining, Instant::now());
             stream.set_near_end(self.approach.is_near());
             if round <= 1

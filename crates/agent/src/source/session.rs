@@ -344,10 +344,13 @@ impl Sender {
                 continue;
             };
             let raw = frame.packed.raw_len();
+            // A processor waits for an urgent page: it goes as it is, and leaves what the compressor
+            // knows as it was.
+            let is_urgent = frame.kind == FrameKind::Urgent;
             let sent = self.link.send_frame(
                 (frame.kind, frame.stream.vm),
                 pieces(&frame),
-                self.compressor.as_mut(),
+                self.compressor.as_mut().filter(|_| !is_urgent),
                 &mut self.packed,
             )?;
             outbox.learn_ratio(raw, sent);

@@ -96,11 +96,15 @@ pub(crate) struct Stream {
     is_late_round: AtomicBool,
     /// The last section of its memory has begun.
     is_ending: AtomicBool,
+    /// A switch to post-copy was ordered and is not read yet.
+    is_switching: AtomicBool,
     postcopy: Mutex<Postcopy>,
 }
 
 struct Flow {
     window: Window,
+    /// Scans that wait for the index: they are not in the window yet.
+    unresolved: usize,
     /// Set once the stream is over; everybody who waits goes home.
     closed: bool,
     /// What QEMU still writes goes nowhere: it is to complete, and to run on here.
@@ -112,6 +116,10 @@ struct Flow {
 }
 
 impl Flow {
+    fn is_complete(&self) -> bool {
+        self.unresolved == 0 && self.window.backlog() == 0
+    }
+
     fn is_held(&self) -> bool {
         self.held_until.is_some_and(|until| Instant::now() < until)
     }
@@ -136,6 +144,7 @@ impl Stream {
             started,
             window: Mutex::new(Flow {
                 window: Window::new(limit),
+                unresolved: 0,
                 closed: false,
                 drained: false,
                 held_until: None,
@@ -152,6 +161,7 @@ impl Stream {
             carried: Mutex::default(),
             is_late_round: AtomicBool::new(false),
             is_ending: AtomicBool::new(false),
+            is_switching: AtomicBool::new(false),
             postcopy: Mutex::default(),
         }
     }
@@ -224,17 +234,60 @@ impl Stream {
         lock(&self.window).is_held()
     }
 
+    /// A scan waits for the index.
+    pub(crate) fn unresolved(&self) {
+        lock(&self.window).unresolved += 1;
+    }
+
+    /// A scan that waited for the index is on its way.
+    pub(crate) fn resolved(&self) {
+        let mut flow = lock(&self.window);
+        flow.unresolved = flow.unresolved.saturating_sub(1);
+        drop(flow);
+        self.moved.notify_all();
+    }
+
+    /// Waits until nothing that was read waits for the index any more. False: the stream is closed.
+    pub(crate) fn wait_resolved(&self) -> bool {
+        self.wait_while(|flow| flow.unresolved > 0)
+    }
+
     /// Waits until all that was read is complete at the target. False: the stream is closed.
     pub(crate) fn wait_complete(&self) -> bool {
+        self.wait_while(|flow| !flow.is_complete())
+    }
+
+    fn wait_while(&self, waits: impl Fn(&Flow) -> bool) -> bool {
         let mut flow = lock(&self.window);
-        while !flow.closed && !flow.drained && flow.window.backlog() > 0 {
+        while !flow.closed && !flow.drained && waits(&flow) {
             flow = self
                 .moved
-                .wait_timeout(flow, Duration::from_millis(200))
+                .wait_timeout(flow, WINDOW_POLL)
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
         !flow.closed
+    }
+
+    /// Whether all that was read is complete at the target.
+    pub(crate) fn is_complete(&self) -> bool {
+        lock(&self.window).is_complete()
+    }
+
+    /// A switch to post-copy is ordered: what is read before it must be complete soon.
+    pub(crate) fn set_switching(&self) {
+        self.is_switching.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a switch to post-copy is ordered and not passed yet.
+    pub(crate) fn is_switching(&self) -> bool {
+        self.is_switching.load(Ordering::Relaxed)
+    }
+
+    /// The switch to post-copy is passed: the guest goes ahead of its memory.
+    pub(crate) fn pass_switch(&self) {
+        lock(&self.window).window.set_guest_ahead();
+        self.is_switching.store(false, Ordering::Relaxed);
     }
 
     /// From here on nothing is sent of what QEMU writes.

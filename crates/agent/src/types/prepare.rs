@@ -75,6 +75,7 @@ impl PrepareSpec {
         } else {
             self.group.clone()
         }
+    }
 }
 
 /// A VM to hash.
