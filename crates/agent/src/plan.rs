@@ -6,7 +6,8 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use crate::types::{
-    Compression, MoveSpec, Plan, PlanMove, Preset, RackPeer, RackSpec, Scope, Settings, Sharing,
+    Compression, Mode, MoveSpec, Plan, PlanMove, Preset, RackPeer, RackSpec, Scope, Settings,
+    Sharing,
 };
 
 /// Trust domain of a move that names none.
@@ -22,6 +23,9 @@ const BANDWIDTH_BYTES_PER_S_MIN: u64 = 64 * 1024;
 const INDEX_SHARDS_MAX: usize = 16;
 /// QEMU's own limit of `downtime-limit`.
 const DOWNTIME_LIMIT_MS_MAX: u64 = 2_000_000;
+
+/// A day: who waits longer has chosen the wrong mode.
+const POSTCOPY_AFTER_S_MAX: u64 = 24 * 3600;
 
 /// Why a plan cannot be used; found before anything is asked of any agent.
 #[derive(Debug, thiserror::Error)]
@@ -106,6 +110,11 @@ pub enum PlanError {
          only, for now"
     )]
     Postcopy,
+    /// A time limit for a mode that has none.
+    #[error(
+        "`postcopy_after_s` says when a VM goes over to post-copy, which goes with mode `hybrid` only"
+    )]
+    PostcopyTime,
     /// A command line or a replacement that cannot work.
     #[error("VM `{vm}`: `{key}` {problem}")]
     CommandLine {
@@ -157,6 +166,20 @@ impl Plan {
             });
         }
         let settings = self.settings();
+        if let Some(value) = self.postcopy_after_s {
+            if settings.mode != Mode::Hybrid {
+                return Err(PlanError::PostcopyTime);
+            }
+            if !(1..=POSTCOPY_AFTER_S_MAX).contains(&value) {
+                return Err(PlanError::Limit {
+                    whose: "the plan".to_owned(),
+                    key: "postcopy_after_s",
+                    value,
+                    min: 1,
+                    max: POSTCOPY_AFTER_S_MAX,
+                });
+            }
+        }
         let is_plain = settings.scope != Scope::Rack
             && settings.sharing == Sharing::Off
             && settings.compression == Compression::None;
@@ -278,6 +301,7 @@ impl Plan {
             max_bandwidth_bytes_per_s: plan_move.max_bandwidth_bytes_per_s,
             group_bandwidth_bytes_per_s: None,
             downtime_limit_ms: self.downtime_limit_ms,
+            postcopy_after_s: self.postcopy_after_s,
             confirm_handover: self.confirm_handover,
             rack: (settings.scope == Scope::Rack).then(|| self.rack_spec(plan_move, &peers)),
         };
@@ -404,7 +428,6 @@ pub(crate) fn position(path: &Path, text: &str, span: Option<Range<usize>>) -> S
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::Mode;
 
     const PLAN: &str = r#"
 preset = "oc"
@@ -558,6 +581,21 @@ replace = [{ from = "/run/a", to = "/run/b" }]
                 assert!(matches!(refusal, Err(PlanError::Postcopy)), "{refused}");
             }
         }
+    }
+
+    #[test]
+    fn the_time_until_post_copy_is_one_of_hybrid_mode() {
+        let plan = |mode: &str, seconds: u64| {
+            let text = PLAN.replace("compression = \"zstd\"", "");
+            let text = format!("mode = \"{mode}\"\npostcopy_after_s = {seconds}\n{text}");
+            Plan::parse(Path::new("plan.toml"), &text)
+        };
+        let specs = plan("hybrid", 20).unwrap().specs("g", &BTreeMap::new());
+        assert_eq!(specs[0].postcopy_after_s, Some(20));
+        for mode in ["pre-copy", "post-copy"] {
+            assert!(matches!(plan(mode, 20), Err(PlanError::PostcopyTime)));
+        }
+        assert!(matches!(plan("hybrid", 0), Err(PlanError::Limit { .. })));
     }
 
     #[test]

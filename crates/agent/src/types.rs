@@ -59,7 +59,7 @@ pub enum Mode {
     /// them: if one is lost, the VM stops and a person is asked.
     PostCopy,
     /// After its memory; before it, as in post-copy, if the guest writes faster than its memory
-    /// can be sent.
+    /// can be sent, after the plan's time, or when a person says so.
     Hybrid,
 }
 
@@ -152,6 +152,10 @@ pub struct Plan {
     /// Longest switch-over that QEMU may plan for; QEMU's 300 ms if absent.
     #[serde(default)]
     pub downtime_limit_ms: Option<u64>,
+    /// With mode `hybrid`: a VM whose memory has been copied for so long goes over to post-copy, whether
+    /// it converges or not; no limit if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub postcopy_after_s: Option<u64>,
     /// Hold every VM, stopped, between its load at the target and its start there, until
     /// `continue` is said through the control API (for people and managers that check first).
     #[serde(default)]
@@ -251,6 +255,9 @@ pub struct MoveSpec {
     pub group_bandwidth_bytes_per_s: Option<u64>,
     /// As in the plan.
     pub downtime_limit_ms: Option<u64>,
+    /// As in the plan.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub postcopy_after_s: Option<u64>,
     /// As in the plan.
     pub confirm_handover: bool,
     /// What the two agents need to share contents with the rest of the group; with scope `rack`.

@@ -51,7 +51,7 @@ async fn start(cli: &Cli, client: &Client, plan: Plan, manner: &Manner) -> anyho
         Mode::PostCopy => writeln!(io::stderr(), "{POSTCOPY}")?,
         Mode::Hybrid => writeln!(
             io::stderr(),
-            "VMs that do not converge go over to {POSTCOPY}"
+            "VMs that do not converge, or are told to, go over to {POSTCOPY}"
         )?,
     }
     let patient = Client::unix(&cli.socket, AGREEMENT_TIME_MAX);

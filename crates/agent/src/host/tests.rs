@@ -131,6 +131,7 @@ impl Agents {
             max_bandwidth_bytes_per_s: None,
             group_bandwidth_bytes_per_s: None,
             downtime_limit_ms: None,
+            postcopy_after_s: None,
             confirm_handover: true,
             rack: None,
         }
@@ -309,6 +310,63 @@ fn real_a_gang_arrives_compressed() {
         ..Preset::Gang.settings()
     };
     move_and_compare(settings, 2);
+}
+
+#[test]
+fn real_a_hybrid_move_goes_over_when_a_person_says_so_and_not_in_pre_copy() {
+    let agents = agents();
+    let data = test_data(agents.dir.path(), 9);
+    let vm = vm(agents.dir.path(), "v", &data, &[]);
+    let spec = |mode| MoveSpec {
+        // Half a minute of memory: it does not converge before it is told.
+        max_bandwidth_bytes_per_s: Some(400_000),
+        confirm_handover: false,
+        ..agents.spec(
+            &vm,
+            Settings {
+                mode,
+                ..Preset::Oc.settings()
+            },
+        )
+    };
+    let id = format!("g/{}", vm.name);
+    let (sink, receiver) = events();
+    agents.source.start(spec(Mode::PreCopy), sink).unwrap();
+    wait_for(&receiver, Phase::Bulk);
+    let refusal = agents.source.go_over(&id).unwrap_err();
+    assert_eq!(refusal.code, RefusalCode::NotHybrid);
+    agents.source.cancel(&id).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !agents.target.incoming().is_empty()
+        || lock(&agents.source.moves)
+            .values()
+            .any(|m| !m.phase.is_final())
+    {
+        assert!(Instant::now() < deadline, "it is not cancelled");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+
+    let (sink, receiver) = events();
+    let hybrid = MoveSpec {
+        id: "h/v".into(),
+        ..spec(Mode::Hybrid)
+    };
+    agents.source.start(hybrid, sink).unwrap();
+    wait_for(&receiver, Phase::Bulk);
+    agents.source.go_over("h/v").unwrap();
+    wait_for(&receiver, Phase::PostCopy);
+    assert_eq!(
+        agents.source.go_over("h/v").unwrap_err().code,
+        RefusalCode::TooLate
+    );
+    agents
+        .source
+        .set_bandwidth("h/v", Bandwidth::default())
+        .unwrap();
+    wait_for(&receiver, Phase::Moved);
+    let (guest, _events) = SourceGuest::attach(&moved_qmp(&vm)).unwrap();
+    assert_eq!(guest.run_state().unwrap(), guest::RunState::Running);
+    guest.quit().unwrap();
 }
 
 #[test]

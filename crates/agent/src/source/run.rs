@@ -51,6 +51,8 @@ pub(crate) enum Input {
     Cancel,
     /// The hand-over is confirmed.
     Confirmed,
+    /// A person wants the VM to go over to post-copy.
+    GoOver,
     /// The VM's own limit on the wire, bytes per second.
     Limit(Option<u64>),
     /// An event of the source QEMU.
@@ -164,6 +166,7 @@ impl Run {
     ) -> Self {
         let control = Control::new(&spec.target_bulk, "none", &context.session);
         let spec_vm = spec.vm.clone();
+        let limit = spec.postcopy_after_s.map(Duration::from_secs);
         Self {
             context,
             spec,
@@ -180,7 +183,7 @@ impl Run {
             phase: Phase::Queued,
             stopped: false,
             approach: Approach::default(),
-            convergence: Convergence::default(),
+            convergence: Convergence::new(limit),
             reported: Instant::now(),
             switched: false,
         }
@@ -261,6 +264,10 @@ impl Run {
                 self.handle(SourceEvent::Confirmed)
             }
             Input::Confirmed => {}
+            Input::GoOver => {
+                self.convergence.order();
+                self.tick();
+            }
             Input::Limit(bytes_per_s) => {
                 if let Some(stream) = &self.stream {
                     stream.bucket.set_rate(bytes_per_s);
