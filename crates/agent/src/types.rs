@@ -56,7 +56,7 @@ pub enum Mode {
     /// After its memory.
     PreCopy,
     /// Before its memory, which follows. Until it has, the VM needs both hosts and the link between
-    /// them: if one is lost, the VM stops and a person is asked.
+    /// them: if the link is lost, the VM stands still until it is mended.
     PostCopy,
     /// After its memory; before it, as in post-copy, if the guest writes faster than its memory
     /// can be sent, after the plan's time, or when a person says so.
@@ -315,13 +315,15 @@ pub enum Phase {
     /// The VM runs at the target in post-copy; its memory follows.
     PostCopy,
     /// The agent was restarted in the middle of the move, or a person asked for it: it finds out
-    /// where the VM is, and finishes or undoes the move.
+    /// where the VM is, and finishes or undoes the move. Or the memory of a VM in post-copy does not
+    /// follow it any more, and is made to follow again.
     Recovering,
     /// The VM runs at the target, the source QEMU is gone.
     Moved,
     /// The move failed or was cancelled; the VM runs at the source, the target QEMU is gone.
     Stayed,
-    /// Nobody can say from here where the VM may run; it is stopped at the source.
+    /// Nobody can say from here where the VM may run; it is stopped at the source. Or it ran in post-copy,
+    /// and its memory could not be made to follow.
     NeedsPerson,
 }
 

@@ -44,6 +44,11 @@ pub(crate) fn run(
                     sink.push_urgent(Arc::new(body));
                 }
             }
+            FrameKind::Relay => {
+                if let Some(sink) = session.sink(header.vm()) {
+                    sink.push(SinkFrame::Relay(Arc::new(body)));
+                }
+            }
             FrameKind::Close => session.remove_sink(header.vm()),
             other => return Err(LinkError::from(WireError::UnexpectedKind(other as u8)).into()),
         }
