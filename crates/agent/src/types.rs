@@ -60,10 +60,10 @@ pub enum Mode {
     /// After its memory.
     PreCopy,
     /// Before its memory, which follows. Until it has, the VM needs both hosts and the link between
-    /// them: if one is lost, the VM stops and a person is asked.
+    /// them: if the link is lost, the VM stands still until it is mended.
     PostCopy,
     /// After its memory; before it, as in post-copy, if the guest writes faster than its memory
-    /// can be sent.
+    /// can be sent, after the plan's time, or when a person says so.
     Hybrid,
 }
 
@@ -156,6 +156,10 @@ pub struct Plan {
     /// Longest switch-over that QEMU may plan for; QEMU's 300 ms if absent.
     #[serde(default)]
     pub downtime_limit_ms: Option<u64>,
+    /// With mode `hybrid`: a VM whose memory has been copied for so long goes over to post-copy, whether
+    /// it converges or not; no limit if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub postcopy_after_s: Option<u64>,
     /// Hold every VM, stopped, between its load at the target and its start there, until
     /// `continue` is said through the control API (for people and managers that check first).
     #[serde(default)]
@@ -285,6 +289,9 @@ pub struct MoveSpec {
     /// As in the plan.
     pub downtime_limit_ms: Option<u64>,
     /// As in the plan.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub postcopy_after_s: Option<u64>,
+    /// As in the plan.
     pub confirm_handover: bool,
     /// What the two agents need to share contents with the rest of the group; with scope `rack`.
     #[serde(default)]
@@ -341,13 +348,15 @@ pub enum Phase {
     /// The VM runs at the target in post-copy; its memory follows.
     PostCopy,
     /// The agent was restarted in the middle of the move, or a person asked for it: it finds out
-    /// where the VM is, and finishes or undoes the move.
+    /// where the VM is, and finishes or undoes the move. Or the memory of a VM in post-copy does not
+    /// follow it any more, and is made to follow again.
     Recovering,
     /// The VM runs at the target, the source QEMU is gone.
     Moved,
     /// The move failed or was cancelled; the VM runs at the source, the target QEMU is gone.
     Stayed,
-    /// Nobody can say from here where the VM may run; it is stopped at the source.
+    /// Nobody can say from here where the VM may run; it is stopped at the source. Or it ran in post-copy,
+    /// and its memory could not be made to follow.
     NeedsPerson,
 }
 

@@ -86,6 +86,11 @@ pub(crate) enum Command {
     Cancel(Target),
     /// Let VMs go that are held before their start at the target (`confirm_handover`).
     Continue(Target),
+    /// Have VMs that move in mode `hybrid` go over to post-copy now, whether they converge or not.
+    ///
+    /// Each then runs at its target before its memory is there, and needs both hosts until it is. The
+    /// consent to that is the mode: moves of another mode are left as they are.
+    Postcopy(Target),
     /// Finish or undo the moves of VMs that need a person.
     Recover(Target),
     /// Say whether this host is ready for migrations.
@@ -260,6 +265,10 @@ pub(crate) struct Overrides {
     /// When the VMs change hosts.
     #[arg(long, value_parser = choice::<Mode>(&["pre-copy", "post-copy", "hybrid"]))]
     mode: Option<Mode>,
+    /// With mode `hybrid`: go over to post-copy once memory was copied for so long, whether the VM
+    /// converges or not.
+    #[arg(long, value_name = "SECONDS")]
+    postcopy_after: Option<u64>,
     /// Budget of the whole group on the wire, in bytes per second; K, M and G are decimal.
     #[arg(long, value_name = "BYTES/S")]
     max_bandwidth: Option<Bytes>,
@@ -285,6 +294,7 @@ impl Overrides {
         plan.sharing = self.sharing.or(plan.sharing);
         plan.compression = self.compression.or(plan.compression);
         plan.mode = self.mode.or(plan.mode);
+        plan.postcopy_after_s = self.postcopy_after.or(plan.postcopy_after_s);
         let budget = self.max_bandwidth.map(|bytes| bytes.0);
         plan.max_bandwidth_bytes_per_s = budget.or(plan.max_bandwidth_bytes_per_s);
     }
@@ -391,6 +401,9 @@ mod tests {
         assert_eq!(plan.compression, Some(Compression::Zstd));
         assert_eq!(plan.scope, Some(Scope::None));
         assert_eq!(plan.max_bandwidth_bytes_per_s, Some(20_000_000));
+        assert_eq!(plan.postcopy_after_s, None);
+        overrides("--mode hybrid --postcopy-after 30").apply(&mut plan);
+        assert_eq!(plan.postcopy_after_s, Some(30));
     }
 
     #[test]

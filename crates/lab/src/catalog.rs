@@ -47,6 +47,10 @@ const BUILT_IN: &[(&str, &str)] = &[
     ),
     ("fault", include_str!("../scenarios/fault.toml")),
     ("faults", include_str!("../scenarios/faults.toml")),
+    (
+        "postcopy-faults",
+        include_str!("../scenarios/postcopy-faults.toml"),
+    ),
     ("rack-faults", include_str!("../scenarios/rack-faults.toml")),
     ("rack-stale", include_str!("../scenarios/rack-stale.toml")),
     (

@@ -23,7 +23,8 @@ use crate::source::{
 use crate::target::{self, Arrivals, KsmBoost, Pools, Pressure, RackStores, TargetContext};
 use crate::tls::Tls;
 use crate::types::{
-    Happening, HostVm, Inventory, MoveSpec, Phase, PrepareSpec, PrepareStatus, ResolveSpec, Sharing,
+    Happening, HostVm, Inventory, Mode, MoveSpec, Phase, PrepareSpec, PrepareStatus, ResolveSpec,
+    Sharing,
 };
 
 /// What a target QEMU takes besides its guest's memory: the process itself, and what a guest
@@ -313,6 +314,32 @@ impl Mover for HostMover {
             }
             known.run.tell(Input::Confirmed);
             Ok(())
+        })
+    }
+
+    fn go_over(&self, id: &str) -> Result<(), Refusal> {
+        self.known(id, |known| {
+            let vm = &known.spec.vm;
+            let (code, why) = match known.spec.settings.mode {
+                Mode::Hybrid if known.phase < Phase::SwitchOver => {
+                    known.run.tell(Input::GoOver);
+                    return Ok(());
+                }
+                Mode::Hybrid => (
+                    RefusalCode::TooLate,
+                    "has been stopped for its switch-over already",
+                ),
+                Mode::PostCopy => (
+                    RefusalCode::NotHybrid,
+                    "moves in mode `post-copy`: it goes over by itself",
+                ),
+                Mode::PreCopy => (
+                    RefusalCode::NotHybrid,
+                    "moves in mode `pre-copy`, whose QEMUs are not ready for post-copy: cancel it and migrate \
+                     it with `--mode hybrid`",
+                ),
+            };
+            Err(Refusal::of_vm(code, vm, format!("{vm} {why}")))
         })
     }
 

@@ -138,7 +138,8 @@ struct Shared {
 }
 
 impl Session {
-    fn connect(
+    /// Connects a session of its own.
+    pub(crate) fn connect(
         key: &SessionKey,
         rack: Option<SessionRack>,
         context: &SessionContext,
@@ -415,6 +416,10 @@ fn receive(mut link: Link, shared: &Shared, outbox: &Outbox, hold: &Hold) -> Lin
             BackMessage::Switched => {
                 hold.at("switched", &stream.name);
                 stream.tell(Input::Switched);
+            }
+            BackMessage::Resumed => {
+                hold.at("resumed", &stream.name);
+                stream.tell(Input::Resumed);
             }
             BackMessage::Faults(times) => stream.set_faults(times),
             BackMessage::Loaded => {

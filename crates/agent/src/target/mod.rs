@@ -20,6 +20,8 @@ mod pressure;
 mod promises;
 mod rack;
 mod receiver;
+mod relay;
+mod resume;
 mod returns;
 mod session;
 mod sink;

@@ -80,7 +80,7 @@ impl Run {
             memory,
             self.context.window_bytes,
             Place::new(Arc::clone(&session.right_of_way)),
-            self.sender.clone(),
+            (self.sender.clone(), self.feed),
         );
         let stream = Arc::new(stream);
         stream.bucket.set_rate(spec.max_bandwidth_bytes_per_s);
