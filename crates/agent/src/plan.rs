@@ -5,7 +5,9 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use crate::types::{MoveSpec, Plan, PlanMove, Preset, RackPeer, RackSpec, Scope, Settings};
+use crate::types::{Mode, MoveSpec, Plan, PlanMove, Preset, RackPeer, RackSpec, Scope, Settings};
+
+mod seeds;
 
 /// Trust domain of a move that names none.
 pub const DEFAULT_DOMAIN: &str = "default";
@@ -20,6 +22,9 @@ const BANDWIDTH_BYTES_PER_S_MIN: u64 = 64 * 1024;
 const INDEX_SHARDS_MAX: usize = 16;
 /// QEMU's own limit of `downtime-limit`.
 const DOWNTIME_LIMIT_MS_MAX: u64 = 2_000_000;
+
+/// A day: who waits longer has chosen the wrong mode.
+const POSTCOPY_AFTER_S_MAX: u64 = 24 * 3600;
 
 /// Why a plan cannot be used; found before anything is asked of any agent.
 #[derive(Debug, thiserror::Error)]
@@ -98,6 +103,19 @@ pub enum PlanError {
         /// What it holds.
         value: String,
     },
+    /// Contents cannot be taken from VMs at the target hosts.
+    #[error("{whose}: {problem}")]
+    Seeds {
+        /// A resident VM, or the plan.
+        whose: String,
+        /// Why.
+        problem: &'static str,
+    },
+    /// A time limit for a mode that has none.
+    #[error(
+        "`postcopy_after_s` says when a VM goes over to post-copy, which goes with mode `hybrid` only"
+    )]
+    PostcopyTime,
     /// A command line or a replacement that cannot work.
     #[error("VM `{vm}`: `{key}` {problem}")]
     CommandLine {
@@ -148,6 +166,21 @@ impl Plan {
                 max: DOWNTIME_LIMIT_MS_MAX,
             });
         }
+        let settings = self.settings();
+        if let Some(value) = self.postcopy_after_s {
+            if settings.mode != Mode::Hybrid {
+                return Err(PlanError::PostcopyTime);
+            }
+            if !(1..=POSTCOPY_AFTER_S_MAX).contains(&value) {
+                return Err(PlanError::Limit {
+                    whose: "the plan".to_owned(),
+                    key: "postcopy_after_s",
+                    value,
+                    min: 1,
+                    max: POSTCOPY_AFTER_S_MAX,
+                });
+            }
+        }
         self.check_hosts()?;
         let mut seen = HashSet::new();
         for plan_move in &self.moves {
@@ -156,7 +189,7 @@ impl Plan {
                 return Err(PlanError::TwoMoves(plan_move.vm.clone()));
             }
         }
-        Ok(())
+        self.check_seeds()
     }
 
     fn check_hosts(&self) -> Result<(), PlanError> {
@@ -263,6 +296,7 @@ impl Plan {
             max_bandwidth_bytes_per_s: plan_move.max_bandwidth_bytes_per_s,
             group_bandwidth_bytes_per_s: None,
             downtime_limit_ms: self.downtime_limit_ms,
+            postcopy_after_s: self.postcopy_after_s,
             confirm_handover: self.confirm_handover,
             rack: (settings.scope == Scope::Rack).then(|| self.rack_spec(plan_move, &peers)),
         };
@@ -389,7 +423,7 @@ pub(crate) fn position(path: &Path, text: &str, span: Option<Range<usize>>) -> S
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::{Compression, Mode, Sharing};
+    use crate::types::{Compression, Sharing};
 
     const PLAN: &str = r#"
 preset = "oc"
@@ -540,6 +574,21 @@ replace = [{ from = "/run/a", to = "/run/b" }]
                 assert_eq!(plan.settings(), settings, "{preset} in {mode}");
             }
         }
+    }
+
+    #[test]
+    fn the_time_until_post_copy_is_one_of_hybrid_mode() {
+        let plan = |mode: &str, seconds: u64| {
+            let text = PLAN.replace("compression = \"zstd\"", "");
+            let text = format!("mode = \"{mode}\"\npostcopy_after_s = {seconds}\n{text}");
+            Plan::parse(Path::new("plan.toml"), &text)
+        };
+        let specs = plan("hybrid", 20).unwrap().specs("g", &BTreeMap::new());
+        assert_eq!(specs[0].postcopy_after_s, Some(20));
+        for mode in ["pre-copy", "post-copy"] {
+            assert!(matches!(plan(mode, 20), Err(PlanError::PostcopyTime)));
+        }
+        assert!(matches!(plan("hybrid", 0), Err(PlanError::Limit { .. })));
     }
 
     #[test]

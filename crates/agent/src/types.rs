@@ -37,6 +37,10 @@ pub enum Sharing {
     /// Pages that share a frame at the source share one at the target (*sharing-aware live
     /// migration*), among the VMs of a group and trust domain that move between the same two hosts.
     Preserve,
+    /// Pages with the same content share one at the target, too, whatever they shared at the source:
+    /// those of the VMs of a group and trust domain that move between the same two hosts. Like KSM's,
+    /// such sharing lets a guest find out by timing its writes what the others hold.
+    Identical,
 }
 
 /// How page bytes are packed on the wire.
@@ -56,10 +60,10 @@ pub enum Mode {
     /// After its memory.
     PreCopy,
     /// Before its memory, which follows. Until it has, the VM needs both hosts and the link between
-    /// them: if one is lost, the VM stops and a person is asked.
+    /// them: if the link is lost, the VM stands still until it is mended.
     PostCopy,
     /// After its memory; before it, as in post-copy, if the guest writes faster than its memory
-    /// can be sent.
+    /// can be sent, after the plan's time, or when a person says so.
     Hybrid,
 }
 
@@ -152,11 +156,16 @@ pub struct Plan {
     /// Longest switch-over that QEMU may plan for; QEMU's 300 ms if absent.
     #[serde(default)]
     pub downtime_limit_ms: Option<u64>,
+    /// With mode `hybrid`: a VM whose memory has been copied for so long goes over to post-copy, whether
+    /// it converges or not; no limit if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub postcopy_after_s: Option<u64>,
     /// Hold every VM, stopped, between its load at the target and its start there, until
     /// `continue` is said through the control API (for people and managers that check first).
     #[serde(default)]
     pub confirm_handover: bool,
-    /// Whether memory is hashed before the migration, with scope `rack`; yes if absent.
+    /// Whether memory is hashed before the migration, with scope `rack` or sharing `identical`; yes if
+    /// absent.
     #[serde(default)]
     pub prepare: Option<bool>,
     /// `host:port` of the processes of a stand-alone index, in the order of their shards; if
@@ -169,6 +178,34 @@ pub struct Plan {
     /// The moves, in the order in which they start.
     #[serde(rename = "move")]
     pub moves: Vec<PlanMove>,
+    /// Also take contents from the VMs that run at the target hosts already, with scope `rack`: all
+    /// that the agents there find, which then count as of the trust domain `default`.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub seed_from_target: bool,
+    /// VMs at target hosts to take contents from, with scope `rack`; with others they are not used.
+    #[serde(rename = "resident", default, skip_serializing_if = "Vec::is_empty")]
+    pub residents: Vec<Resident>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn is_false(flag: &bool) -> bool {
+    !flag
+}
+
+/// A VM that runs at a target host and stays there. What it has need not be sent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Resident {
+    /// Its name.
+    pub vm: String,
+    /// Target host that it runs on.
+    pub host: String,
+    /// QMP socket of its QEMU there, for the agent's use alone.
+    #[schema(value_type = String)]
+    pub qmp: PathBuf,
+    /// Trust domain: only moves of the same one use its contents. `default` if absent.
+    #[serde(default)]
+    pub domain: Option<String>,
 }
 
 /// Addresses of one agent.
@@ -252,6 +289,9 @@ pub struct MoveSpec {
     /// As in the plan.
     pub downtime_limit_ms: Option<u64>,
     /// As in the plan.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub postcopy_after_s: Option<u64>,
+    /// As in the plan.
     pub confirm_handover: bool,
     /// What the two agents need to share contents with the rest of the group; with scope `rack`.
     #[serde(default)]
@@ -308,13 +348,15 @@ pub enum Phase {
     /// The VM runs at the target in post-copy; its memory follows.
     PostCopy,
     /// The agent was restarted in the middle of the move, or a person asked for it: it finds out
-    /// where the VM is, and finishes or undoes the move.
+    /// where the VM is, and finishes or undoes the move. Or the memory of a VM in post-copy does not
+    /// follow it any more, and is made to follow again.
     Recovering,
     /// The VM runs at the target, the source QEMU is gone.
     Moved,
     /// The move failed or was cancelled; the VM runs at the source, the target QEMU is gone.
     Stayed,
-    /// Nobody can say from here where the VM may run; it is stopped at the source.
+    /// Nobody can say from here where the VM may run; it is stopped at the source. Or it ran in post-copy,
+    /// and its memory could not be made to follow.
     NeedsPerson,
 }
 
@@ -345,7 +387,7 @@ pub struct PageCounts {
     pub remote_reference: u64,
     /// Pages whose reference could not be served and that were read again from the source.
     pub repaired: u64,
-    /// Pages that are mapped from the target host's pool, with sharing `preserve`.
+    /// Pages that are mapped from the target host's pool, with sharing `preserve` or `identical`.
     #[serde(default)]
     pub mapped: u64,
 }

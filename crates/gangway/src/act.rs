@@ -1,4 +1,4 @@
-//! `cancel`, `continue`, `recover`: actions on moves under way.
+//! `cancel`, `continue`, `postcopy`, `recover`: actions on moves under way.
 
 use std::collections::BTreeSet;
 use std::io::{self, Write};
@@ -21,6 +21,7 @@ const POLL: Duration = Duration::from_millis(300);
 pub(crate) enum Action {
     Cancel,
     Continue,
+    Postcopy,
     Recover,
 }
 
@@ -29,6 +30,7 @@ impl Action {
         match self {
             Self::Cancel => "cancel",
             Self::Continue => "continue",
+            Self::Postcopy => "postcopy",
             Self::Recover => "recover",
         }
     }
@@ -37,6 +39,7 @@ impl Action {
         match self {
             Self::Cancel => "is being cancelled",
             Self::Continue => "goes on",
+            Self::Postcopy => "goes over to post-copy",
             Self::Recover => "is being recovered",
         }
     }
@@ -46,6 +49,7 @@ impl Action {
         match self {
             Self::Cancel => !phase.is_final(),
             Self::Continue => phase == Phase::Held,
+            Self::Postcopy => matches!(phase, Phase::Preparing | Phase::Bulk),
             Self::Recover => phase == Phase::NeedsPerson,
         }
     }

@@ -86,6 +86,11 @@ pub(crate) enum Command {
     Cancel(Target),
     /// Let VMs go that are held before their start at the target (`confirm_handover`).
     Continue(Target),
+    /// Have VMs that move in mode `hybrid` go over to post-copy now, whether they converge or not.
+    ///
+    /// Each then runs at its target before its memory is there, and needs both hosts until it is. The
+    /// consent to that is the mode: moves of another mode are left as they are.
+    Postcopy(Target),
     /// Finish or undo the moves of VMs that need a person.
     Recover(Target),
     /// Say whether this host is ready for migrations.
@@ -132,8 +137,12 @@ pub(crate) struct Manner {
     #[arg(long)]
     pub(crate) json: bool,
     /// Do not hash memory before the migration.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "seed_from_target")]
     no_prepare: bool,
+    /// Also take contents from the VMs that run at the target hosts (scope `rack`); they count as of
+    /// the trust domain `default`.
+    #[arg(long)]
+    seed_from_target: bool,
     /// Return once all agents have agreed; prints the group's id.
     #[arg(long)]
     pub(crate) detach: bool,
@@ -162,6 +171,9 @@ pub(crate) struct Prepare {
     plan: PathBuf,
     #[command(flatten)]
     pub(crate) bounds: Bounds,
+    /// Also hash the VMs that run at the target hosts; to be given to `migrate`, too.
+    #[arg(long)]
+    seed_from_target: bool,
     /// Print the result as one JSON object.
     #[arg(long)]
     pub(crate) json: bool,
@@ -170,7 +182,14 @@ pub(crate) struct Prepare {
 impl Prepare {
     /// Reads the plan.
     pub(crate) fn plan(&self) -> Result<Plan, PlanError> {
-        Plan::load(&self.plan)
+        let mut plan = Plan::load(&self.plan)?;
+        if self.seed_from_target {
+            // Nothing else uses them.
+            plan.scope = Some(Scope::Rack);
+            plan.seed_from_target = true;
+            plan.check()?;
+        }
+        Ok(plan)
     }
 }
 
@@ -238,7 +257,7 @@ pub(crate) struct Overrides {
     #[arg(long, value_parser = choice::<Scope>(&["none", "host", "rack"]))]
     scope: Option<Scope>,
     /// What becomes of page sharing at the target.
-    #[arg(long, value_parser = choice::<Sharing>(&["off", "preserve"]))]
+    #[arg(long, value_parser = choice::<Sharing>(&["off", "preserve", "identical"]))]
     sharing: Option<Sharing>,
     /// How page bytes are packed.
     #[arg(long, value_parser = choice::<Compression>(&["none", "zstd"]))]
@@ -246,6 +265,10 @@ pub(crate) struct Overrides {
     /// When the VMs change hosts.
     #[arg(long, value_parser = choice::<Mode>(&["pre-copy", "post-copy", "hybrid"]))]
     mode: Option<Mode>,
+    /// With mode `hybrid`: go over to post-copy once memory was copied for so long, whether the VM
+    /// converges or not.
+    #[arg(long, value_name = "SECONDS")]
+    postcopy_after: Option<u64>,
     /// Budget of the whole group on the wire, in bytes per second; K, M and G are decimal.
     #[arg(long, value_name = "BYTES/S")]
     max_bandwidth: Option<Bytes>,
@@ -258,6 +281,7 @@ impl Overrides {
         if manner.no_prepare {
             plan.prepare = Some(false);
         }
+        plan.seed_from_target |= manner.seed_from_target;
         plan.check()?;
         Ok(plan)
     }
@@ -270,6 +294,7 @@ impl Overrides {
         plan.sharing = self.sharing.or(plan.sharing);
         plan.compression = self.compression.or(plan.compression);
         plan.mode = self.mode.or(plan.mode);
+        plan.postcopy_after_s = self.postcopy_after.or(plan.postcopy_after_s);
         let budget = self.max_bandwidth.map(|bytes| bytes.0);
         plan.max_bandwidth_bytes_per_s = budget.or(plan.max_bandwidth_bytes_per_s);
     }
@@ -353,7 +378,10 @@ mod tests {
             .filter(|argument| argument.get_long().is_some())
         {
             for value in argument.get_possible_values() {
-                if matches!(argument.get_long(), Some("json" | "detach" | "no-prepare")) {
+                if matches!(
+                    argument.get_long(),
+                    Some("json" | "detach" | "no-prepare" | "seed-from-target")
+                ) {
                     continue;
                 }
                 let long = argument.get_long().unwrap();
@@ -361,7 +389,7 @@ mod tests {
                 tried += 1;
             }
         }
-        assert_eq!(tried, 15);
+        assert_eq!(tried, 16);
     }
 
     #[test]
@@ -373,6 +401,9 @@ mod tests {
         assert_eq!(plan.compression, Some(Compression::Zstd));
         assert_eq!(plan.scope, Some(Scope::None));
         assert_eq!(plan.max_bandwidth_bytes_per_s, Some(20_000_000));
+        assert_eq!(plan.postcopy_after_s, None);
+        overrides("--mode hybrid --postcopy-after 30").apply(&mut plan);
+        assert_eq!(plan.postcopy_after_s, Some(30));
     }
 
     #[test]

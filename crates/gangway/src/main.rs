@@ -81,6 +81,7 @@ async fn talk(cli: &Cli) -> anyhow::Result<Exit> {
         }
         Command::Cancel(target) => act::run(&client, Action::Cancel, target).await,
         Command::Continue(target) => act::run(&client, Action::Continue, target).await,
+        Command::Postcopy(target) => act::run(&client, Action::Postcopy, target).await,
         Command::Recover(target) => act::run(&client, Action::Recover, target).await,
         Command::Doctor { json } => status::doctor(&client, *json).await,
         Command::Agent { .. }

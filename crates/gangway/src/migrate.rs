@@ -15,9 +15,9 @@ use crate::watch::{left, watch};
 const AGREEMENT_TIME_MAX: Duration = Duration::from_secs(120);
 
 /// What a person consents to.
-const POSTCOPY: &str = "post-copy: each VM runs at its target before its memory is there. If a host, \
-                        an agent or the link is lost in that time, the VM stops and needs a person; \
-                        its QEMU at the source must not be ended or resumed then";
+const POSTCOPY: &str = "post-copy: each VM runs at its target before its memory is there. If an agent or \
+                        the link is lost in that time, the VM may stand still until that is mended, and \
+                        neither of its QEMUs must be ended or resumed by hand; if a host is lost, it is killed";
 
 /// Migrates what a plan says.
 pub(crate) async fn migrate(cli: &Cli, client: &Client, wish: &Migrate) -> anyhow::Result<Exit> {
@@ -51,7 +51,7 @@ async fn start(cli: &Cli, client: &Client, plan: Plan, manner: &Manner) -> anyho
         Mode::PostCopy => writeln!(io::stderr(), "{POSTCOPY}")?,
         Mode::Hybrid => writeln!(
             io::stderr(),
-            "VMs that do not converge go over to {POSTCOPY}"
+            "VMs that do not converge, or are told to, go over to {POSTCOPY}"
         )?,
     }
     let patient = Client::unix(&cli.socket, AGREEMENT_TIME_MAX);

@@ -101,6 +101,14 @@ pub enum GuestError {
         /// How long was waited.
         waited: Duration,
     },
+    /// Only a QEMU that has noticed the loss of its stream goes on with its migration.
+    #[error("its migration is not paused after {waited:?} (status {status})")]
+    NotPaused {
+        /// The status then.
+        status: MigrationStatus,
+        /// How long was waited.
+        waited: Duration,
+    },
     /// A target without a monitor.
     #[error(
         "the command line has no QMP socket: it needs `-qmp unix:PATH,server=on,wait=off` or a \

@@ -41,7 +41,7 @@ pub use settings::{MigrationParameters, SavedSettings};
 pub use shared::{ClassNo, FramePage, MemoryBlock, ScanReport, SharedFrames, VmMemory};
 pub use source::{HeldMemory, SourceGuest};
 pub use state::RunState;
-pub use target::TargetGuest;
+pub use target::{KeptMonitor, Recovery, TargetGuest};
 
 /// Longest path of a unix socket, in bytes: `sun_path` has 108, one is for the NUL.
 pub const UNIX_PATH_BYTES_MAX: usize = 107;

@@ -160,7 +160,7 @@ impl From<RawInfo> for MigrationInfo {
 
 /// Longest wait for an answer in passing: a QEMU that holds its lock answers when it lets go, and who
 /// watches it has other things to watch.
-const GLANCE: Duration = Duration::from_secs(1);
+pub(crate) const GLANCE: Duration = Duration::from_secs(1);
 
 /// Asks QEMU in passing.
 pub(crate) fn glance(qmp: &Qmp) -> Result<MigrationInfo, QmpError> {

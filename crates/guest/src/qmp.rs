@@ -9,9 +9,10 @@
 //! QEMU serves one client of a QMP socket at a time: whoever holds the [`Qmp`] has it alone.
 
 use std::collections::HashMap;
-use std::io::{self, BufReader, Write};
+use std::io::{self, BufReader, IoSlice, Write};
+use std::mem::MaybeUninit;
 use std::net::Shutdown;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,16 +21,23 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::QemuVersion;
-use crate::qmp_wire::{Greeting, Line, LineError, command_line, read_line};
+use crate::qmp_wire::{Band, Greeting, Line, LineError, command_line, read_line};
 
 /// How long a command may take. While QEMU writes the end of a migration it answers no command,
 /// and the other end of that stream may be stopped for ten seconds and live on.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What QEMU calls the agreement that some commands are executed beside its main loop.
+const OUT_OF_BAND: &str = "oob";
+
+/// QEMU's name for the descriptor that it keeps for us.
+const KEPT: &str = "gangway-monitor";
 
 /// Events kept for a receiver that does not read. A migration causes some tens.
 const EVENTS_MAX: usize = 4096;
@@ -127,6 +135,8 @@ pub struct Qmp {
 struct Connection {
     peer_pid: u32,
     version: QemuVersion,
+    /// Whether commands may be executed beside QEMU's main loop.
+    is_out_of_band: bool,
     writer: Mutex<UnixStream>,
     /// Also the writer's stream, reachable while a command is stuck in it.
     stream: UnixStream,
@@ -152,6 +162,16 @@ impl Qmp {
     /// [`QmpError::Busy`] if another client holds the socket; [`QmpError::Connect`] and
     /// [`QmpError::NotQmp`] as they say.
     pub fn connect(path: &Path, timeout: Duration) -> Result<(Self, Receiver<QmpEvent>), QmpError> {
+        Self::connect_in(Band::Main, path, timeout)
+    }
+
+    /// As [`Qmp::connect`]; with [`Band::Out`] it is agreed that some commands may be executed beside the
+    /// main loop, if this QEMU offers it.
+    pub(crate) fn connect_in(
+        band: Band,
+        path: &Path,
+        timeout: Duration,
+    ) -> Result<(Self, Receiver<QmpEvent>), QmpError> {
         let connect = |source| QmpError::Connect {
             path: path.to_owned(),
             source,
@@ -166,28 +186,85 @@ impl Qmp {
         let mut reader = BufReader::new(stream.try_clone().map_err(connect)?);
         let greeting = read_greeting(&mut reader, path, timeout)?;
         stream.set_read_timeout(None).map_err(connect)?;
+        let offers = |capability: &str| greeting.capabilities.iter().any(|c| c == capability);
+        let is_out_of_band = band == Band::Out && offers(OUT_OF_BAND);
+        let agreed = match is_out_of_band {
+            true => json!({ "enable": [OUT_OF_BAND] }),
+            false => Value::Null,
+        };
+        let version = QemuVersion::from(greeting.version.qemu);
+        let (qmp, events) =
+            Self::over((stream, reader), version, is_out_of_band, 1).map_err(connect)?;
+        // It has greeted, so it serves us and is not busy with another client: under load it was
+        // seen to take more than five seconds to go on.
+        qmp.execute_within("qmp_capabilities", &agreed, timeout.saturating_mul(3))?;
+        Ok((qmp, events))
+    }
 
+    /// Takes over a connection on which an earlier process has agreed with QEMU on everything.
+    pub(crate) fn take_over(
+        stream: UnixStream,
+        version: QemuVersion,
+        is_out_of_band: bool,
+    ) -> io::Result<(Self, Receiver<QmpEvent>)> {
+        let reader = BufReader::new(stream.try_clone()?);
+        // Answers to the earlier process may still come: its numbers are not used again.
+        let first_id = u64::from(std::process::id()) << u32::BITS;
+        Self::over((stream, reader), version, is_out_of_band, first_id)
+    }
+
+    fn over(
+        (stream, reader): (UnixStream, BufReader<UnixStream>),
+        version: QemuVersion,
+        is_out_of_band: bool,
+        first_id: u64,
+    ) -> io::Result<(Self, Receiver<QmpEvent>)> {
         let (events_in, events) = sync_channel(EVENTS_MAX);
         let waiting = Arc::new(Mutex::new(Waiting::default()));
         let connection = Connection {
-            peer_pid: sys::peer_pid(&stream).map_err(connect)?,
-            version: QemuVersion::from(greeting.version.qemu),
-            writer: Mutex::new(stream.try_clone().map_err(connect)?),
+            peer_pid: sys::peer_pid(&stream)?,
+            version,
+            is_out_of_band,
+            writer: Mutex::new(stream.try_clone()?),
             stream,
             waiting: Arc::clone(&waiting),
-            next_id: AtomicU64::new(1),
+            next_id: AtomicU64::new(first_id),
         };
         thread::Builder::new()
             .name("qmp".to_owned())
-            .spawn(move || read_lines(reader, &waiting, &events_in))
-            .map_err(connect)?;
-        let qmp = Self {
-            connection: Arc::new(connection),
-        };
-        // It has greeted, so it serves us and is not busy with another client: under load it was
-        // seen to take more than five seconds to go on.
-        qmp.execute_within("qmp_capabilities", &Value::Null, timeout.saturating_mul(3))?;
-        Ok((qmp, events))
+            .spawn(move || read_lines(reader, &waiting, &events_in))?;
+        let connection = Arc::new(connection);
+        Ok((Self { connection }, events))
+    }
+
+    /// Whether commands may be executed beside QEMU's main loop.
+    pub(crate) fn is_out_of_band(&self) -> bool {
+        self.connection.is_out_of_band
+    }
+
+    /// Puts our end of the connection into QEMU, too: so it stays open, with all that was agreed on it,
+    /// when this process dies. Returns the socket's number, by which it is found there. QEMU serves
+    /// nobody else on this monitor as long as it has it, until [`Qmp::unkeep`], or until we close it.
+    pub(crate) fn keep(&self) -> Result<u64, QmpError> {
+        let stream = &self.connection.stream;
+        let number = rustix::fs::fstat(stream).map(|stat| stat.st_ino);
+        let arguments = json!({ "fdname": KEPT });
+        self.call(
+            Band::Main,
+            "getfd",
+            &arguments,
+            COMMAND_TIMEOUT,
+            Some(stream),
+        )?;
+        number.map_err(|error| QmpError::Closed {
+            command: "getfd".to_owned(),
+            reason: error.to_string(),
+        })
+    }
+
+    /// Has QEMU let go of our end of the connection.
+    pub(crate) fn unkeep(&self) -> Result<(), QmpError> {
+        self.execute("closefd", json!({ "fdname": KEPT })).map(drop)
     }
 
     /// Executes one command and returns what QEMU answers; `Null` as `arguments` means none.
@@ -250,6 +327,32 @@ impl Qmp {
         arguments: &Value,
         timeout: Duration,
     ) -> Result<Value, QmpError> {
+        self.call(Band::Main, command, arguments, timeout, None)
+    }
+
+    /// Executes a command beside QEMU's main loop, which may be waiting for memory; in it, if that was
+    /// not agreed on.
+    pub(crate) fn execute_beside(
+        &self,
+        command: &str,
+        arguments: &Value,
+        timeout: Duration,
+    ) -> Result<Value, QmpError> {
+        let band = match self.connection.is_out_of_band {
+            true => Band::Out,
+            false => Band::Main,
+        };
+        self.call(band, command, arguments, timeout, None)
+    }
+
+    fn call(
+        &self,
+        band: Band,
+        command: &str,
+        arguments: &Value,
+        timeout: Duration,
+        descriptor: Option<&UnixStream>,
+    ) -> Result<Value, QmpError> {
         let connection = &self.connection;
         let closed = |reason: String| QmpError::Closed {
             command: command.to_owned(),
@@ -264,9 +367,12 @@ impl Qmp {
             }
             waiting.replies.insert(id, reply_in);
         }
-        if let Err(error) =
-            locked(&connection.writer).write_all(&command_line(command, arguments, id))
-        {
+        let line = command_line(band, command, arguments, id);
+        let written = match descriptor {
+            None => locked(&connection.writer).write_all(&line),
+            Some(descriptor) => write_with(&locked(&connection.writer), &line, descriptor),
+        };
+        if let Err(error) = written {
             // Half a line may have gone out, after which no command would be understood.
             connection.close();
             locked(&connection.waiting).replies.remove(&id);
@@ -306,6 +412,18 @@ impl Drop for Connection {
     fn drop(&mut self) {
         self.close();
     }
+}
+
+/// Writes a line that a descriptor goes with.
+fn write_with(mut writer: &UnixStream, line: &[u8], descriptor: &UnixStream) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let descriptors = [descriptor.as_fd()];
+    // There is room for one.
+    ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
+    let line_slice = [IoSlice::new(line)];
+    let sent = sendmsg(writer, &line_slice, &mut ancillary, SendFlags::NOSIGNAL)?;
+    writer.write_all(line.get(sent..).unwrap_or_default())
 }
 
 /// Connects; `WouldBlock` if the queue of the listener stays full for `timeout`. Reads and writes

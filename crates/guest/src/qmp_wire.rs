@@ -38,9 +38,12 @@ pub(crate) enum Line {
     Unknown,
 }
 
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 pub(crate) struct Greeting {
     pub(crate) version: GreetingVersion,
+    /// What can be agreed on.
+    #[serde(default)]
+    pub(crate) capabilities: Vec<String>,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize)]
@@ -153,9 +156,22 @@ fn parse_line(bytes: &[u8]) -> Result<Line, LineError> {
     })
 }
 
+/// Where QEMU executes a command.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Band {
+    /// In its main loop, after those before it.
+    Main,
+    /// Beside it, at once. Few commands can be, and both ends must have agreed on it.
+    Out,
+}
+
 /// A command as a line. `Null` stands for no arguments.
-pub(crate) fn command_line(command: &str, arguments: &Value, id: u64) -> Vec<u8> {
-    let mut message = json!({ "execute": command, "id": id });
+pub(crate) fn command_line(band: Band, command: &str, arguments: &Value, id: u64) -> Vec<u8> {
+    let verb = match band {
+        Band::Main => "execute",
+        Band::Out => "exec-oob",
+    };
+    let mut message = json!({ verb: command, "id": id });
     if !arguments.is_null() {
         message["arguments"] = arguments.clone();
     }

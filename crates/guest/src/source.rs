@@ -313,6 +313,16 @@ impl SourceGuest {
         self.execute("migrate-start-postcopy", Value::Null)
     }
 
+    /// Has QEMU connect to `socket` and go on with a migration that lost its stream in post-copy; its
+    /// success shows in [`SourceGuest::migration`] and in `MIGRATION` events.
+    ///
+    /// # Errors
+    /// If QEMU refuses: the migration is not paused.
+    pub fn resume_migration(&self, socket: &Path) -> Result<(), GuestError> {
+        let uri = unix_uri(socket)?;
+        self.execute("migrate", json!({ "uri": uri, "resume": true }))
+    }
+
     /// Cancels a migration; the guest runs on. It has ended when its status says so.
     ///
     /// # Errors

@@ -3,7 +3,9 @@
 use std::fmt;
 
 use serde::{Deserialize, Deserializer};
+use serde_json::Value;
 
+use crate::migration::GLANCE;
 use crate::{Qmp, QmpError};
 
 /// QEMU's run state.
@@ -76,13 +78,25 @@ impl<'de> Deserialize<'de> for RunState {
     }
 }
 
+/// `query-status`.
+#[derive(Deserialize)]
+struct Status {
+    status: RunState,
+}
+
 /// Asks QEMU.
 pub(crate) fn run_state(qmp: &Qmp) -> Result<RunState, QmpError> {
-    #[derive(Deserialize)]
-    struct Status {
-        status: RunState,
-    }
     Ok(qmp.query::<Status>("query-status")?.status)
+}
+
+/// Asks QEMU in passing.
+pub(crate) fn glance_at_state(qmp: &Qmp) -> Result<RunState, QmpError> {
+    let answer = qmp.execute_within("query-status", &Value::Null, GLANCE)?;
+    let status: Status = serde_json::from_value(answer).map_err(|source| QmpError::Answer {
+        command: "query-status".to_owned(),
+        source,
+    })?;
+    Ok(status.status)
 }
 
 #[cfg(test)]

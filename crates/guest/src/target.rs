@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::Receiver;
@@ -10,19 +11,22 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sys::Process;
 
 use crate::argv::{qmp_socket, without_start_options};
-use crate::migration::migration_info;
+use crate::migration::{glance, migration_info};
 use crate::obstacle::mapping_obstacle_now;
 use crate::qmp::open_socket;
+use crate::qmp_wire::Band;
 use crate::ram::ram_blocks;
 use crate::settings::{postcopy_target, set_capabilities};
 use crate::source::unix_uri;
-use crate::state::run_state;
+use crate::state::{glance_at_state, run_state};
 use crate::{
-    GuestError, MappingObstacle, MigrationInfo, Qmp, QmpError, QmpEvent, RamBlock, RunState,
+    GuestError, MappingObstacle, MigrationInfo, MigrationStatus, QemuVersion, Qmp, QmpError,
+    QmpEvent, RamBlock, RunState,
 };
 
 /// How long QEMU may take until its monitor answers. With preallocated memory that is the time to
@@ -38,9 +42,36 @@ const ADOPT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a killed QEMU may take to be gone; freeing hundreds of gigabytes takes seconds.
 const KILL_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How long QEMU may take to answer beside its main loop.
+const RECOVER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long QEMU may take to notice that its stream is gone.
+const PAUSE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long QEMU may take from its word that it has all memory to the end of its migration.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// How much of a log is quoted in an error.
 const LOG_TAIL_BYTES_MAX: u64 = 4096;
 const LOG_TAIL_LINES_MAX: usize = 10;
+
+/// A monitor's connection that its QEMU keeps: what is needed to take it up again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptMonitor {
+    /// Number of our end's socket.
+    socket: u64,
+    version: (u32, u32, u32),
+    is_out_of_band: bool,
+}
+
+/// What became of a QEMU that lost its stream in post-copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recovery {
+    /// It waits for its source QEMU.
+    Waits,
+    /// It had all memory already, and has completed.
+    Complete,
+}
 
 /// A QEMU on the receiving side, started paused: only [`TargetGuest::cont`] lets the guest run.
 ///
@@ -112,7 +143,7 @@ impl TargetGuest {
     /// If there is no such process or another one serves the socket.
     pub fn adopt(pid: u32, qmp_path: &Path) -> Result<Self, GuestError> {
         let process = open_process(pid)?;
-        let (qmp, events) = Qmp::connect(qmp_path, ADOPT_TIMEOUT)?;
+        let (qmp, events) = Qmp::connect_in(Band::Out, qmp_path, ADOPT_TIMEOUT)?;
         check_peer(&qmp, qmp_path, pid)?;
         let events = Mutex::new(Some(events));
         Ok(Self {
@@ -121,6 +152,137 @@ impl TargetGuest {
             process,
             events,
         })
+    }
+
+    /// Takes over a target whose monitor's connection was kept by its QEMU ([`TargetGuest::keep_monitor`]).
+    /// Unlike [`TargetGuest::adopt`] it does not need QEMU's main loop, which may be waiting for memory.
+    ///
+    /// # Errors
+    /// If there is no such process, or it does not have that connection.
+    pub fn take_back(pid: u32, qmp_path: &Path, kept: &KeptMonitor) -> Result<Self, GuestError> {
+        let process = open_process(pid)?;
+        let take = || {
+            let socket = UnixStream::from(process.take_socket(kept.socket)?);
+            let (major, minor, micro) = kept.version;
+            let version = QemuVersion {
+                major,
+                minor,
+                micro,
+            };
+            Qmp::take_over(socket, version, kept.is_out_of_band)
+        };
+        let (qmp, events) = take().map_err(|source| GuestError::Process { pid, source })?;
+        check_peer(&qmp, qmp_path, pid)?;
+        Ok(Self {
+            qmp,
+            qmp_path: qmp_path.to_owned(),
+            process,
+            events: Mutex::new(Some(events)),
+        })
+    }
+
+    /// Has QEMU itself keep our connection to its monitor, so that it outlives this process: a QEMU whose
+    /// main loop waits for memory, in post-copy, serves no new one. Until [`TargetGuest::release_monitor`]
+    /// nobody else gets to this monitor, even if this process dies.
+    ///
+    /// # Errors
+    /// If QEMU refuses.
+    pub fn keep_monitor(&self) -> Result<KeptMonitor, GuestError> {
+        let QemuVersion {
+            major,
+            minor,
+            micro,
+        } = self.qmp.version();
+        Ok(KeptMonitor {
+            socket: self.qmp.keep()?,
+            version: (major, minor, micro),
+            is_out_of_band: self.qmp.is_out_of_band(),
+        })
+    }
+
+    /// Takes [`TargetGuest::keep_monitor`] back.
+    ///
+    /// # Errors
+    /// If QEMU refuses: it has nothing of ours.
+    pub fn release_monitor(&self) -> Result<(), GuestError> {
+        Ok(self.qmp.unkeep()?)
+    }
+
+    /// Leaves a guest that has arrived, and all its memory with it, as one that never was in post-copy: it can be
+    /// migrated again. Waits for QEMU to be done.
+    ///
+    /// # Errors
+    /// If the monitor fails or QEMU is not done within some seconds.
+    pub fn end_postcopy(&self) -> Result<(), GuestError> {
+        let start = Instant::now();
+        loop {
+            let status = self.migration()?.status;
+            if status.is_over() {
+                break;
+            }
+            if start.elapsed() > END_TIMEOUT {
+                return Err(GuestError::NotEnded {
+                    status,
+                    waited: END_TIMEOUT,
+                });
+            }
+            thread::sleep(START_POLL);
+        }
+        Ok(set_capabilities(&self.qmp, [("postcopy-ram", false)])?)
+    }
+
+    /// Has a QEMU whose stream was lost in post-copy wait at `socket` for its source QEMU to go on. Waits for
+    /// it to notice the loss. An earlier call that nobody connected to is forgotten. Does not need its main loop.
+    ///
+    /// # Errors
+    /// If it does not notice, or refuses.
+    pub fn recover(&self, socket: &Path) -> Result<Recovery, GuestError> {
+        let arguments = json!({ "uri": unix_uri(socket)? });
+        let start = Instant::now();
+        loop {
+            let asked = self
+                .qmp
+                .execute_beside("migrate-recover", &arguments, RECOVER_TIMEOUT);
+            match asked {
+                Ok(_) => return Ok(Recovery::Waits),
+                Err(QmpError::Command { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+            // Not paused: not yet, or not any more.
+            if self.newest_status() == Some(MigrationStatus::Completed) {
+                return Ok(Recovery::Complete);
+            }
+            if start.elapsed() > PAUSE_TIMEOUT {
+                break;
+            }
+            thread::sleep(START_POLL);
+        }
+        // The event may have been an earlier process's. In passing: it hangs if memory is missing.
+        match glance(&self.qmp)?.status {
+            MigrationStatus::Completed => Ok(Recovery::Complete),
+            status => Err(GuestError::NotPaused {
+                status,
+                waited: start.elapsed(),
+            }),
+        }
+    }
+
+    /// What the newest unread event says of the migration.
+    fn newest_status(&self) -> Option<MigrationStatus> {
+        let events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        let events = events.as_ref()?;
+        let of_migration = events.try_iter().filter(|event| event.name == "MIGRATION");
+        let last = of_migration.last()?;
+        Some(MigrationStatus::from(last.data.get("status")?.as_str()?))
+    }
+
+    /// How it stands, said at once or not at all: a QEMU whose main loop waits for memory says nothing.
+    ///
+    /// # Errors
+    /// If the monitor fails or QEMU does not answer within a second.
+    pub fn glance(&self) -> Result<(RunState, MigrationStatus), GuestError> {
+        let state = glance_at_state(&self.qmp)?;
+        Ok((state, glance(&self.qmp)?.status))
     }
 
     /// Path of its QMP socket.
@@ -248,7 +410,7 @@ fn connect_to_child(
     loop {
         let left = START_TIMEOUT.saturating_sub(start.elapsed());
         // At the end of the time a greeting still gets a moment.
-        let tried = Qmp::connect(qmp_path, left.max(START_POLL));
+        let tried = Qmp::connect_in(Band::Out, qmp_path, left.max(START_POLL));
         if let Some(status) = ended(child)? {
             return Err(GuestError::EndedEarly {
                 status,

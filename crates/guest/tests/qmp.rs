@@ -3,11 +3,11 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use guest::{Qmp, QmpError};
+use guest::{Qmp, QmpError, Recovery, TargetGuest};
 use serde_json::{Value, json};
 
 const GREETING: &str = r#"{"QMP":{"version":{"qemu":{"major":10,"minor":0,"micro":2},"package":""},"capabilities":["oob"]}}"#;
@@ -104,6 +104,49 @@ fn a_socket_that_does_not_greet_is_called_busy_in_time() {
     assert!(matches!(error, QmpError::Busy { .. }), "{error}");
     assert!(error.to_string().contains("serves one client at a time"));
     assert!(start.elapsed() < TIMEOUT);
+}
+
+#[test]
+fn a_target_is_recovered_beside_its_main_loop_as_soon_as_it_has_paused() {
+    let server = Server::run(|mut peer| {
+        peer.say(GREETING);
+        let command = peer.next_command();
+        assert_eq!(command["arguments"], json!({ "enable": ["oob"] }));
+        peer.answer(&command, json!({}));
+        for _ in 0..3 {
+            let command = peer.next_command();
+            assert_eq!(command["exec-oob"], "migrate-recover");
+            let error = json!({ "class": "GenericError", "desc": "postcopy is not paused" });
+            peer.say(&json!({ "error": error, "id": command["id"] }).to_string());
+        }
+        let command = peer.next_command();
+        assert_eq!(command["arguments"], json!({ "uri": "unix:/run/new" }));
+        peer.answer(&command, json!({}));
+        peer.wait_for_end();
+    });
+    let target = TargetGuest::adopt(std::process::id(), &server.path).unwrap();
+    let recovered = target.recover(Path::new("/run/new")).unwrap();
+    assert_eq!(recovered, Recovery::Waits);
+    drop(target);
+}
+
+#[test]
+fn a_target_that_has_all_memory_is_not_recovered() {
+    let server = Server::run(|mut peer| {
+        peer.say(GREETING);
+        let command = peer.next_command();
+        peer.answer(&command, json!({}));
+        let command = peer.next_command();
+        peer.say(r#"{"event":"MIGRATION","data":{"status":"postcopy-active"}}"#);
+        peer.say(r#"{"event":"MIGRATION","data":{"status":"completed"}}"#);
+        let error = json!({ "class": "GenericError", "desc": "postcopy is not paused" });
+        peer.say(&json!({ "error": error, "id": command["id"] }).to_string());
+        peer.wait_for_end();
+    });
+    let target = TargetGuest::adopt(std::process::id(), &server.path).unwrap();
+    let recovered = target.recover(Path::new("/run/new")).unwrap();
+    assert_eq!(recovered, Recovery::Complete);
+    drop(target);
 }
 
 #[test]

@@ -7,9 +7,13 @@ use serde::Deserialize;
 
 use crate::fault::{Action, Fault, Moment, Victim, first_vm};
 
-/// Time between the beginning of a phase and the fault: so that the phase is well under way. An
-/// agent that is held at an instant needs none.
+/// Time between the beginning of a phase and the fault, if the scenario says nothing else: so that the phase
+/// is well under way. An agent that is held at an instant needs none.
 const INTO_A_PHASE_S: f64 = 0.5;
+
+fn into_a_phase_s() -> f64 {
+    INTO_A_PHASE_S
+}
 
 /// The faults of a scenario, each of which is tried by itself at each instant that it names.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -19,6 +23,9 @@ pub struct Matrix {
     pub instants: BTreeMap<String, Moment>,
     /// What strikes.
     pub faults: Vec<Row>,
+    /// Seconds between the beginning of a phase and the fault.
+    #[serde(default = "into_a_phase_s")]
+    pub into_phase_s: f64,
     /// The cells to be run: `FAULT`, `INSTANT` or `FAULT@INSTANT`; all if absent.
     #[serde(default)]
     pub only: Vec<String>,
@@ -96,7 +103,7 @@ impl Matrix {
                 };
                 let name = format!("{}@{instant}", row.name);
                 if self.is_chosen([&name, &row.name, instant], &mut used) {
-                    cells.push((name, row.at(at, *expect)));
+                    cells.push((name, row.at(at, self.into_phase_s, *expect)));
                 }
             }
         }
@@ -119,12 +126,12 @@ impl Matrix {
 }
 
 impl Row {
-    fn at(&self, at: &Moment, expect: Expect) -> Fault {
+    fn at(&self, at: &Moment, into_phase_s: f64, expect: Expect) -> Fault {
         let is_phase = matches!(at, Moment::Phase(_));
         Fault {
             vm: first_vm(),
             at: at.clone(),
-            after_s: if is_phase { INTO_A_PHASE_S } else { 0.0 },
+            after_s: if is_phase { into_phase_s } else { 0.0 },
             action: self.action,
             on: self.on,
             for_s: self.for_s,

@@ -6,6 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
+use lab::footprint::Footprint;
 use lab::results::{Results, Run};
 use lab::run;
 use lab::scenario::Scenario;
@@ -217,4 +218,34 @@ fn real_vm_whose_mapping_library_is_cut_off_in_its_move_arrives_as_copies_from_t
     );
     // The way back was held and compared.
     assert_eq!(run.compared_pages, Some(2 * PAGES));
+}
+
+/// Guests that share nothing at their source, in one trust domain and in two.
+#[test]
+fn real_vms_that_hold_the_same_share_it_at_the_target_inside_their_trust_domain_only() {
+    let run = |domains: u32| {
+        let settings = [
+            "techniques=gang+identical",
+            "vm.template=false",
+            &format!("vm.domains={domains}"),
+        ];
+        let run = results_of(&settings).runs.pop().expect("one run");
+        assert_intact(&run);
+        assert_eq!(run.compared_pages, Some(2 * PAGES));
+        assert_eq!(notes(&run), "");
+        run
+    };
+    let pss = |run: &Run| {
+        let at = |footprint: Option<Footprint>| footprint.unwrap().guest_pss_bytes.unwrap();
+        (at(run.source_footprint), at(run.target_footprint))
+    };
+    let together = run(1);
+    let (source, target) = pss(&together);
+    assert!(target * 10 < source * 8, "{target} of {source} bytes");
+    assert!(mapped(&together) > 10_000, "{:?}", together.pages);
+    // What one guest has twice is shared by it alone.
+    let apart = run(2);
+    let (_, alone) = pss(&apart);
+    assert!(mapped(&apart) < mapped(&together), "{:?}", apart.pages);
+    assert!(target * 10 < alone * 8, "{target} of {alone} bytes");
 }

@@ -29,7 +29,7 @@ const RANGE_LEN: usize = 16;
 /// | 6 | [`Discard`] | see there |
 /// | 7 | package | be32 length; the package follows |
 /// | 8 | COLO, refused | |
-/// | 9, 10 | recovery of post-copy, refused | |
+/// | 9, 10 | only in a stream that goes on: [`crate::decode_recovery`] | |
 /// | 11 | `SwitchoverStart` | none; QEMU 10.0 with machine types from 10.0 |
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Command {
@@ -83,6 +83,8 @@ const PING: u16 = 2;
 const POSTCOPY_ADVISE: u16 = 3;
 pub(crate) const DISCARD: u16 = 6;
 pub(crate) const PACKAGED: u16 = 7;
+pub(crate) const POSTCOPY_RESUME: u16 = 9;
+pub(crate) const RECV_BITMAP: u16 = 10;
 const SWITCHOVER_START: u16 = 11;
 
 /// What stands between sections.
@@ -119,7 +121,9 @@ pub(crate) fn decode<'a>(
         }
         (SWITCHOVER_START, 0) => Command::SwitchoverStart,
         (8, _) => return Err(StreamError::Unsupported(Feature::Colo).into()),
-        (9 | 10, _) => return Err(StreamError::Unsupported(Feature::PostcopyRecovery).into()),
+        (POSTCOPY_RESUME | RECV_BITMAP, _) => {
+            return Err(StreamError::Unsupported(Feature::PostcopyRecovery).into());
+        }
         _ => return Err(StreamError::BadCommand { number, len }.into()),
     };
     Ok(Found::Command(command))

@@ -155,7 +155,9 @@ impl Feature {
             Self::Tls => {
                 "set the migration parameter tls-creds to \"\"; the agents encrypt between hosts"
             }
-            Self::PostcopyRecovery => "the paused VM must be resumed without Gangway",
+            Self::PostcopyRecovery => {
+                "a paused migration is resumed with `gangway recover`, or without Gangway as it was begun"
+            }
             Self::TargetPageBits => "only x86 guests are supported",
             Self::NoConfiguration => "use a machine type of version 2.4 or later",
             Self::Xbzrle

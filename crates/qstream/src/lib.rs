@@ -33,6 +33,7 @@ mod error;
 mod format;
 mod header;
 mod reader;
+mod recovery;
 mod return_path;
 mod virtio_mem;
 
@@ -41,6 +42,7 @@ pub use command::{Command, Discard, MAX_PACKAGE, encode_command};
 pub use decoder::{Decoder, Item, MAX_ITEM, Step};
 pub use encoder::Encoder;
 pub use error::{Feature, StreamError};
+pub use recovery::{Recovery, RecoveryStep, decode_recovery, full_bitmap};
 pub use return_path::{
     MAX_BITMAP, MAX_RETURN_ITEM, ReturnDecoder, ReturnError, ReturnMessage, ReturnStep,
     encode_return,

@@ -8,7 +8,9 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal, setsid};
+use rustix::process::{
+    Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open, pidfd_send_signal, setsid,
+};
 
 /// A handle to one process, child or not; it keeps naming that process after its death.
 #[derive(Debug)]
@@ -69,6 +71,30 @@ impl Process {
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+
+    /// Takes a copy of the socket of this number (the inode that `fstat` gives) that the process has open.
+    ///
+    /// # Errors
+    /// `NotFound` if it has none, `EPERM` if it may not be traced, or it is gone.
+    pub fn take_socket(&self, number: u64) -> io::Result<OwnedFd> {
+        let wanted = format!("socket:[{number}]");
+        for entry in fs::read_dir(format!("/proc/{}/fd", self.pid))? {
+            let entry = entry?;
+            // Closed since the list was read.
+            let Ok(link) = fs::read_link(entry.path()) else {
+                continue;
+            };
+            let name = entry.file_name();
+            let descriptor = name.to_str().and_then(|name| name.parse().ok());
+            if link.as_os_str() == wanted.as_str()
+                && let Some(descriptor) = descriptor
+            {
+                let flags = PidfdGetfdFlags::empty();
+                return Ok(pidfd_getfd(&self.pidfd, descriptor, flags)?);
+            }
+        }
+        Err(io::ErrorKind::NotFound.into())
     }
 
     /// When it was started, in clock ticks since boot: with the pid, a name that is never reused.
@@ -193,6 +219,23 @@ mod tests {
     fn the_peer_of_a_socket_pair_is_this_process() {
         let (left, _right) = UnixStream::pair().unwrap();
         assert_eq!(peer_pid(&left).unwrap(), std::process::id());
+    }
+
+    #[test]
+    fn a_socket_of_a_process_is_found_by_its_number_and_is_the_same_socket() {
+        use std::io::{Read, Write};
+        let (left, mut right) = UnixStream::pair().unwrap();
+        let own = Process::open(std::process::id()).unwrap();
+        let number = rustix::fs::fstat(&left).unwrap().st_ino;
+        let copy = own.take_socket(number).unwrap();
+        drop(left);
+        UnixStream::from(copy).write_all(b"x").unwrap();
+        let mut said = Vec::new();
+        // It ends with the last copy.
+        right.read_to_end(&mut said).unwrap();
+        assert_eq!(said, b"x");
+        let error = own.take_socket(number).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
     }
 
     #[test]

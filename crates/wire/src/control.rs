@@ -138,6 +138,15 @@ pub enum ControlRequest {
         /// For the target's log.
         reason: String,
     },
+    /// Have the target QEMU of a post-copy that was interrupted wait for the rest of its stream, which
+    /// comes over this session. Reply: `Ready`; `State` if that is not what the move needs; or
+    /// `Refused` if it does not work now.
+    Resume {
+        /// Id of the move.
+        id: String,
+        /// Number of the VM on the session's frames.
+        vm: u16,
+    },
     /// How does it stand? Reply: `State`.
     Query {
         /// Id of the move.

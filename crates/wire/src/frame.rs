@@ -18,8 +18,9 @@ pub const MAX_BODY: usize = 1 << 20;
 /// under 200 KB.
 pub const MAX_CONTROL: usize = 1 << 20;
 
-/// Longest return-path message that is relayed: QEMU's own limit is 512 bytes.
-pub const MAX_RETURN_MESSAGE: usize = 1024;
+/// Longest piece of a return path that is relayed. QEMU's own limit of a message is 512 bytes; but with
+/// the bitmaps of a resumed post-copy it is 32 MiB for each TiB of memory, which goes in pieces.
+pub const MAX_RETURN_MESSAGE: usize = 64 << 10;
 
 /// Most runs in one repair request; a longer waiting list is asked for in several.
 const MAX_REPAIR_RUNS: u64 = 4096;
@@ -48,6 +49,9 @@ pub enum FrameKind {
     /// What pages of the VM wait for is wanted at once, or not at all: a switch to post-copy is near.
     /// No body.
     Hurry = 9,
+    /// Bytes of a source QEMU for the target QEMU, as they are: the rest of a post-copy that was
+    /// interrupted.
+    Relay = 10,
     /// A [`BackMessage`].
     Back = 32,
     /// Nothing; says that the sender lives.
@@ -66,6 +70,7 @@ impl FrameKind {
             7 => Self::Missing,
             8 => Self::Urgent,
             9 => Self::Hurry,
+            10 => Self::Relay,
             32 => Self::Back,
             33 => Self::BackHeartbeat,
             _ => return None,
@@ -245,7 +250,7 @@ pub struct FaultTimes {
 pub enum BackMessage {
     /// How far the target QEMU is.
     Ack(Reached),
-    /// A return-path message of the target QEMU for the source QEMU, verbatim.
+    /// A return-path message of the target QEMU for the source QEMU, verbatim, or a piece of one.
     ReturnPath(Vec<u8>),
     /// These pages cannot be made from what the target has: read them again.
     RepairRequest(Vec<(BlockIndex, PageRun)>),
@@ -274,6 +279,8 @@ pub enum BackMessage {
     },
     /// What a person should know of the VM at the target; its move goes on.
     Note(String),
+    /// Both QEMUs have agreed on what is missing, and their interrupted post-copy goes on.
+    Resumed,
 }
 
 impl BackMessage {
@@ -317,6 +324,7 @@ impl BackMessage {
                 out.extend_from_slice(message.as_bytes());
             }
             Self::Switched => out.push(8),
+            Self::Resumed => out.push(11),
             Self::Faults(times) => {
                 out.push(9);
                 let FaultTimes {
@@ -362,6 +370,7 @@ impl BackMessage {
             },
             10 => return Ok(Self::Note(String::from_utf8_lossy(rest).into_owned())),
             8 => Self::Switched,
+            11 => Self::Resumed,
             9 => Self::Faults(FaultTimes {
                 count: varint::take(&mut rest)?,
                 median_us: varint::take(&mut rest)?,

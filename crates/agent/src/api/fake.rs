@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::mover::{Admission, Bandwidth, EventSink, MoveCheck, Mover, Refusal, RefusalCode};
 use super::preparer::Preparer;
 use crate::types::{
-    ContentSample, Happening, HostSurvey, HostVm, Inventory, MoveSpec, PageKinds, PairSurvey,
+    ContentSample, Happening, HostSurvey, HostVm, Inventory, Mode, MoveSpec, PageKinds, PairSurvey,
     Phase, PrepareSpec, PrepareState, PrepareStatus, Progress, ResolveSpec, VmSurvey,
 };
 
@@ -79,6 +79,8 @@ struct Under {
     held: bool,
     cancelled: bool,
     past_return: bool,
+    is_hybrid: bool,
+    goes_over: bool,
 }
 
 impl FakeHost {
@@ -296,6 +298,8 @@ impl Mover for FakeHost {
             held: false,
             cancelled: false,
             past_return: false,
+            is_hybrid: spec.settings.mode == Mode::Hybrid,
+            goes_over: false,
         };
         self.state.lock().moves.insert(spec.id.clone(), under);
         let state = self.state.clone();
@@ -331,6 +335,17 @@ impl Mover for FakeHost {
                 return Err(Refusal::of_vm(RefusalCode::NotHeld, &under.vm, message));
             }
             under.held = false;
+            Ok(())
+        })
+    }
+
+    fn go_over(&self, id: &str) -> Result<(), Refusal> {
+        self.state.with_move(id, |under| {
+            if !under.is_hybrid {
+                let message = format!("VM `{}` moves in mode `pre-copy`", under.vm);
+                return Err(Refusal::of_vm(RefusalCode::NotHybrid, &under.vm, message));
+            }
+            under.goes_over = true;
             Ok(())
         })
     }
@@ -470,8 +485,12 @@ impl State {
                 .changed
                 .wait_timeout(world, Duration::from_millis(10))
                 .unwrap_or_else(PoisonError::into_inner);
-            if world.moves.get_mut(&spec.id)?.cancelled {
+            let under = world.moves.get_mut(&spec.id)?;
+            if under.cancelled {
                 return None;
+            }
+            if under.goes_over {
+                return Some(Script::Moves);
             }
             let script = *world.vms.get(&spec.vm)?;
             if step >= 8 && script != Script::NeverConverges {

@@ -23,6 +23,7 @@ pub(super) fn router() -> Router<Api> {
         .route("/v1/groups/{group}/events", get(group_events))
         .route("/v1/groups/{group}/cancel", post(cancel_group))
         .route("/v1/groups/{group}/continue", post(continue_group))
+        .route("/v1/groups/{group}/postcopy", post(go_over_group))
         .route("/v1/groups/{group}/recover", post(recover_group))
         .route("/v1/evacuations/plan", post(plan_evacuation))
 }
@@ -123,6 +124,18 @@ pub(super) async fn continue_group(
     selection: Payload<Selection>,
 ) -> Result<Json<ActionReport>, Refusal> {
     act(state, group, selection, Action::Continue).await
+}
+
+/// Have a group's moves of mode `hybrid` go over to post-copy now, or one of them.
+#[utoipa::path(post, path = "/v1/groups/{group}/postcopy", request_body = Selection,
+    params(("group" = String, Path)), responses(
+    (status = 200, body = ActionReport), (status = "default", body = Refusal)))]
+pub(super) async fn go_over_group(
+    state: State<Api>,
+    group: Path<String>,
+    selection: Payload<Selection>,
+) -> Result<Json<ActionReport>, Refusal> {
+    act(state, group, selection, Action::Postcopy).await
 }
 
 /// Finish or undo a group's moves that need a person, or one of them.

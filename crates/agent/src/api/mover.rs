@@ -35,6 +35,12 @@ pub trait Mover: Preparer {
     /// Lets a VM go that is held between its load and its start (`confirm_handover`).
     fn resume_held(&self, id: &str) -> Result<(), Refusal>;
 
+    /// Has a move that may do so go over to post-copy now.
+    ///
+    /// # Errors
+    /// A move of another mode, or one whose guest has been stopped already.
+    fn go_over(&self, id: &str) -> Result<(), Refusal>;
+
     /// Replaces both limits of a move under way.
     fn set_bandwidth(&self, id: &str, limits: Bandwidth) -> Result<(), Refusal>;
 
@@ -176,6 +182,8 @@ pub enum RefusalCode {
     Forbidden,
     /// The move does not wait for `continue`.
     NotHeld,
+    /// The move's mode is not `hybrid`: it does not go over to post-copy on command.
+    NotHybrid,
     /// The move is past the point where this was possible.
     TooLate,
     /// The agent is being stopped.

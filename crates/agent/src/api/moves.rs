@@ -121,6 +121,11 @@ impl Moves {
         self.mover.resume_held(id)
     }
 
+    pub(crate) fn go_over(&self, id: &str) -> Result<(), Refusal> {
+        self.under_way(id)?;
+        self.mover.go_over(id)
+    }
+
     pub(crate) fn set_bandwidth(&self, id: &str, limits: Bandwidth) -> Result<(), Refusal> {
         self.under_way(id)?;
         self.mover.set_bandwidth(id, limits)

@@ -27,7 +27,10 @@ impl IntoResponse for Refusal {
             RefusalCode::BadRequest => StatusCode::BAD_REQUEST,
             RefusalCode::Forbidden => StatusCode::FORBIDDEN,
             RefusalCode::UnknownMove | RefusalCode::UnknownGroup => StatusCode::NOT_FOUND,
-            RefusalCode::Busy | RefusalCode::NotHeld | RefusalCode::TooLate => StatusCode::CONFLICT,
+            RefusalCode::Busy
+            | RefusalCode::NotHeld
+            | RefusalCode::NotHybrid
+            | RefusalCode::TooLate => StatusCode::CONFLICT,
             RefusalCode::UnknownVm
             | RefusalCode::CannotMigrate
             | RefusalCode::NoMemory

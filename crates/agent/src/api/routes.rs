@@ -42,6 +42,7 @@ pub(crate) fn router(api: Api) -> Router {
         .route("/events", get(move_events))
         .route("/cancel", post(cancel_move))
         .route("/continue", post(continue_move))
+        .route("/postcopy", post(go_over_move))
         .route("/recover", post(recover_move))
         .route("/bandwidth", patch(set_bandwidth));
     Router::new()
@@ -86,6 +87,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
         group_routes::group_events,
         group_routes::cancel_group,
         group_routes::continue_group,
+        group_routes::go_over_group,
         group_routes::recover_group,
         group_routes::plan_evacuation,
         prepare_routes::prepare_host,
@@ -101,6 +103,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
         move_events,
         cancel_move,
         continue_move,
+        go_over_move,
         recover_move,
         set_bandwidth,
         check,
@@ -212,6 +215,20 @@ async fn continue_move(
     Path((group, vm)): MovePath,
 ) -> Result<StatusCode, Refusal> {
     blocking(move || api.moves.resume_held(&id(&group, &vm)))
+        .await
+        .map(|()| StatusCode::ACCEPTED)
+}
+
+/// Have a move of mode `hybrid` go over to post-copy now, whether it converges or not.
+#[utoipa::path(post, path = "/v1/moves/{group}/{vm}/postcopy",
+    params(("group" = String, Path), ("vm" = String, Path)), responses(
+    (status = 202, description = "It goes over, unless it converges in the same moment"),
+    (status = "default", body = Refusal)))]
+async fn go_over_move(
+    State(api): State<Api>,
+    Path((group, vm)): MovePath,
+) -> Result<StatusCode, Refusal> {
+    blocking(move || api.moves.go_over(&id(&group, &vm)))
         .await
         .map(|()| StatusCode::ACCEPTED)
 }

@@ -149,6 +149,7 @@ pub fn plan(a: &TestAgent, b: &TestAgent, moves: &[(&str, &str, &str)]) -> Plan 
         mode: None,
         max_bandwidth_bytes_per_s: None,
         downtime_limit_ms: None,
+        postcopy_after_s: None,
         confirm_handover: false,
         prepare: None,
         index: Vec::new(),
@@ -158,6 +159,8 @@ pub fn plan(a: &TestAgent, b: &TestAgent, moves: &[(&str, &str, &str)]) -> Plan 
         ]
         .into(),
         moves: moves.iter().map(one).collect(),
+        seed_from_target: false,
+        residents: Vec::new(),
     }
 }
 

@@ -28,6 +28,7 @@ const PASSING_EVENTS_OF_MOVE: usize = 2;
 pub(crate) enum Action {
     Cancel,
     Continue,
+    Postcopy,
     Recover,
 }
 
@@ -36,6 +37,7 @@ impl Action {
         match self {
             Self::Cancel => "cancel",
             Self::Continue => "continue",
+            Self::Postcopy => "postcopy",
             Self::Recover => "recover",
         }
     }
@@ -45,6 +47,7 @@ impl Action {
         match self {
             Self::Cancel => !phase.is_final(),
             Self::Continue => phase == Phase::Held,
+            Self::Postcopy => matches!(phase, Phase::Preparing | Phase::Bulk),
             Self::Recover => phase == Phase::NeedsPerson,
         }
     }
@@ -211,6 +214,10 @@ impl Group {
         let (code, what) = match action {
             Action::Cancel => (RefusalCode::TooLate, "has ended; nothing is left to cancel"),
             Action::Continue => (RefusalCode::NotHeld, "has no VM that waits for `continue`"),
+            Action::Postcopy => {
+                let what = "has no VM whose memory is being copied with its guest running";
+                (RefusalCode::TooLate, what)
+            }
             Action::Recover => (RefusalCode::TooLate, "has no VM that needs a person"),
         };
         Err(Refusal::new(code, format!("group `{}` {what}", self.id)))

@@ -7,8 +7,8 @@ use crate::api::mover::{Refusal, RefusalCode};
 use crate::api::testing::{TIMEOUT, TestAgent, plan, write_certificates};
 use crate::client::{CallError, Client};
 use crate::types::{
-    ActionReport, GroupAccepted, GroupEvent, GroupFinished, GroupRequest, GroupStatus, MoveStatus,
-    Phase, Plan, Selection,
+    ActionReport, GroupAccepted, GroupEvent, GroupFinished, GroupRequest, GroupStatus, Mode,
+    MoveStatus, Phase, Plan, Selection,
 };
 
 const MEMORY: u64 = 64 << 30;
@@ -228,6 +228,43 @@ async fn held_vms_wait_for_continue() {
     wait_for(&client, |group| group.moves[0].status.phase == Phase::Held).await;
     let all = Selection::default();
     let report: ActionReport = client.post("/v1/groups/g/continue", &all).await.unwrap();
+    assert_eq!(report.done, ["web"]);
+    assert_eq!(outcomes(&finished(&client).await), [("web", Phase::Moved)]);
+}
+
+#[tokio::test]
+async fn a_move_that_is_not_hybrid_does_not_go_over_on_command() {
+    let (a, b) = pair(&[("web", Script::NeverConverges)], &[]).await;
+    let client = b.client();
+    let all = Selection::default();
+    let order = || client.post::<_, ActionReport>("/v1/groups/g/postcopy", &all);
+    let copies = |group: &GroupStatus| group.moves[0].status.phase == Phase::Bulk;
+    accept(&client, plan(&a, &b, &[("web", "a", "b")]))
+        .await
+        .unwrap();
+    wait_for(&client, copies).await;
+    let report = order().await.unwrap();
+    assert_eq!(report.refused[0].code, RefusalCode::NotHybrid);
+    let _: ActionReport = client.post("/v1/groups/g/cancel", &all).await.unwrap();
+    assert_eq!(outcomes(&finished(&client).await), [("web", Phase::Stayed)]);
+    assert_eq!(
+        order().await.unwrap_err().refused_as(),
+        Some(RefusalCode::TooLate)
+    );
+}
+
+#[tokio::test]
+async fn a_hybrid_move_that_would_never_converge_moves_when_it_is_told_to_go_over() {
+    let (a, b) = pair(&[("web", Script::NeverConverges)], &[]).await;
+    let client = b.client();
+    let hybrid = Plan {
+        mode: Some(Mode::Hybrid),
+        ..plan(&a, &b, &[("web", "a", "b")])
+    };
+    accept(&client, hybrid).await.unwrap();
+    wait_for(&client, |group| group.moves[0].status.phase == Phase::Bulk).await;
+    let all = Selection::default();
+    let report: ActionReport = client.post("/v1/groups/g/postcopy", &all).await.unwrap();
     assert_eq!(report.done, ["web"]);
     assert_eq!(outcomes(&finished(&client).await), [("web", Phase::Moved)]);
 }

@@ -1,6 +1,6 @@
 //! Both roles in one process, around real QEMUs with firmware and loaded data.
 
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -131,6 +131,7 @@ impl Agents {
             max_bandwidth_bytes_per_s: None,
             group_bandwidth_bytes_per_s: None,
             downtime_limit_ms: None,
+            postcopy_after_s: None,
             confirm_handover: true,
             rack: None,
         }
@@ -312,6 +313,177 @@ fn real_a_gang_arrives_compressed() {
 }
 
 #[test]
+fn real_a_hybrid_move_goes_over_when_a_person_says_so_and_not_in_pre_copy() {
+    let agents = agents();
+    let data = test_data(agents.dir.path(), 9);
+    let vm = vm(agents.dir.path(), "v", &data, &[]);
+    let spec = |mode| MoveSpec {
+        // Half a minute of memory: it does not converge before it is told.
+        max_bandwidth_bytes_per_s: Some(400_000),
+        confirm_handover: false,
+        ..agents.spec(
+            &vm,
+            Settings {
+                mode,
+                ..Preset::Oc.settings()
+            },
+        )
+    };
+    let id = format!("g/{}", vm.name);
+    let (sink, receiver) = events();
+    agents.source.start(spec(Mode::PreCopy), sink).unwrap();
+    wait_for(&receiver, Phase::Bulk);
+    let refusal = agents.source.go_over(&id).unwrap_err();
+    assert_eq!(refusal.code, RefusalCode::NotHybrid);
+    agents.source.cancel(&id).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !agents.target.incoming().is_empty()
+        || lock(&agents.source.moves)
+            .values()
+            .any(|m| !m.phase.is_final())
+    {
+        assert!(Instant::now() < deadline, "it is not cancelled");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+
+    let (sink, receiver) = events();
+    let hybrid = MoveSpec {
+        id: "h/v".into(),
+        ..spec(Mode::Hybrid)
+    };
+    agents.source.start(hybrid, sink).unwrap();
+    wait_for(&receiver, Phase::Bulk);
+    agents.source.go_over("h/v").unwrap();
+    wait_for(&receiver, Phase::PostCopy);
+    assert_eq!(
+        agents.source.go_over("h/v").unwrap_err().code,
+        RefusalCode::TooLate
+    );
+    agents
+        .source
+        .set_bandwidth("h/v", Bandwidth::default())
+        .unwrap();
+    wait_for(&receiver, Phase::Moved);
+    let (guest, _events) = SourceGuest::attach(&moved_qmp(&vm)).unwrap();
+    assert_eq!(guest.run_state().unwrap(), guest::RunState::Running);
+    guest.quit().unwrap();
+}
+
+/// A way between the agents that can be cut.
+struct Cable {
+    address: SocketAddr,
+    is_cut: Arc<std::sync::atomic::AtomicBool>,
+    through: Arc<Mutex<Vec<TcpStream>>>,
+}
+
+impl Cable {
+    fn to(target: SocketAddr) -> Self {
+        use std::sync::atomic::Ordering::Relaxed;
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let cable = Self {
+            address: listener.local_addr().unwrap(),
+            is_cut: Arc::default(),
+            through: Arc::default(),
+        };
+        let (is_cut, through) = (Arc::clone(&cable.is_cut), Arc::clone(&cable.through));
+        std::thread::spawn(move || {
+            for near in listener.incoming().map_while(Result::ok) {
+                if is_cut.load(Relaxed) {
+                    continue;
+                }
+                let far = TcpStream::connect(target).unwrap();
+                for (from, to) in [(&near, &far), (&far, &near)] {
+                    let (mut from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+                    std::thread::spawn(move || {
+                        let _ = std::io::copy(&mut from, &mut to);
+                        let _ = to.shutdown(std::net::Shutdown::Both);
+                    });
+                }
+                lock(&through).extend([near, far]);
+            }
+        });
+        cable
+    }
+
+    fn set_cut(&self, is_cut: bool) {
+        self.is_cut
+            .store(is_cut, std::sync::atomic::Ordering::Relaxed);
+        for socket in lock(&self.through).drain(..) {
+            let _ = socket.shutdown(std::net::Shutdown::Both);
+        }
+    }
+}
+
+/// A VM whose memory takes some seconds to follow it, over a cable.
+fn following(agents: &Agents, data: &Path) -> (Vm, Cable, Receiver<Happening>) {
+    let vm = vm(agents.dir.path(), "v", data, &[]);
+    let cable = Cable::to(agents.target_bulk);
+    let (sink, receiver) = events();
+    let mode = Mode::PostCopy;
+    let settings = Settings {
+        mode,
+        ..Preset::Gang.settings()
+    };
+    let spec = MoveSpec {
+        target_bulk: cable.address.to_string(),
+        max_bandwidth_bytes_per_s: Some(2_000_000),
+        confirm_handover: false,
+        ..agents.spec(&vm, settings)
+    };
+    agents.source.start(spec, sink).unwrap();
+    wait_for(&receiver, Phase::PostCopy);
+    (vm, cable, receiver)
+}
+
+#[test]
+fn real_memory_goes_on_following_its_vm_when_a_cut_cable_is_mended() {
+    let agents = agents();
+    let data = test_data(agents.dir.path(), 11);
+    let (vm, cable, receiver) = following(&agents, &data);
+    // Twice: what was resumed can be lost again, and it is tried in vain before it succeeds.
+    for _ in 0..2 {
+        std::thread::sleep(Duration::from_millis(300));
+        cable.set_cut(true);
+        let (_, message) = wait_for(&receiver, Phase::Recovering);
+        assert!(message.contains("neither QEMU must be ended"), "{message}");
+        std::thread::sleep(Duration::from_secs(1));
+        cable.set_cut(false);
+        wait_for(&receiver, Phase::PostCopy);
+    }
+    agents
+        .source
+        .set_bandwidth("g/v", Bandwidth::default())
+        .unwrap();
+    wait_for(&receiver, Phase::Moved);
+    let (loaded, after) = (std::fs::read(&data).unwrap(), target_memory(&agents, &vm));
+    assert!(
+        after[16 << 20..][..loaded.len()] == loaded[..],
+        "pages differ"
+    );
+    // Its monitor is free again, and it could go on to another host.
+    let (guest, _events) = SourceGuest::attach(&moved_qmp(&vm)).unwrap();
+    assert_eq!(guest.run_state().unwrap(), guest::RunState::Running);
+    guest.check().unwrap();
+    guest.quit().unwrap();
+    assert!(agents.target.incoming().is_empty());
+}
+
+#[test]
+fn real_a_vm_that_is_killed_while_its_memory_follows_is_called_killed() {
+    let agents = agents();
+    let data = test_data(agents.dir.path(), 12);
+    let (mut vm, _cable, receiver) = following(&agents, &data);
+    let pid = agents.target.arrivals.pid_of("g/v").unwrap();
+    sys::Process::open(pid).unwrap().kill().unwrap();
+    let (_, message) = wait_for(&receiver, Phase::NeedsPerson);
+    assert!(message.contains("killed in post-copy"), "{message}");
+    assert!(
+        vm.child.try_wait().unwrap().is_none(),
+        "its source is there"
+    );
+}
+
+#[test]
 fn a_group_that_shares_is_admitted_by_what_it_holds_and_refused_with_the_numbers() {
     let free = HostMemory::now().for_guests().0;
     let ask = |agents: &Agents, shared: u64| {
@@ -382,6 +554,9 @@ fn real_a_prepared_vm_is_in_the_index_of_another_agent() {
         index: vec![agents.target_bulk.to_string()],
         targets: 2,
         bounds: crate::types::PrepareBounds::default(),
+        resident: false,
+        seeded: false,
+        identical: false,
     };
     let settled = || {
         let deadline = Instant::now() + Duration::from_secs(30);

@@ -17,6 +17,10 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long an answer to a release may take: `cont` opens disks.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
 
+/// How long a target QEMU may take to notice the loss of its stream and to wait for another; its agent
+/// may have to find its monitor first.
+const RESUME_TIMEOUT: Duration = Duration::from_secs(40);
+
 /// How long the end of a move waits for the target to hear that it is off, which it may also be
 /// told later. Often the target is unreachable then: that is why the move is off.
 const ABORT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -58,6 +62,24 @@ impl Control {
     /// Lets the VM go.
     pub(crate) fn release(&mut self, id: &str) -> Result<MoveState, LinkError> {
         let request = ControlRequest::Release { id: id.to_owned() };
+        self.state(&request, ANSWER_TIMEOUT)
+    }
+
+    /// Has the target QEMU of an interrupted post-copy wait for the rest of its stream, as VM `vm` of the
+    /// session; returns what the move is in, if that is not what it needs.
+    pub(crate) fn resume(&mut self, id: &str, vm: u16) -> Result<Option<MoveState>, LinkError> {
+        let id = id.to_owned();
+        match self.ask(&ControlRequest::Resume { id, vm }, RESUME_TIMEOUT)? {
+            ControlReply::Ready { .. } => Ok(None),
+            ControlReply::State(state) => Ok(Some(state)),
+            ControlReply::Refused { reason } => Err(LinkError::Refused(reason)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Asks how the move stands there.
+    pub(crate) fn query(&mut self, id: &str) -> Result<MoveState, LinkError> {
+        let request = ControlRequest::Query { id: id.to_owned() };
         self.state(&request, ANSWER_TIMEOUT)
     }
 

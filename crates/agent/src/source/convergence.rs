@@ -1,10 +1,12 @@
 //! Whether a pre-copy that may go over to post-copy gets anywhere.
 //!
-//! The rule: two rounds in a row that begin with nine tenths or more of what the round before began
+//! It goes over when a person says so, and when the plan's time is over. Else the rule: two rounds in a row that begin with nine tenths or more of what the round before began
 //! with, or more bytes of QEMU's stream than four times the VM's memory. A round that leaves no more than twice
 //! what QEMU may leave to the switch-over is as good as the last one.
 
-use guest::MigrationInfo;
+use std::time::Duration;
+
+use guest::{MigrationInfo, MigrationStatus};
 use page::ByteLen;
 
 /// A round that begins with more than this part of what the one before began with has got nowhere.
@@ -17,6 +19,12 @@ const TIMES: u64 = 4;
 /// What was seen of one move.
 #[derive(Default)]
 pub(super) struct Convergence {
+    /// A person has said that it goes over.
+    is_ordered: bool,
+    /// How long memory is copied at most.
+    limit: Option<Duration>,
+    /// When it was first seen to be copied.
+    since: Option<Duration>,
     /// The last round, and what was left when it was first seen.
     round: Option<(u64, ByteLen)>,
     /// Rounds in a row that got nowhere.
@@ -24,12 +32,41 @@ pub(super) struct Convergence {
 }
 
 impl Convergence {
-    /// What QEMU says of itself now; it may leave `leaves` bytes to the switch-over. Returns why it will not
-    /// converge, if so.
-    pub(super) fn observe(&mut self, info: &MigrationInfo, leaves: u64) -> Option<String> {
+    /// Of a move whose memory is copied for `limit` at most.
+    pub(super) fn new(limit: Option<Duration>) -> Self {
+        Self {
+            limit,
+            ..Self::default()
+        }
+    }
+
+    /// A person wants it to go over, whether it converges or not.
+    pub(super) fn order(&mut self) {
+        self.is_ordered = true;
+    }
+
+    /// What QEMU says of itself `now`; it may leave `leaves` bytes to the switch-over. Returns why it goes
+    /// over, if so.
+    pub(super) fn observe(
+        &mut self,
+        info: &MigrationInfo,
+        leaves: u64,
+        now: Duration,
+    ) -> Option<String> {
         let (round, left) = (info.dirty_sync_count, info.remaining);
-        if round == 0 {
+        // Before it is active QEMU takes no order, and afterwards none is needed.
+        if round == 0 || info.status != MigrationStatus::Active {
             return None;
+        }
+        if self.is_ordered {
+            return Some("a person has said so".into());
+        }
+        let copied = now.saturating_sub(*self.since.get_or_insert(now));
+        if let Some(limit) = self.limit.filter(|limit| copied >= *limit) {
+            let seconds = limit.as_secs();
+            return Some(format!(
+                "its memory was copied for {seconds} s, the plan's limit"
+            ));
         }
         if info.transferred.0 > info.total.0.saturating_mul(TIMES) {
             return Some(format!(
@@ -73,16 +110,18 @@ mod tests {
         let mut transferred = 0;
         (1..).zip(rounds).find_map(|(round, left)| {
             let info = |left: u64, transferred: u64| MigrationInfo {
+                status: MigrationStatus::Active,
                 dirty_sync_count: round,
                 remaining: ByteLen(left * MB),
                 transferred: ByteLen(transferred * MB),
                 total: ByteLen(1000 * MB),
                 ..MigrationInfo::default()
             };
-            let first = convergence.observe(&info(*left, transferred), 5 * MB);
+            let now = Duration::from_secs(round);
+            let first = convergence.observe(&info(*left, transferred), 5 * MB, now);
             transferred += left;
             // The same round again, nearly done.
-            let again = convergence.observe(&info(1, transferred), 5 * MB);
+            let again = convergence.observe(&info(1, transferred), 5 * MB, now);
             first.or(again).map(|_| usize::try_from(round).unwrap())
         })
     }
@@ -98,6 +137,38 @@ mod tests {
         assert_eq!(gives_up(&[1000, 500, 250, 125, 60, 30, 15, 8]), None);
         // What QEMU may leave is in sight, and it only waits to be told the rate.
         assert_eq!(gives_up(&[1000, 8, 8, 9, 9, 8]), None);
+    }
+
+    /// When a VM that converges goes over.
+    fn seen(convergence: &mut Convergence, status: MigrationStatus, second: u64) -> Option<String> {
+        let info = MigrationInfo {
+            status,
+            dirty_sync_count: 1,
+            remaining: ByteLen(100 * MB),
+            total: ByteLen(1000 * MB),
+            ..MigrationInfo::default()
+        };
+        convergence.observe(&info, MB, Duration::from_secs(second))
+    }
+
+    #[test]
+    fn the_plans_time_counts_from_the_first_byte_of_memory() {
+        let mut convergence = Convergence::new(Some(Duration::from_secs(30)));
+        assert_eq!(seen(&mut convergence, MigrationStatus::Setup, 50), None);
+        assert_eq!(seen(&mut convergence, MigrationStatus::Active, 100), None);
+        assert_eq!(seen(&mut convergence, MigrationStatus::Active, 129), None);
+        let why = seen(&mut convergence, MigrationStatus::Active, 130).unwrap();
+        assert!(why.contains("30 s"), "{why}");
+    }
+
+    #[test]
+    fn an_order_is_carried_out_as_soon_as_qemu_takes_it() {
+        let mut convergence = Convergence::default();
+        assert_eq!(seen(&mut convergence, MigrationStatus::Active, 1), None);
+        convergence.order();
+        assert_eq!(seen(&mut convergence, MigrationStatus::Setup, 2), None);
+        assert_eq!(seen(&mut convergence, MigrationStatus::Device, 2), None);
+        assert!(seen(&mut convergence, MigrationStatus::Active, 2).is_some());
     }
 
     #[test]

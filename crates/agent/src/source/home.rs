@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
 use guest::{
-    MemoryBlock, MigrationInfo, MigrationParameters, MigrationStatus, RunState, SavedSettings,
-    SharedFrames, SourceGuest, VmMemory,
+    GuestError, MemoryBlock, MigrationInfo, MigrationParameters, MigrationStatus, QmpError,
+    RunState, SavedSettings, SharedFrames, SourceGuest, VmMemory,
 };
 use sys::ProcessMemory;
 
@@ -19,6 +19,20 @@ use super::stream::{GuestMemory, Stream};
 
 /// How long the source QEMU may take to connect to our socket, or to get back to running.
 const QEMU_PATIENCE: Duration = Duration::from_secs(15);
+
+/// QEMU's word for a post-copy that lost its stream.
+const PAUSED: &str = "postcopy-paused";
+
+/// What became of a source QEMU in post-copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Paused {
+    /// It waits to be resumed.
+    Yes,
+    /// It was told that all memory has arrived, and has completed.
+    Complete,
+    /// Its process has ended.
+    Gone,
+}
 
 /// The VM where it comes from.
 pub(crate) struct Home {
@@ -117,6 +131,54 @@ impl Home {
             .context("having the source QEMU go over to post-copy")
     }
 
+    /// Whether QEMU has paused a post-copy whose stream is closed; waits for that. A monitor that was lost is
+    /// connected anew, with its events going to `sender`.
+    pub(crate) fn paused(&mut self, qmp: &Path, sender: &Sender<Input>) -> anyhow::Result<Paused> {
+        let deadline = Instant::now() + QEMU_PATIENCE;
+        loop {
+            let info = match &self.guest {
+                Some(guest) if !guest.process().is_alive() => return Ok(Paused::Gone),
+                Some(guest) => guest.migration(),
+                None => self.attach(qmp, sender.clone())?.migration(),
+            };
+            match info {
+                Ok(info) if info.status == MigrationStatus::Completed => {
+                    return Ok(Paused::Complete);
+                }
+                Ok(info) if info.status.to_string() == PAUSED => return Ok(Paused::Yes),
+                Ok(info) if Instant::now() > deadline => {
+                    let status = info.status;
+                    return Err(anyhow!(
+                        "the source QEMU does not pause its migration ({status})"
+                    ));
+                }
+                Ok(_) => std::thread::sleep(Duration::from_millis(20)),
+                Err(error) if Instant::now() > deadline => return Err(error.into()),
+                Err(GuestError::Qmp(QmpError::Closed { .. })) => {
+                    // It may be about to be gone, and then it is.
+                    std::thread::sleep(Duration::from_millis(100));
+                    if self.guest.as_ref().is_some_and(|g| g.process().is_alive()) {
+                        self.guest = None;
+                    }
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Has QEMU go on with a paused post-copy into a socket at `path`; returns our end.
+    pub(crate) fn resume(&self, path: &Path) -> anyhow::Result<UnixStream> {
+        let guest = self.guest.as_ref().ok_or_else(|| anyhow!("no QEMU"))?;
+        let listener =
+            UnixListener::bind(path).with_context(|| format!("listening on {}", path.display()))?;
+        let connected = guest
+            .resume_migration(path)
+            .context("resuming the migration in the source QEMU")
+            .and_then(|()| accept(&listener).context("waiting for the source QEMU to connect"));
+        let _ = std::fs::remove_file(path);
+        connected
+    }
+
     /// Has a QEMU in post-copy end its migration: from 10.0 on it does not cancel it any more, and
     /// one whose socket closes waits for ever to go on. So what it still writes is thrown away by the
     /// reader, and it is told that everything has arrived. Only if the target QEMU never ran, and
@@ -140,6 +202,34 @@ impl Home {
             }
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// Has a QEMU that lost its stream in post-copy complete into nothing. Only if the target QEMU never ran, and
+    /// will not. Nothing happens to a migration that is not paused.
+    pub(crate) fn end_paused_postcopy(&self, run_dir: &Path) -> anyhow::Result<()> {
+        let Some(guest) = &self.guest else {
+            return Ok(());
+        };
+        let is_paused =
+            || -> anyhow::Result<bool> { Ok(guest.migration()?.status.to_string() == PAUSED) };
+        if !is_paused()? {
+            return Ok(());
+        }
+        tracing::info!(
+            vm = self.vm,
+            "its QEMU is told to complete its post-copy into nothing"
+        );
+        let path = run_dir.join(format!("v-{}.sock", guest.pid()));
+        let _ = std::fs::remove_file(&path);
+        let blocks = guest.ram_blocks()?;
+        let socket = self.resume(&path)?;
+        let swallowed = super::void::swallow(socket, &blocks);
+        if is_paused()? {
+            return Err(swallowed
+                .err()
+                .unwrap_or_else(|| anyhow!("it paused again")));
+        }
+        Ok(())
     }
 
     /// Cancels what QEMU is doing; `close` closes our end of its stream. Waits until the guest is
@@ -245,7 +335,7 @@ pub(crate) fn guest_memory(guest: &SourceGuest) -> anyhow::Result<GuestMemory> {
 }
 
 /// Fewer pages that a VM shares are not worth what sharing costs its target QEMU: huge pages.
-const SHARED_MIN_PAGES: u64 = 1024;
+pub(crate) const SHARED_MIN_PAGES: u64 = 1024;
 
 /// Whether a VM shares memory here, with whomever. Not asked of the VMs of its session: those that join
 /// later would be missed.

@@ -17,14 +17,17 @@ mod index_link;
 mod outbox;
 mod progress;
 mod reader;
+mod relay;
 mod right_of_way;
 mod run;
 mod session;
 mod shared;
 mod stream;
 mod urgent;
+mod void;
 
 pub(crate) use home::{guest_memory, shares_memory};
 pub(crate) use index_link::{IndexKey, IndexLink, IndexLinks};
 pub(crate) use run::{Entry, Input, MoveContext, MoveRun};
 pub(crate) use session::{SessionContext, Sessions};
+pub(crate) use shared::RUNS_MAX;

@@ -39,6 +39,7 @@ impl ProgressMeter {
     /// A new sample. `info` is absent while QEMU cannot be asked.
     pub(crate) fn sample(&mut self, stream: &Stream, info: Option<&MigrationInfo>) -> Progress {
         let (position, backlog, _, _) = stream.flow();
+        let position = stream.earlier_bytes() + position;
         let (counts, repaired) = stream.counts();
         let wire = stream.wire_bytes.load(Ordering::Relaxed);
         let total = counts.zero + counts.fill + counts.literal + counts.reference + counts.remote;

@@ -238,7 +238,7 @@ fn start_resolver(stream: &Arc<Stream>, way: &Way) -> io::Result<Sender<Asked>> 
     Ok(sender)
 }
 
-enum Received {
+pub(super) enum Received {
     Bytes(usize),
     /// Nothing is there now, and there is something to send in the meantime.
     Nothing,
@@ -246,7 +246,11 @@ enum Received {
 }
 
 /// Reads what is there; waits for something only if there is nothing to send.
-fn receive(socket: &UnixStream, out: &mut [u8], have_something: bool) -> io::Result<Received> {
+pub(super) fn receive(
+    socket: &UnixStream,
+    out: &mut [u8],
+    have_something: bool,
+) -> io::Result<Received> {
     let flags = if have_something {
         RecvFlags::DONTWAIT
     } else {
@@ -275,7 +279,7 @@ fn learn_blocks(packer: &Packer, stream: &Stream) -> bool {
 }
 
 /// Keeps to the VM's own limit, counted on what it has put on the wire.
-fn pace(stream: &Stream) {
+pub(super) fn pace(stream: &Stream) {
     let wait = stream.bucket.owed();
     if !wait.is_zero() {
         std::thread::sleep(wait);

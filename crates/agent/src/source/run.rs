@@ -8,13 +8,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow};
 use guest::{MigrationParameters, QmpEvent, SavedSettings};
 use migrate::handover::{SourceAction, SourceEvent, SourceJournal, SourceMove, SourceState};
-use migrate::pack::Packer;
 use serde::{Deserialize, Serialize};
 
 use crate::api::mover::EventSink;
 use crate::journal::Journal;
 use crate::prepare::Preparations;
-use crate::types::{Happening, Mode, MoveSpec, Phase, Scope, Sharing};
+use crate::types::{Happening, Mode, MoveSpec, Phase};
 
 use super::approach::Approach;
 use super::control::Control;
@@ -27,9 +26,11 @@ use super::session::{Session, SessionContext, Sessions, spawn};
 use super::stream::Stream;
 
 mod prepare;
+mod resume;
+mod show;
 mod switch;
 
-use prepare::content_key;
+use resume::Resume;
 
 /// How often progress is reported.
 const REPORT: Duration = Duration::from_millis(500);
@@ -43,6 +44,8 @@ pub(crate) enum Input {
     Loaded,
     /// The target QEMU went over to post-copy, and could run.
     Switched,
+    /// An interrupted post-copy goes on.
+    Resumed,
     /// The stream, the link or a QEMU failed.
     Failed(String),
     /// What a person should know; nothing changes.
@@ -51,8 +54,12 @@ pub(crate) enum Input {
     Cancel,
     /// The hand-over is confirmed.
     Confirmed,
+    /// A person wants the VM to go over to post-copy.
+    GoOver,
     /// The VM's own limit on the wire, bytes per second.
     Limit(Option<u64>),
+    /// News of the VM's stream of this number.
+    Of(u32, Box<Input>),
     /// An event of the source QEMU.
     Qmp(QmpEvent),
     /// The source QEMU's monitor is gone.
@@ -153,6 +160,11 @@ struct Run {
     reported: Instant,
     /// Its QEMU was told to go over to post-copy.
     switched: bool,
+    /// Number of the stream, whose news count; those of earlier ones do not.
+    feed: u32,
+    resume: Resume,
+    /// The stream before this one.
+    earlier: Option<Arc<Stream>>,
 }
 
 impl Run {
@@ -164,6 +176,7 @@ impl Run {
     ) -> Self {
         let control = Control::new(&spec.target_bulk, "none", &context.session);
         let spec_vm = spec.vm.clone();
+        let limit = spec.postcopy_after_s.map(Duration::from_secs);
         Self {
             context,
             spec,
@@ -180,9 +193,12 @@ impl Run {
             phase: Phase::Queued,
             stopped: false,
             approach: Approach::default(),
-            convergence: Convergence::default(),
+            convergence: Convergence::new(limit),
             reported: Instant::now(),
             switched: false,
+            feed: 0,
+            resume: Resume::None,
+            earlier: None,
         }
     }
 
@@ -227,10 +243,10 @@ impl Run {
     /// After a restart of the agent.
     fn reattach(&mut self, entry: Entry) -> SourceEvent {
         self.home = Home::interrupted(&self.spec.vm, entry.was_running);
-        self.phase = if entry.state == SourceJournal::Releasing {
-            Phase::Loaded
-        } else {
-            Phase::Preparing
+        self.phase = match entry.state {
+            SourceJournal::Begun => Phase::Preparing,
+            SourceJournal::Releasing => Phase::Loaded,
+            SourceJournal::Following => Phase::PostCopy,
         };
         self.home.settings = entry.settings;
         if let Err(error) = self.home.attach(&self.spec.qmp, self.sender.clone()) {
@@ -254,21 +270,27 @@ impl Run {
                 }
                 self.handle(SourceEvent::TargetSwitched);
             }
-            Input::Failed(reason) => self.handle(SourceEvent::Failed(reason)),
+            Input::Resumed => self.resumed(),
+            Input::Of(feed, news) if feed == self.feed => self.take(*news),
+            Input::Of(..) => {}
+            Input::Failed(reason) => self.failed(reason),
             Input::Note(message) => self.note(message),
             Input::Cancel => self.handle(SourceEvent::Cancel),
             Input::Confirmed if *self.machine.state() == SourceState::Committed => {
                 self.handle(SourceEvent::Confirmed)
             }
             Input::Confirmed => {}
+            Input::GoOver => {
+                self.convergence.order();
+                self.tick();
+            }
             Input::Limit(bytes_per_s) => {
+                self.spec.max_bandwidth_bytes_per_s = bytes_per_s;
                 if let Some(stream) = &self.stream {
                     stream.bucket.set_rate(bytes_per_s);
                 }
             }
-            Input::QmpClosed => {
-                self.handle(SourceEvent::Failed("the source QEMU has ended".into()))
-            }
+            Input::QmpClosed => self.failed("the source QEMU has ended".into()),
             Input::Qmp(event) => self.take_qmp(&event),
         }
     }
@@ -295,9 +317,7 @@ impl Run {
                 Some("failed" | "cancelled") => {
                     let why = self.home.migration().and_then(|info| info.error_desc);
                     let why = why.unwrap_or_else(|| "no reason given".into());
-                    self.handle(SourceEvent::Failed(format!(
-                        "the source QEMU ended its migration: {why}"
-                    )));
+                    self.failed(format!("the source QEMU ended its migration: {why}"));
                 }
                 _ => {}
             },
@@ -306,6 +326,7 @@ impl Run {
     }
 
     fn tick(&mut self) {
+        self.go_on_resuming();
         if *self.machine.state() == SourceState::Following {
             if let Some(stream) = self.stream.clone() {
                 self.steer(&stream);
@@ -403,8 +424,13 @@ impl Run {
                 let mut message = Vec::new();
                 qstream::encode_return(&qstream::ReturnMessage::Shut(0), &mut message);
                 if let Some(stream) = &self.stream {
+                    stream.set_shut();
                     stream.write_return_path(&message);
                 }
+                None
+            }
+            SourceAction::Resume { pause } => {
+                self.resume_after(pause);
                 None
             }
             SourceAction::Journal(state) => {
@@ -445,10 +471,14 @@ impl Run {
                         stream.close(true);
                     }
                 };
-                Some(match self.home.bring_back(self.stopped, close) {
-                    Ok(()) => SourceEvent::SourceRuns,
-                    Err(error) => SourceEvent::SourceLost(format!("{error:#}")),
-                })
+                let stopped = self.stopped;
+                let ended = self.home.end_paused_postcopy(&self.context.run_dir);
+                Some(
+                    match ended.and_then(|()| self.home.bring_back(stopped, close)) {
+                        Ok(()) => SourceEvent::SourceRuns,
+                        Err(error) => SourceEvent::SourceLost(format!("{error:#}")),
+                    },
+                )
             }
             SourceAction::QuitSource => {
                 self.home.quit();
@@ -469,15 +499,7 @@ impl Run {
         let path = self.context.run_dir.join(socket_name);
         let socket = self.home.migrate(&path, &parameters(&self.spec))?;
         stream.attach(socket.try_clone()?);
-        let settings = self.spec.settings;
-        let key = match (settings.scope, settings.sharing) {
-            (Scope::None, Sharing::Off) => None,
-            _ => Some(content_key(&self.spec.domain_key)?),
-        };
-        let mut packer = Packer::new(key, stream.memory.addresses.keys().cloned().collect());
-        if settings.scope == Scope::None {
-            packer = packer.shared_only();
-        }
+        let packer = self.packer(stream)?;
         let way = Way {
             outbox: Arc::clone(&session.outbox),
             rack: session.rack.clone(),
@@ -536,37 +558,6 @@ impl Run {
             .journal
             .write(&self.spec.id, &entry)
             .context("writing the journal")
-    }
-
-    /// Final phases follow from the machine's state.
-    fn show(&mut self) {
-        let (phase, message) = match self.machine.state() {
-            SourceState::Moved => (Phase::Moved, format!("runs at {}", self.spec.target_name)),
-            SourceState::Stayed { reason } => (
-                Phase::Stayed,
-                format!("runs at the source as before: {reason}"),
-            ),
-            SourceState::NeedsPerson { reason } => (
-                Phase::NeedsPerson,
-                format!(
-                    "stopped at the source, and may run at {}: {reason}. When {} can be reached again, say `gangway recover {}`",
-                    self.spec.target_name, self.spec.target_name, self.spec.id
-                ),
-            ),
-            SourceState::Following => (
-                Phase::PostCopy,
-                format!(
-                    "runs at {}; its memory follows, and it needs both hosts until then",
-                    self.spec.target_name
-                ),
-            ),
-            _ => return,
-        };
-        if let Some(stream) = self.stream.clone() {
-            let progress = self.meter.sample(&stream, None);
-            (self.events)(Happening::Progress { progress });
-        }
-        self.enter(phase, message);
     }
 
     fn enter(&mut self, phase: Phase, message: String) {

@@ -15,6 +15,7 @@ use wire::{
 
 use crate::link::{Bucket, Compressor, Hold, Link, LinkError, Pool, Security, keep_short};
 
+use crate::target::store_name;
 use crate::types::RackSpec;
 
 use super::index_link::IndexLink;
@@ -89,10 +90,10 @@ impl SessionRack {
         secret: &ContentKey,
         index: Arc<IndexLink>,
     ) -> Self {
-        let store = secret.name("store", &[group.as_bytes(), &index.epoch.to_le_bytes()]);
+        let store = store_name(secret, group, index.epoch);
         let peers = spec.peers.iter().map(|p| (p.host, p.bulk.clone()));
         let hello = RackHello {
-            store: hex::encode(store),
+            store,
             host: spec.target,
             peers: peers.collect(),
         };
@@ -137,7 +138,8 @@ struct Shared {
 }
 
 impl Session {
-    fn connect(
+    /// Connects a session of its own.
+    pub(crate) fn connect(
         key: &SessionKey,
         rack: Option<SessionRack>,
         context: &SessionContext,
@@ -414,6 +416,10 @@ fn receive(mut link: Link, shared: &Shared, outbox: &Outbox, hold: &Hold) -> Lin
             BackMessage::Switched => {
                 hold.at("switched", &stream.name);
                 stream.tell(Input::Switched);
+            }
+            BackMessage::Resumed => {
+                hold.at("resumed", &stream.name);
+                stream.tell(Input::Resumed);
             }
             BackMessage::Faults(times) => stream.set_faults(times),
             BackMessage::Loaded => {

@@ -82,7 +82,10 @@ pub(crate) struct Stream {
     window: Mutex<Flow>,
     moved: Condvar,
     socket: Mutex<Option<UnixStream>>,
-    mover: Mutex<Sender<Input>>,
+    /// Who is told, and as which of the VM's streams.
+    mover: Mutex<(Sender<Input>, u32)>,
+    /// Bytes of QEMU's streams before this one.
+    earlier: AtomicU64,
     pub(crate) wire_bytes: AtomicU64,
     /// Pages that the target has mapped.
     pub(crate) mapped: AtomicU64,
@@ -98,6 +101,8 @@ pub(crate) struct Stream {
     is_ending: AtomicBool,
     /// A switch to post-copy was ordered and is not read yet.
     is_switching: AtomicBool,
+    /// QEMU was told that everything has arrived.
+    is_shut: AtomicBool,
     postcopy: Mutex<Postcopy>,
 }
 
@@ -132,7 +137,7 @@ impl Stream {
         memory: GuestMemory,
         limit: u64,
         place: Place,
-        mover: Sender<Input>,
+        mover: (Sender<Input>, u32),
     ) -> Self {
         let started = Instant::now();
         Self {
@@ -153,6 +158,7 @@ impl Stream {
             moved: Condvar::new(),
             socket: Mutex::new(None),
             mover: Mutex::new(mover),
+            earlier: AtomicU64::new(0),
             wire_bytes: AtomicU64::new(0),
             mapped: AtomicU64::new(0),
             shared: Mutex::default(),
@@ -162,18 +168,45 @@ impl Stream {
             is_late_round: AtomicBool::new(false),
             is_ending: AtomicBool::new(false),
             is_switching: AtomicBool::new(false),
+            is_shut: AtomicBool::new(false),
             postcopy: Mutex::default(),
         }
     }
 
     /// Tells the mover.
     pub(crate) fn tell(&self, input: Input) {
+        let mover = lock(&self.mover);
         // A mover that has ended wants to hear nothing.
-        let _ = self
-            .mover
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .send(input);
+        let _ = mover.0.send(Input::Of(mover.1, Box::new(input)));
+    }
+
+    /// Goes on counting where an earlier stream of the VM stopped.
+    pub(crate) fn count_from(&self, earlier: &Self) {
+        let bytes = earlier.earlier.load(Ordering::Relaxed) + earlier.flow().0;
+        self.earlier.store(bytes, Ordering::Relaxed);
+        for (ours, theirs) in [
+            (&self.wire_bytes, &earlier.wire_bytes),
+            (&self.mapped, &earlier.mapped),
+            (&self.repaired, &earlier.repaired),
+        ] {
+            ours.store(theirs.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+        *lock(&self.counts) = *lock(&earlier.counts);
+    }
+
+    /// Bytes of QEMU's streams before this one.
+    pub(crate) fn earlier_bytes(&self) -> u64 {
+        self.earlier.load(Ordering::Relaxed)
+    }
+
+    /// QEMU is about to be told that everything has arrived.
+    pub(crate) fn set_shut(&self) {
+        self.is_shut.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it was.
+    pub(crate) fn is_shut(&self) -> bool {
+        self.is_shut.load(Ordering::Relaxed)
     }
 
     /// The QEMU socket, to write the return path to and to close.

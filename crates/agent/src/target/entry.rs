@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use guest::KeptMonitor;
 use migrate::handover::TargetJournal;
 use page::PAGE_SIZE;
 use serde::{Deserialize, Serialize};
@@ -21,6 +22,9 @@ pub(super) struct Entry {
     #[serde(default)]
     pub(super) memory_bytes: u64,
     pub(super) state: TargetJournal,
+    /// What its QEMU keeps of our connection to its monitor, in post-copy.
+    #[serde(default)]
+    pub(super) monitor: Option<KeptMonitor>,
 }
 
 impl Entry {

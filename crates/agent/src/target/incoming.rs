@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
-use guest::{MigrationStatus, RunState, TargetGuest};
+use guest::{RunState, TargetGuest};
 use migrate::handover::{FoundQemu, TargetAction, TargetEvent, TargetJournal, TargetMove};
 use sys::{Process, ProcessMemory};
 use wire::{BackMessage, MoveState, OpenMove};
@@ -20,6 +20,7 @@ use super::mapper::{self, Mapper};
 use super::pool::Pools;
 use super::pressure::Pressure;
 use super::promises::Promises;
+use super::resume::{Feed, Resumption, condition};
 use super::returns::{ReturnEnd, read_return_path};
 use super::session::{GuestMemory, TargetSession, lock};
 use super::sink::Sink;
@@ -54,14 +55,17 @@ pub(crate) struct TargetContext {
 
 /// One incoming move.
 pub(crate) struct Incoming {
-    entry: Mutex<Entry>,
-    /// Let go with the VM: its monitor belongs to whoever manages it then.
-    guest: Mutex<Option<Arc<TargetGuest>>>,
+    pub(super) entry: Mutex<Entry>,
+    /// Let go with the VM, once it has all memory: its monitor belongs to whoever manages it then.
+    pub(super) guest: Mutex<Option<Arc<TargetGuest>>>,
     /// Held while an action is under way: events wait for each other.
     machine: Mutex<TargetMove>,
-    context: TargetContext,
+    pub(super) context: TargetContext,
     /// Let go when the session is over, with what it remembers.
-    session: Mutex<Option<(Arc<TargetSession>, u16)>>,
+    pub(super) session: Mutex<Option<(Arc<TargetSession>, u16)>>,
+    pub(super) feed: Mutex<Feed>,
+    /// Held while the QEMU is made ready to go on.
+    pub(super) resuming: Mutex<()>,
     clock: Instant,
 }
 
@@ -245,6 +249,24 @@ impl Arrivals {
         })
     }
 
+    /// Has a VM that was let go in post-copy go on getting its memory, as VM `vm` of a new session.
+    pub(crate) fn resume(
+        &self,
+        session: &Arc<TargetSession>,
+        id: &str,
+        vm: u16,
+    ) -> anyhow::Result<Resumption> {
+        let Some(incoming) = lock(&self.moves).get(id).cloned() else {
+            return Ok(Resumption::Not(MoveState::Unknown));
+        };
+        let resumption = incoming.resume(session, vm);
+        if session.is_over() {
+            // It ended before the move was known to be of it.
+            self.session_lost(session);
+        }
+        resumption
+    }
+
     pub(crate) fn query(&self, id: &str) -> MoveState {
         self.with(id, |_| {})
     }
@@ -268,7 +290,15 @@ impl Arrivals {
                 incoming.handle(TargetEvent::SessionLost {
                     now: self.clock.elapsed(),
                 });
-                *lock(&incoming.session) = None;
+                if incoming.answer() == MoveState::Following {
+                    incoming.interrupt();
+                }
+                // What was added after its end would stay; only a resumed move can be.
+                if let Some((session, vm)) = lock(&incoming.session).take()
+                    && session.rack.is_none()
+                {
+                    session.remove_sink(vm);
+                }
             }
         }
     }
@@ -319,6 +349,7 @@ impl Incoming {
             qmp: guest.qmp_path().to_owned(),
             memory_bytes: request.memory_bytes,
             state: TargetJournal::Loading,
+            monitor: None,
         };
         let incoming = Arc::new(Self {
             entry: Mutex::new(entry),
@@ -326,6 +357,8 @@ impl Incoming {
             machine: Mutex::default(),
             context: context.clone(),
             session: Mutex::new(Some((Arc::clone(session), request.vm))),
+            feed: Mutex::default(),
+            resuming: Mutex::default(),
             clock,
         });
         let fed = incoming
@@ -341,35 +374,19 @@ impl Incoming {
     /// Takes up what the journal says, and what is there of it.
     fn found(entry: Entry, context: &TargetContext, clock: Instant) -> Arc<Self> {
         let state = entry.state.clone();
-        let guest = entry
-            .is_alive()
-            .then(|| TargetGuest::adopt(entry.pid, &entry.qmp));
+        let guest = entry.is_alive().then(|| entry.reach());
         let (guest, found) = match guest {
             None => (None, FoundQemu::Gone),
             Some(Ok(guest)) => {
-                let running = guest
-                    .run_state()
-                    .is_ok_and(|state| state == RunState::Running);
-                let is_complete = guest
-                    .migration()
-                    .is_ok_and(|info| info.status == MigrationStatus::Completed);
-                (
-                    Some(guest),
-                    if running && is_complete {
-                        FoundQemu::Complete
-                    } else if running {
-                        FoundQemu::Running
-                    } else {
-                        FoundQemu::Stopped
-                    },
-                )
+                let found = condition(&guest, &state);
+                (Some(guest), found)
             }
             Some(Err(error)) => {
                 // It lives, and cannot be asked: the journal decides, and a person is told.
                 tracing::error!(
                     vm = entry.vm_name,
                     pid = entry.pid,
-                    "cannot reach a QEMU that this agent started: {error}"
+                    "cannot reach a QEMU that this agent started: {error:#}"
                 );
                 let released = matches!(state, TargetJournal::Released | TargetJournal::Following);
                 (
@@ -389,6 +406,8 @@ impl Incoming {
             machine,
             context: context.clone(),
             session: Mutex::new(None),
+            feed: Mutex::default(),
+            resuming: Mutex::default(),
             clock,
         });
         incoming.handle(TargetEvent::Restarted(state, found));
@@ -409,6 +428,11 @@ impl Incoming {
         guest
             .listen(&path, postcopy)
             .context("having the target QEMU listen")?;
+        if postcopy {
+            let kept = guest.keep_monitor().context("keeping its monitor")?;
+            lock(&self.entry).monitor = Some(kept);
+            self.write_journal(TargetJournal::Loading)?;
+        }
         let socket = UnixStream::connect(&path)
             .with_context(|| format!("connecting to the target QEMU of {name}"))?;
         let _ = std::fs::remove_file(&path);
@@ -435,14 +459,15 @@ impl Incoming {
         );
         session.add_sink(vm, handle);
         let returns = sink.returns();
+        let number = self.begin_feed(Some(socket.try_clone()?));
         let switched = Arc::clone(self);
-        sink.when_switched(Box::new(move || switched.watch_switch()));
+        sink.when_switched(Box::new(move || switched.watch_switch(number)));
         let incoming = Arc::clone(self);
         std::thread::Builder::new()
             .name("gw-sink".into())
             .spawn(move || {
                 if let Err(error) = sink.run() {
-                    incoming.fail(&error.to_string());
+                    incoming.fail(number, &error.to_string());
                 }
             })?;
         let (incoming, session) = (Arc::clone(self), Arc::clone(session));
@@ -453,14 +478,14 @@ impl Incoming {
                 if let Some(times) = returns.fault_times() {
                     session.say(vm, BackMessage::Faults(times));
                 }
-                incoming.returned(&end);
+                incoming.returned(number, &end);
             })?;
         Ok(())
     }
 
     /// Waits, in a thread of its own, for the target QEMU to have loaded the device state of a switch to
     /// post-copy; it stands stopped then, and could run.
-    fn watch_switch(self: Arc<Self>) {
+    fn watch_switch(self: Arc<Self>, number: u64) {
         let watch = move || match self.settled() {
             Ok(()) => {
                 self.context.hold.at("target-switched", &self.vm_name());
@@ -471,7 +496,7 @@ impl Incoming {
                     session.say(vm, BackMessage::Switched);
                 }
             }
-            Err(error) => self.fail(&format!("{error:#}")),
+            Err(error) => self.fail(number, &format!("{error:#}")),
         };
         let spawned = std::thread::Builder::new()
             .name("gw-switch".into())
@@ -481,8 +506,8 @@ impl Incoming {
         }
     }
 
-    /// The target QEMU's return path has ended.
-    fn returned(&self, end: &ReturnEnd) {
+    /// The return path of a target QEMU has ended that this feed had.
+    pub(super) fn returned(&self, number: u64, end: &ReturnEnd) {
         let failure = match end {
             ReturnEnd::Shut(0) => match self.settled() {
                 Ok(()) => {
@@ -503,26 +528,29 @@ impl Incoming {
             ReturnEnd::Closed => "the target QEMU closed its stream (see its log)".into(),
             ReturnEnd::Broken(what) => format!("the target QEMU's return path is broken: {what}"),
         };
-        self.fail(&failure);
+        self.fail(number, &failure);
     }
 
-    /// The move fails, and the source hears why.
-    fn fail(&self, reason: &str) {
-        self.handle(TargetEvent::Failed(reason.to_owned()));
-        let Some((session, vm)) = self.session() else {
+    /// The move fails, and the source hears why; unless it has another feed by now.
+    pub(super) fn fail(&self, number: u64, reason: &str) {
+        if !self.is_fed_by(number) {
             return;
-        };
+        }
+        self.handle(TargetEvent::Failed(reason.to_owned()));
         match self.answer() {
-            MoveState::NeverRan { reason } => session.say(vm, BackMessage::LoadFailed(reason)),
-            // It runs, and its memory does not come any more.
-            MoveState::Following => session.say(vm, BackMessage::LoadFailed(reason.to_owned())),
+            MoveState::NeverRan { reason } => {
+                if let Some((session, vm)) = self.session() {
+                    session.say(vm, BackMessage::LoadFailed(reason));
+                }
+            }
+            MoveState::Following => self.does_not_follow(reason),
             _ => {}
         }
     }
 
     /// Waits until QEMU stands loaded and stopped.
     fn settled(&self) -> anyhow::Result<()> {
-        // One that was let go in post-copy has been here before.
+        // One that was let go in post-copy has been here before, and need not be ours any more.
         let Ok(guest) = self.guest() else {
             return Ok(());
         };
@@ -542,7 +570,7 @@ impl Incoming {
         }
     }
 
-    fn handle(&self, event: TargetEvent) {
+    pub(super) fn handle(&self, event: TargetEvent) {
         let mut machine = lock(&self.machine);
         let mut events = vec![event];
         while let Some(event) = events.pop() {
@@ -554,9 +582,28 @@ impl Incoming {
         }
         if !matches!(
             machine.answer(),
-            Some(MoveState::Loading | MoveState::Loaded)
+            Some(MoveState::Loading | MoveState::Loaded | MoveState::Following)
         ) {
-            *lock(&self.guest) = None;
+            self.give_up_monitor();
+        }
+    }
+
+    /// The monitor is somebody else's from now on.
+    fn give_up_monitor(&self) {
+        let guest = lock(&self.guest).take();
+        let was_kept = lock(&self.entry).monitor.take().is_some();
+        let Some(guest) = guest.filter(|_| was_kept) else {
+            return;
+        };
+        // One that was killed needs no order.
+        let left = guest.end_postcopy().and_then(|()| guest.release_monitor());
+        if let Err(error) = left
+            && guest.process().is_alive()
+        {
+            tracing::warn!(
+                vm = self.vm_name(),
+                "its QEMU keeps settings of its move: {error}"
+            );
         }
     }
 
@@ -624,7 +671,7 @@ impl Incoming {
         }
     }
 
-    fn session(&self) -> Option<(Arc<TargetSession>, u16)> {
+    pub(super) fn session(&self) -> Option<(Arc<TargetSession>, u16)> {
         lock(&self.session).clone()
     }
 
@@ -641,12 +688,12 @@ impl Incoming {
             .context("writing the journal")
     }
 
-    fn vm_name(&self) -> String {
+    pub(super) fn vm_name(&self) -> String {
         lock(&self.entry).vm_name.clone()
     }
 
     /// The state for the source; waits for an action under way.
-    fn answer(&self) -> MoveState {
+    pub(super) fn answer(&self) -> MoveState {
         lock(&self.machine).answer().unwrap_or(MoveState::Loaded)
     }
 

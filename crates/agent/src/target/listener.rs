@@ -15,6 +15,7 @@ use crate::link::{Link, LinkError, Serve, Terms};
 use super::incoming::Arrivals;
 use super::peer::PeerContext;
 use super::rack::RackStores;
+use super::resume::Resumption;
 use super::session::{TargetSession, lock};
 
 /// How long a control connection may be idle: a move's bulk phase, for as long as it takes.
@@ -35,6 +36,7 @@ struct Listener {
 pub(crate) fn listen(
     address: SocketAddr,
     arrivals: Arc<Arrivals>,
+    racks: Arc<RackStores>,
     index: Arc<IndexHost>,
     terms: Terms,
 ) -> anyhow::Result<()> {
@@ -42,7 +44,7 @@ pub(crate) fn listen(
         arrivals,
         terms: terms.clone(),
         sessions: Mutex::default(),
-        racks: Arc::default(),
+        racks,
         index,
     };
     crate::link::listen(address, terms, listener).context("waiting for moves (`bulk`)")?;
@@ -192,6 +194,18 @@ impl Listener {
                 ControlRequest::Abort { id, reason } => {
                     ControlReply::State(self.arrivals.abort(&id, &reason))
                 }
+                ControlRequest::Resume { id, vm } => match self.session(hello) {
+                    None => ControlReply::Refused {
+                        reason: "there is no such session".into(),
+                    },
+                    Some(session) => match self.arrivals.resume(&session, &id, vm) {
+                        Ok(Resumption::Ready { pid }) => ControlReply::Ready { pid, note: None },
+                        Ok(Resumption::Not(state)) => ControlReply::State(state),
+                        Err(error) => ControlReply::Refused {
+                            reason: format!("{error:#}"),
+                        },
+                    },
+                },
                 ControlRequest::Query { id } => ControlReply::State(self.arrivals.query(&id)),
             };
             link.send(&reply)?;

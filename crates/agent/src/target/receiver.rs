@@ -49,6 +49,11 @@ pub(crate) fn run(
                     sink.push(SinkFrame::Hurry);
                 }
             }
+            FrameKind::Relay => {
+                if let Some(sink) = session.sink(header.vm()) {
+                    sink.push(SinkFrame::Relay(Arc::new(body)));
+                }
+            }
             FrameKind::Close => session.remove_sink(header.vm()),
             other => return Err(LinkError::from(WireError::UnexpectedKind(other as u8)).into()),
         }

@@ -9,12 +9,15 @@ use std::time::{Duration, Instant};
 use migrate::unpack::Unpacker;
 use page::{BlockIndex, PageNo};
 use qstream::{ReturnDecoder, ReturnMessage, ReturnStep};
-use wire::{BackMessage, FaultTimes, Reached};
+use wire::{BackMessage, FaultTimes, MAX_RETURN_MESSAGE, Reached};
 
 use super::session::{TargetSession, lock};
 
 /// Most faults whose times are kept: 4 GiB of memory, page by page.
 const MAX_FAULTS: usize = 1 << 20;
+
+/// What a target QEMU that goes on with its migration says.
+const RESUMED: u32 = 1;
 
 /// A ping of ours on its way.
 pub(crate) struct Ping {
@@ -218,7 +221,12 @@ fn read_to_end(
                         }
                         _ => {
                             returns.asked(&message);
-                            session.say(vm, BackMessage::ReturnPath(raw.to_vec()));
+                            for piece in raw.chunks(MAX_RETURN_MESSAGE) {
+                                session.say(vm, BackMessage::ReturnPath(piece.to_vec()));
+                            }
+                            if let ReturnMessage::ResumeAck(RESUMED) = message {
+                                session.say(vm, BackMessage::Resumed);
+                            }
                         }
                     }
                 }

@@ -25,7 +25,7 @@ use super::session::{GuestMemory, TargetSession};
 
 /// Most bytes that wait for one QEMU. The source's window keeps far below it (8 MiB of QEMU's
 /// stream, and repairs); beyond it the source is not honest, and the VM's move fails.
-const MAX_QUEUED: usize = 128 << 20;
+pub(super) const MAX_QUEUED: usize = 128 << 20;
 
 /// Slices of one write: the kernel's limit for one call.
 const MAX_SLICES: usize = 1024;
@@ -43,6 +43,8 @@ pub(crate) enum SinkFrame {
     Frame { body: Arc<Buffer>, is_repair: bool },
     /// From its source, before all others: a processor waits for it.
     Urgent(Arc<Buffer>),
+    /// From its source QEMU, as it is.
+    Relay(Arc<Buffer>),
     /// Contents that it waits for.
     Arrived(Vec<Arrived<Arc<Buffer>>>),
     /// Contents that it waits for in vain.
@@ -56,9 +58,9 @@ pub(crate) enum SinkFrame {
 
 impl SinkFrame {
     /// Bytes that count against the queue's limit: contents are bounded by the pages that wait.
-    fn counted(&self) -> usize {
+    pub(super) fn counted(&self) -> usize {
         match self {
-            Self::Frame { body, .. } | Self::Urgent(body) => body.len(),
+            Self::Frame { body, .. } | Self::Urgent(body) | Self::Relay(body) => body.len(),
             Self::Arrived(_) | Self::NotComing { .. } | Self::Hurry => 0,
         }
     }
@@ -76,15 +78,21 @@ impl SinkHandle {
     /// Of no QEMU: what comes is for a test.
     #[cfg(test)]
     pub(crate) fn alone() -> (Self, Receiver<SinkFrame>) {
+        let (handle, frames, _) = Self::plain();
+        (handle, frames)
+    }
+
+    /// Of one queue, whose length in bytes the last of the three counts: nothing is urgent in it.
+    pub(crate) fn plain() -> (Self, Receiver<SinkFrame>, Arc<AtomicUsize>) {
         let (frames, receiver) = unbounded();
         let (urgent, _) = unbounded();
-        let queued = Arc::default();
+        let queued = Arc::<AtomicUsize>::default();
         let handle = Self {
             frames,
             urgent,
-            queued,
+            queued: Arc::clone(&queued),
         };
-        (handle, receiver)
+        (handle, receiver, queued)
     }
 
     /// The queue is bounded in bytes: above the limit frames are dropped, and the sink fails on
@@ -117,6 +125,8 @@ pub(crate) enum SinkError {
     Unpack(#[from] UnpackError),
     #[error("frames were dropped")]
     Dropped,
+    #[error("frames came that belong to another stream")]
+    Unexpected,
     #[error("it is not known which pages were mapped: {0}")]
     Mapping(#[source] CowError),
 }
@@ -339,6 +349,7 @@ impl Sink {
                 unpacker.apply(body, true, &mut contents, batch)?;
                 Ok(body)
             }
+            SinkFrame::Relay(_) => Err(SinkError::Unexpected),
             SinkFrame::Arrived(contents) => {
                 unpacker.arrived(contents.iter().cloned(), batch);
                 Ok(&[])

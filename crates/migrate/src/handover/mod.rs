@@ -24,7 +24,8 @@
 //! In post-copy the same three facts hold, the second in another way: before its QEMU is told to go
 //! over, the source guest is stopped by hand, and what was stopped by hand no failure of the
 //! migration resumes. The VM is released when the target QEMU has the device state; its memory
-//! follows, and `Loaded` completes the source QEMU when all of it is there.
+//! follows, and `Loaded` completes the source QEMU when all of it is there. If it stops following, both
+//! QEMUs pause, and go on over a new stream as soon as there can be one.
 //!
 //! `docs/failures.md` says what is true of the VM at each instant; the tests of this module
 //! stop, restart and cut both ends at each step.
@@ -35,5 +36,5 @@ mod target;
 #[cfg(test)]
 mod tests;
 
-pub use source::{SourceAction, SourceEvent, SourceJournal, SourceMove, SourceState};
+pub use source::{Plight, SourceAction, SourceEvent, SourceJournal, SourceMove, SourceState};
 pub use target::{FoundQemu, TargetAction, TargetEvent, TargetJournal, TargetMove, TargetState};

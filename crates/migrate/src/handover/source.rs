@@ -10,6 +10,17 @@ use wire::MoveState;
 /// possible after it.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(60);
 
+/// How long an interrupted post-copy is resumed again and again before a person is asked: time for a
+/// host to boot its network, or for somebody to come and put a cable back.
+const RESUME_PATIENCE: Duration = Duration::from_secs(600);
+
+/// Pause before the first try to resume; each further one is twice as long. Both ends' QEMUs take
+/// milliseconds to notice that their stream is gone.
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+
+/// No pause is longer: a guest stands still meanwhile.
+const LONGEST_PAUSE: Duration = Duration::from_secs(8);
+
 /// Where the move stands at the source.
 ///
 /// ```text
@@ -28,9 +39,17 @@ const RELEASE_PATIENCE: Duration = Duration::from_secs(60);
 ///
 /// ```text
 ///  Copying ─held, switched─► Committed ─confirmed─► Releasing ─following─► Following ─loaded, completed─► Moved
-///                                                       ▲                      │
-///                                                       └────── failed ────────┘
+///                                                       │                   │    ▲                        ▲
+///                                                       │            failed │    │ resumed                │
+///                                                       └─ following, but   ▼    │       runs, completed  │
+///                                                          lost ─────────► Recovering ────────────────────┘
+///                                                                              │ no success for ten minutes,
+///                                                                              ▼ a QEMU is gone
+///                                                                          NeedsPerson
 /// ```
+///
+/// In `Recovering` nothing is said to the source QEMU but to resume its migration: the VM is at the target,
+/// and what is missing there is only here.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SourceState {
     /// The target QEMU is being started. The VM is untouched.
@@ -51,6 +70,13 @@ pub enum SourceState {
     },
     /// It runs at the target, whose QEMU still gets memory from the source QEMU.
     Following,
+    /// It went on at the target, and the memory that it still needs does not come: that is being mended.
+    Recovering {
+        /// When the first try failed; zero before.
+        since: Duration,
+        /// What happened.
+        reason: String,
+    },
     /// The move is off; the VM is brought back to run here.
     Undoing {
         /// Why.
@@ -63,11 +89,24 @@ pub enum SourceState {
         /// Why.
         reason: String,
     },
-    /// It is stopped here, and cannot be known to be gone at the target.
+    /// It cannot be brought to an end from here.
     NeedsPerson {
         /// What is known.
         reason: String,
+        /// Why.
+        plight: Plight,
     },
+}
+
+/// What is the matter with a VM that needs a person.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plight {
+    /// It is stopped here, and cannot be known to be gone at the target.
+    Unknown,
+    /// It went on at the target, and needs memory that only its QEMU here has.
+    Halved,
+    /// It went on at the target, and one of its QEMUs is gone before all memory was there.
+    Killed,
 }
 
 /// What the machine reacts to. Times are those of any clock that never runs backwards.
@@ -102,6 +141,15 @@ pub enum SourceEvent {
     SourceRuns,
     /// The source QEMU is gone or does not obey.
     SourceLost(String),
+    /// Memory flows again from QEMU to QEMU.
+    Resumed,
+    /// It does not flow again yet.
+    NotResumed {
+        /// Why.
+        reason: String,
+        /// Now.
+        now: Duration,
+    },
     /// The journal could not be written, so the action after it was not done.
     JournalFailed(String),
     /// The agent was restarted with this journal.
@@ -124,6 +172,13 @@ pub enum SourceAction {
     Release,
     /// The same, after a pause.
     ReleaseAgain,
+    /// Close what is left of the stream, and after a pause have both QEMUs go on with their migration over a
+    /// new one. Answer: `Resumed`, `NotResumed`, `Answer` if the target has something else to say,
+    /// `SourceCompleted` or `SourceLost` if the source QEMU has.
+    Resume {
+        /// How long to wait first.
+        pause: Duration,
+    },
     /// Tell the target, if it can be reached, that it will not be released.
     AbortTarget(String),
     /// End the migration, by cancelling it or in post-copy by having it complete into the void, close
@@ -143,15 +198,20 @@ pub enum SourceJournal {
     Begun,
     /// The target may have been released.
     Releasing,
+    /// The target was released in post-copy and has said so; its memory follows.
+    Following,
 }
 
 /// The machine. Succeeds: the VM runs at the target, and the source QEMU is gone. Fails: the
 /// VM runs at the source, and the target QEMU is gone or will be; or, only between a release
-/// and its answer, the VM is stopped at the source and a person is asked.
+/// and its answer, the VM is stopped at the source and a person is asked; or, only in post-copy, it
+/// stands still at the target and a person is asked.
 #[derive(Debug)]
 pub struct SourceMove {
     state: SourceState,
     memory: Memory,
+    /// How often memory was to flow again.
+    tries: u32,
 }
 
 /// How the VM's memory goes over.
@@ -170,6 +230,7 @@ impl Default for SourceMove {
         Self {
             state: SourceState::Preparing,
             memory: Memory::First,
+            tries: 0,
         }
     }
 }
@@ -196,6 +257,9 @@ impl SourceMove {
                 },
                 vec![A::Release],
             ),
+            (S::Preparing, E::Restarted(SourceJournal::Following)) => {
+                self.recover(Duration::ZERO, "the agent was restarted".into())
+            }
             (S::Preparing, E::Restarted(SourceJournal::Begun)) => {
                 undo("the agent was restarted during the move".into(), true)
             }
@@ -222,11 +286,26 @@ impl SourceMove {
                 (state, vec![])
             }
             (S::Following, E::SourceCompleted) => moved(),
-            // The target may have all of it already. The stream is of no use any more.
-            (S::Following, E::Failed(reason)) => {
-                self.memory = Memory::First;
-                let (since, lost) = (Duration::ZERO, Some(reason));
-                (S::Releasing { since, lost }, vec![A::Release])
+            (S::Following, E::Failed(reason)) => self.recover(Duration::ZERO, reason),
+            (S::Recovering { .. }, E::Resumed) => {
+                self.memory = Memory::After;
+                (S::Following, vec![])
+            }
+            // It was all there already.
+            (S::Recovering { .. }, E::SourceCompleted) => moved(),
+            (S::Recovering { .. }, E::SourceLost(why)) => person(
+                Plight::Killed,
+                format!("its QEMU at the source is gone with memory that was still to come: {why}"),
+            ),
+            (S::Recovering { since, .. }, E::NotResumed { reason, now }) => {
+                self.not_resumed(since, reason, now)
+            }
+            (S::Recovering { .. }, E::Answer(MoveState::Lost { reason })) => {
+                person(Plight::Killed, reason)
+            }
+            (S::Recovering { reason, .. }, E::Answer(answer)) => {
+                let lost = Some(reason);
+                self.answered((Duration::ZERO, lost), answer)
             }
             // Without having been told of the switch: it converged first, and is done as always.
             (S::Copying, E::TargetLoaded) => (S::Completing, vec![A::CompleteSource]),
@@ -256,7 +335,7 @@ impl SourceMove {
                 (S::Releasing { since, lost }, vec![])
             }
             (S::Releasing { since, lost }, E::Answer(answer)) => {
-                answered((since, lost), answer, self.memory)
+                self.answered((since, lost), answer)
             }
             (S::Releasing { since, lost }, E::NoAnswer { reason, now }) => {
                 unanswered((since, lost), reason, now)
@@ -266,13 +345,78 @@ impl SourceMove {
             }
             (S::Undoing { reason }, E::SourceLost(why)) => {
                 let reason = format!("{reason}; then the source QEMU could not be resumed: {why}");
-                (S::NeedsPerson { reason }, vec![])
+                person(Plight::Unknown, reason)
             }
             (state, _) => (state, vec![]),
         };
         self.state = next;
         actions
     }
+
+    /// Has memory flow again, after a pause that grows with each time that it stopped.
+    fn recover(&mut self, since: Duration, reason: String) -> (SourceState, Vec<SourceAction>) {
+        let pause = FIRST_PAUSE.saturating_mul(1 << self.tries.min(u8::BITS));
+        let pause = pause.min(LONGEST_PAUSE);
+        self.tries = self.tries.saturating_add(1);
+        (
+            SourceState::Recovering { since, reason },
+            vec![SourceAction::Resume { pause }],
+        )
+    }
+
+    fn not_resumed(
+        &mut self,
+        since: Duration,
+        reason: String,
+        now: Duration,
+    ) -> (SourceState, Vec<SourceAction>) {
+        let since = if since.is_zero() { now } else { since };
+        if now.saturating_sub(since) < RESUME_PATIENCE {
+            return self.recover(since, reason);
+        }
+        let minutes = RESUME_PATIENCE.as_secs() / 60;
+        let reason =
+            format!("its memory could not be made to follow for {minutes} minutes: {reason}");
+        person(Plight::Halved, reason)
+    }
+
+    fn answered(
+        &mut self,
+        (since, lost): (Duration, Option<String>),
+        answer: MoveState,
+    ) -> (SourceState, Vec<SourceAction>) {
+        use SourceAction as A;
+        match answer {
+            MoveState::Running => moved(),
+            MoveState::NeverRan { reason } => undo(reason, false),
+            MoveState::Loaded | MoveState::Loading => (
+                SourceState::Releasing { since, lost },
+                vec![A::ReleaseAgain],
+            ),
+            MoveState::Following => {
+                if lost.is_none() && self.memory == Memory::Done {
+                    return moved();
+                }
+                let (state, mut actions) = match lost {
+                    None => (SourceState::Following, vec![]),
+                    Some(why) => self.recover(Duration::ZERO, why),
+                };
+                // Last: without it the earlier entry leads here as well, one question later.
+                actions.push(A::Journal(SourceJournal::Following));
+                (state, actions)
+            }
+            MoveState::Unknown => {
+                let reason =
+                    "the target agent no longer knows this move; look there whether the VM runs";
+                person(Plight::Unknown, reason.into())
+            }
+            MoveState::Lost { reason } => person(Plight::Unknown, reason),
+        }
+    }
+}
+
+fn person(plight: Plight, reason: String) -> (SourceState, Vec<SourceAction>) {
+    (SourceState::NeedsPerson { reason, plight }, vec![])
 }
 
 fn undo(reason: String, abort: bool) -> (SourceState, Vec<SourceAction>) {
@@ -286,39 +430,6 @@ fn undo(reason: String, abort: bool) -> (SourceState, Vec<SourceAction>) {
 fn moved() -> (SourceState, Vec<SourceAction>) {
     let actions = vec![SourceAction::QuitSource, SourceAction::ForgetJournal];
     (SourceState::Moved, actions)
-}
-
-fn answered(
-    (since, lost): (Duration, Option<String>),
-    answer: MoveState,
-    memory: Memory,
-) -> (SourceState, Vec<SourceAction>) {
-    use SourceAction as A;
-    match answer {
-        MoveState::Running => moved(),
-        MoveState::NeverRan { reason } => undo(reason, false),
-        MoveState::Loaded | MoveState::Loading => (
-            SourceState::Releasing { since, lost },
-            vec![A::ReleaseAgain],
-        ),
-        MoveState::Following => match lost {
-            None if memory == Memory::Done => moved(),
-            None => (SourceState::Following, vec![]),
-            Some(why) => {
-                let reason = format!(
-                    "it went on there in post-copy and lacks memory that only its QEMU at the \
-                     source has, which must not be ended or resumed: {why}"
-                );
-                (SourceState::NeedsPerson { reason }, vec![])
-            }
-        },
-        MoveState::Unknown => {
-            let reason =
-                "the target agent no longer knows this move; look there whether the VM runs".into();
-            (SourceState::NeedsPerson { reason }, vec![])
-        }
-        MoveState::Lost { reason } => (SourceState::NeedsPerson { reason }, vec![]),
-    }
 }
 
 fn unanswered(
@@ -337,5 +448,5 @@ fn unanswered(
         "the target was let go, but has not answered for {} s: {reason}",
         RELEASE_PATIENCE.as_secs()
     );
-    (SourceState::NeedsPerson { reason }, vec![])
+    person(Plight::Unknown, reason)
 }

@@ -14,7 +14,7 @@ pub(crate) const LEASE: Duration = Duration::from_secs(120);
 /// ```text
 ///  Loading ─load reported─► Loaded ─release─► Releasing ─cont done─► Running
 ///     │                       │                  │  │
-///     │ failed, aborted,      │ aborted, QEMU    │  └ QEMU gone ────► Lost
+///     │ failed, aborted,      │ aborted, QEMU    │  └ QEMU gone ────► Lost ◄─ QEMU gone ─ Running, in post-copy
 ///     │ session lost          │ gone, lease over │ cont refused
 ///     ▼                       ▼                  ▼
 ///  NeverRan ◄─────────────────┴──────────────────┘   (QEMU killed first)
@@ -46,7 +46,7 @@ pub enum TargetState {
     },
     /// The QEMU is gone, and never ran the VM.
     NeverRan(String),
-    /// The QEMU went while it was let go.
+    /// The QEMU went while it was let go, or before it had all memory.
     Lost(String),
 }
 
@@ -222,6 +222,7 @@ impl TargetMove {
                 never_ran(&format!("it could not be started: {reason}"))
             }
             (S::Releasing { .. }, E::QemuGone(reason)) => (S::Lost(reason), vec![]),
+            (S::Running { follows: true }, E::QemuGone(reason)) => (S::Lost(reason), vec![]),
             (S::Loading, E::Restarted(journal, found)) => restarted(journal, found),
             (state, _) => (state, vec![]),
         };

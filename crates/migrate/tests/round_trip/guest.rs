@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use migrate::pack::SharedPages;
-use page::{BlockIndex, FileRange, FrameSharing, PAGE_SIZE, PageBytes, PageNo};
+use content::Identical;
+use migrate::pack::{IdenticalPages, SharedPages};
+use page::{BlockIndex, ContentKey, FileRange, FrameSharing, PAGE_SIZE, PageBytes, PageNo};
 use qstream::{BlockList, Command, Encoder, encode_command};
 
 use crate::opening;
@@ -342,4 +343,36 @@ pub(crate) fn marks(source: &SourceQemu, percent: usize, rng: &mut Rng) -> Arc<S
         }
     }
     Arc::new(marks)
+}
+
+/// Whether pages with this content share for what they hold.
+pub(crate) fn is_alike(content: Content) -> bool {
+    content.is_multiple_of(2)
+}
+
+/// Whether a page does not share for what it holds.
+pub(crate) fn is_left_out(row: usize) -> bool {
+    row.is_multiple_of(5)
+}
+
+/// What shares for what it holds.
+pub(crate) fn alike(source: &SourceQemu, key: &ContentKey) -> IdenticalPages {
+    let mut contents = Identical::default();
+    let most = Content::try_from(CONTENTS).unwrap();
+    for content in (1..most).filter(|content| is_alike(*content)) {
+        match u8::try_from(content) {
+            Ok(byte) if is_fill(content) => contents.add_fill(byte),
+            _ => contents.add(key.id_of(&bytes_of(content))),
+        }
+    }
+    let layout = &source.layout;
+    let pages = |len: page::ByteLen| u32::try_from(len.pages()).unwrap();
+    let blocks = layout.blocks.iter();
+    let shapes = blocks.map(|(_, block)| (&*block.name, pages(block.used_len)));
+    let mut left_out = SharedPages::of_blocks(shapes);
+    for row in (0..layout.len()).filter(|row| is_left_out(*row)) {
+        let (block, page) = layout.address(row);
+        left_out.mark(usize::from(block.0), page, FrameSharing::Merged);
+    }
+    IdenticalPages::new(Arc::new(contents), left_out)
 }

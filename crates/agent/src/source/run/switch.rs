@@ -68,20 +68,20 @@ impl Run {
         }
     }
 
-    /// In hybrid mode a move that does not converge goes over to post-copy.
+    /// In hybrid mode a move that does not converge goes over to post-copy, and one that is told to.
     pub(super) fn weigh(&mut self, stream: &Stream, info: &MigrationInfo) {
         if self.spec.settings.mode != Mode::Hybrid
             || self.switched
             || self.stopped
             || stream.is_ending()
-            || !self.home.was_running
         {
             return;
         }
         let limit_ms = parameters(&self.spec).downtime_limit_ms;
         let (planned, _) = stream.planning_rates(limit_ms);
         let leaves = planned.saturating_mul(limit_ms) / 1000;
-        if let Some(why) = self.convergence.observe(info, leaves) {
+        let since = self.started.elapsed();
+        if let Some(why) = self.convergence.observe(info, leaves, since) {
             let link = stream.flow().3.unique;
             self.note(format!(
                 "{why}; the guest writes {} MB/s and the link carries {} MB/s of its pages: it goes over to post-copy",

@@ -16,7 +16,7 @@ fn a_vm_in_post_copy_is_moved_only_when_its_memory_is_there() {
         (machine, actions)
     };
     let (mut machine, actions) = running(MoveState::Following);
-    assert_eq!(actions, []);
+    assert_eq!(actions, [SourceAction::Journal(SourceJournal::Following)]);
     assert_eq!(
         machine.handle(SourceEvent::TargetLoaded),
         [SourceAction::CompleteSource]
@@ -24,15 +24,120 @@ fn a_vm_in_post_copy_is_moved_only_when_its_memory_is_there() {
     assert_eq!(*machine.state(), SourceState::Following);
     let actions = machine.handle(SourceEvent::SourceCompleted);
     assert_eq!(actions.first(), Some(&SourceAction::QuitSource));
-    // The stream is lost, and the target does not have everything: nobody may touch the source.
-    let (mut machine, _) = running(MoveState::Following);
+}
+
+/// A move whose VM runs at the target, before its memory is there.
+fn following() -> SourceMove {
+    machine_at(&[
+        SourceEvent::TargetReady,
+        SourceEvent::SourceHeld,
+        SourceEvent::TargetSwitched,
+        SourceEvent::Confirmed,
+        SourceEvent::Answer(MoveState::Following),
+    ])
+}
+
+fn pause_of(actions: &[SourceAction]) -> Duration {
+    match actions {
+        [SourceAction::Resume { pause }, ..] => *pause,
+        other => panic!("{other:?} does not resume"),
+    }
+}
+
+#[test]
+fn an_interrupted_post_copy_is_resumed_and_nothing_else_is_done_to_its_source() {
+    let mut machine = following();
     let actions = machine.handle(SourceEvent::Failed("cut".into()));
-    assert_eq!(actions, [SourceAction::Release]);
+    assert_eq!(actions.len(), 1);
+    let mut before = pause_of(&actions);
+    for second in 1..=600 {
+        let (reason, now) = ("cut".to_owned(), Duration::from_secs(second));
+        let actions = machine.handle(SourceEvent::NotResumed { reason, now });
+        let pause = pause_of(&actions);
+        assert!(pause >= before && pause <= Duration::from_secs(8));
+        before = pause;
+        assert_eq!(machine.handle(SourceEvent::Cancel), []);
+    }
+    assert_eq!(machine.handle(SourceEvent::Resumed), []);
+    assert_eq!(*machine.state(), SourceState::Following);
+    // It is as good as before, and can be lost again.
+    let actions = machine.handle(SourceEvent::Failed("cut".into()));
+    assert_eq!(actions.len(), 1);
+    machine.handle(SourceEvent::Resumed);
     assert_eq!(
-        machine.handle(SourceEvent::Answer(MoveState::Following)),
-        []
+        machine.handle(SourceEvent::TargetLoaded),
+        [SourceAction::CompleteSource]
     );
-    assert!(matches!(machine.state(), SourceState::NeedsPerson { .. }));
+    let actions = machine.handle(SourceEvent::SourceCompleted);
+    assert_eq!(actions.first(), Some(&SourceAction::QuitSource));
+}
+
+#[test]
+fn a_post_copy_that_cannot_be_resumed_for_ten_minutes_needs_a_person_and_keeps_its_source() {
+    let mut machine = following();
+    machine.handle(SourceEvent::Failed("cut".into()));
+    let mut at = |second| {
+        let (reason, now) = ("cut".to_owned(), Duration::from_secs(second));
+        let actions = machine.handle(SourceEvent::NotResumed { reason, now });
+        (actions, machine.state().clone())
+    };
+    at(100);
+    assert_eq!(at(699).0.len(), 1);
+    let (actions, state) = at(700);
+    assert_eq!(actions, []);
+    let SourceState::NeedsPerson { plight, .. } = state else {
+        panic!("{state:?}")
+    };
+    assert_eq!(plight, Plight::Halved);
+}
+
+#[test]
+fn an_agent_that_comes_back_resumes_what_it_left_following() {
+    let mut machine = SourceMove::default();
+    let actions = machine.handle(SourceEvent::Restarted(SourceJournal::Following));
+    pause_of(&actions);
+    // Without the newer entry it asks first.
+    let mut machine = SourceMove::default();
+    let actions = machine.handle(SourceEvent::Restarted(SourceJournal::Releasing));
+    assert_eq!(actions, [SourceAction::Release]);
+    let actions = machine.handle(SourceEvent::Answer(MoveState::Following));
+    pause_of(&actions);
+    let written = SourceAction::Journal(SourceJournal::Following);
+    assert_eq!(actions.last(), Some(&written));
+    let full = SourceEvent::JournalFailed("full".into());
+    assert_eq!(machine.handle(full), []);
+    assert!(matches!(machine.state(), SourceState::Recovering { .. }));
+}
+
+#[test]
+fn a_target_that_has_everything_ends_a_recovery_and_a_qemu_that_is_gone_ends_the_vm() {
+    let recovering = || {
+        let mut machine = following();
+        machine.handle(SourceEvent::Failed("cut".into()));
+        machine
+    };
+    let mut machine = recovering();
+    let actions = machine.handle(SourceEvent::Answer(MoveState::Running));
+    assert_eq!(actions.first(), Some(&SourceAction::QuitSource));
+    let mut machine = recovering();
+    let actions = machine.handle(SourceEvent::SourceCompleted);
+    assert_eq!(actions.first(), Some(&SourceAction::QuitSource));
+
+    let mut target = TargetMove::default();
+    target.handle(TargetEvent::SwitchReported);
+    target.handle(TargetEvent::Release);
+    target.handle(TargetEvent::Continued);
+    assert_eq!(target.answer(), Some(MoveState::Following));
+    assert_eq!(target.handle(TargetEvent::QemuGone("killed".into())), []);
+    let lost = SourceEvent::Answer(target.answer().unwrap());
+    for gone in [lost, SourceEvent::SourceLost("killed".into())] {
+        let mut machine = recovering();
+        assert_eq!(machine.handle(gone), []);
+        let SourceState::NeedsPerson { plight, .. } = machine.state() else {
+            panic!("{machine:?}")
+        };
+        assert_eq!(*plight, Plight::Killed);
+    }
 }
 
 #[test]
