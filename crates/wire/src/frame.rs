@@ -25,7 +25,7 @@ pub const MAX_RETURN_MESSAGE: usize = 64 << 10;
 /// Most runs in one repair request; a longer waiting list is asked for in several.
 const MAX_REPAIR_RUNS: u64 = 4096;
 
-/// What a frame is. Numbered by hand; 0 is invalid; 1..=31 forward, 32..=63 back.
+/// What a frame is. Numbered by hand; 0 is invalid; 1..=31 forward, 32..=63 back; 9 is free.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum FrameKind {
@@ -48,7 +48,7 @@ pub enum FrameKind {
     Urgent = 8,
     /// Bytes of a source QEMU for the target QEMU, as they are: the rest of a post-copy that was
     /// interrupted.
-    Relay = 9,
+    Relay = 10,
     /// A [`BackMessage`].
     Back = 32,
     /// Nothing; says that the sender lives.
@@ -66,7 +66,7 @@ impl FrameKind {
             6 => Self::Pull,
             7 => Self::Missing,
             8 => Self::Urgent,
-            9 => Self::Relay,
+            10 => Self::Relay,
             32 => Self::Back,
             33 => Self::BackHeartbeat,
             _ => return None,

@@ -100,7 +100,7 @@ pub(crate) struct Stream {
     /// The last section of its memory has begun.
     is_ending: AtomicBool,
     /// QEMU was told that everything has arrived.
-    is_complete: AtomicBool,
+    is_told: AtomicBool,
     postcopy: Mutex<Postcopy>,
 }
 
@@ -158,7 +158,7 @@ impl Stream {
             carried: Mutex::default(),
             is_late_round: AtomicBool::new(false),
             is_ending: AtomicBool::new(false),
-            is_complete: AtomicBool::new(false),
+            is_told: AtomicBool::new(false),
             postcopy: Mutex::default(),
         }
     }
@@ -190,13 +190,13 @@ impl Stream {
     }
 
     /// QEMU is about to be told that everything has arrived.
-    pub(crate) fn set_complete(&self) {
-        self.is_complete.store(true, Ordering::Relaxed);
+    pub(crate) fn set_told(&self) {
+        self.is_told.store(true, Ordering::Relaxed);
     }
 
     /// Whether it was.
-    pub(crate) fn is_complete(&self) -> bool {
-        self.is_complete.load(Ordering::Relaxed)
+    pub(crate) fn is_told(&self) -> bool {
+        self.is_told.load(Ordering::Relaxed)
     }
 
     /// The QEMU socket, to write the return path to and to close.
