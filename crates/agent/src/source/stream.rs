@@ -102,7 +102,7 @@ pub(crate) struct Stream {
     /// A switch to post-copy was ordered and is not read yet.
     is_switching: AtomicBool,
     /// QEMU was told that everything has arrived.
-    is_shut: AtomicBool,
+    is_told: AtomicBool,
     postcopy: Mutex<Postcopy>,
 }
 
@@ -168,7 +168,7 @@ impl Stream {
             is_late_round: AtomicBool::new(false),
             is_ending: AtomicBool::new(false),
             is_switching: AtomicBool::new(false),
-            is_shut: AtomicBool::new(false),
+            is_told: AtomicBool::new(false),
             postcopy: Mutex::default(),
         }
     }
@@ -200,13 +200,13 @@ impl Stream {
     }
 
     /// QEMU is about to be told that everything has arrived.
-    pub(crate) fn set_shut(&self) {
-        self.is_shut.store(true, Ordering::Relaxed);
+    pub(crate) fn set_told(&self) {
+        self.is_told.store(true, Ordering::Relaxed);
     }
 
     /// Whether it was.
-    pub(crate) fn is_shut(&self) -> bool {
-        self.is_shut.load(Ordering::Relaxed)
+    pub(crate) fn is_told(&self) -> bool {
+        self.is_told.load(Ordering::Relaxed)
     }
 
     /// The QEMU socket, to write the return path to and to close.
