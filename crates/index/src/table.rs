@@ -125,8 +125,8 @@ impl Table {
         }
     }
 
-    /// Appends the entry of each of these contents that any other host than `target` is
-    /// registered to need. Hosts beyond [`page::HostSet::CAPACITY`] are not
+    /// Appends the entry of each of these contents that is at a target host already, or that any
+    /// other host than `target` is registered to need. Hosts beyond [`page::HostSet::CAPACITY`] are not
     /// remembered.
     pub fn shared(&self, target: HostNo, ids: &[ContentId], out: &mut Vec<Option<EntryId>>) {
         out.extend(ids.iter().map(|id| {

@@ -139,7 +139,8 @@ impl Model {
     fn shared(&self, host: u16, content: u8) -> Option<EntryId> {
         let entry = self.entries.get(&content)?;
         let elsewhere = entry.needed.iter().any(|other| *other != host);
-        elsewhere.then_some(EntryId(entry.number))
+        let is_there = matches!(entry.state, State::Present);
+        (elsewhere || is_there).then_some(EntryId(entry.number))
     }
 
     fn summary(&self) -> Summary {
