@@ -267,7 +267,7 @@ impl Plan {
     /// The preset with the plan's overrides.
     #[must_use]
     pub fn settings(&self) -> Settings {
-        let preset = self.preset.unwrap_or(Preset::Gang).settings();
+        let preset = self.preset.unwrap_or(Preset::Full).settings();
         Settings {
             scope: self.scope.unwrap_or(preset.scope),
             sharing: self.sharing.unwrap_or(preset.sharing),
@@ -483,9 +483,9 @@ replace = [{ from = "/run/a", to = "/run/b" }]
     }
 
     #[test]
-    fn a_plan_without_a_preset_is_gang() {
+    fn a_plan_without_a_preset_is_full() {
         let plan = parse(&PLAN.replace("preset = \"oc\"", "")).unwrap();
-        assert_eq!(plan.settings().scope, Scope::Host);
+        assert_eq!(plan.settings(), Preset::Full.settings());
     }
 
     #[test]

@@ -135,7 +135,7 @@ impl Preset {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Plan {
-    /// Technique; `gang` if absent.
+    /// Technique; `full` if absent.
     #[serde(default)]
     pub preset: Option<Preset>,
     /// Overrides the preset.

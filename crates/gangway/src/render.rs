@@ -220,7 +220,7 @@ mod tests {
 
     #[test]
     fn a_phase_has_the_apis_word() {
-        use Phase::{Bulk, Held, Loaded, Moved, Preparing, Queued, Recovering, Released};
+        use Phase::{Bulk, Held, Loaded, Moved, PostCopy, Preparing, Queued, Recovering, Released};
         for one in [
             Queued,
             Preparing,
@@ -229,6 +229,7 @@ mod tests {
             Loaded,
             Held,
             Released,
+            PostCopy,
             Recovering,
             Moved,
         ] {

@@ -69,6 +69,28 @@ fn real_vms_run_before_their_memory_and_find_all_of_it_right() {
     assert_eq!(held.compared_pages, Some(2 * (256 << 20) / 4096));
 }
 
+/// Two pairs of hosts: what one VM is the first to send, the other one's host gets from there.
+#[test]
+fn real_vms_of_two_hosts_run_before_their_memory_of_which_each_content_crosses_once() {
+    let techniques = "techniques=irlm+postcopy-held,irlm+zstd+postcopy";
+    let smaller = ["vm.memory_mb=128", "hosts.vms_per_host=1", "settle_s=1"];
+    let results = results_of("racks-small", &[&[techniques], &smaller[..]].concat());
+    let [held, running] = &results.runs[..] else {
+        panic!("two techniques, {} runs", results.runs.len())
+    };
+    for run in [held, running] {
+        assert_eq!(run.failure, None, "{}", run.name());
+        assert_eq!(run.vms_lost, Some(0), "{}", run.name());
+        assert_eq!(run.stamp_errors, Some(0), "{}", run.name());
+        assert_eq!(run.application["exit_code"], 0);
+        let pages = run.pages.expect("the events count pages");
+        assert!(pages.remote_reference > Some(1000), "{pages:?}");
+    }
+    assert_eq!(held.mismatched_pages, Some(0));
+    assert_eq!(held.compared_pages, Some(2 * (128 << 20) / 4096));
+    assert!(running.application["faults"].as_u64() > Some(0));
+}
+
 #[test]
 fn real_vm_runs_on_at_its_source_when_the_target_agent_dies_and_then_moves() {
     let results = results_of("fault", &[]);
@@ -103,23 +125,29 @@ fn real_vm_survives_the_faults_that_strike_where_it_could_be_lost_or_doubled() {
     }
 }
 
-/// Three cells of `gangway-lab run postcopy-faults`, over a faster link.
+/// A cell of `gangway-lab run postcopy-faults`, over a faster link.
+fn assert_memory_follows_to_the_end(cell: &str) {
+    let cell = format!("matrix.only={cell}");
+    let smaller = ["vm.memory_mb=128", "links.edge_mbit=200"];
+    let results = results_of("postcopy-faults", &[&cell, smaller[0], smaller[1]]);
+    let [run] = &results.runs[..] else {
+        panic!("one cell, {} runs", results.runs.len())
+    };
+    assert_intact(run);
+    assert_eq!(run.application["exit_code_under_fault"], 0);
+    assert_eq!(run.application["vms_moved_under_fault"], 1);
+    assert_eq!(run.application["exit_code"], 0);
+    assert_eq!(run.compared_pages, Some((128 << 20) / 4096));
+}
+
 #[test]
-fn real_memory_follows_its_vm_to_the_end_when_an_agent_dies_and_comes_back() {
-    let cells = [
-        "kill-source-agent@switch-over",
-        "kill-source-agent@post-copy",
-        "kill-target-agent@post-copy",
-    ];
-    let cells = format!("matrix.only={}", cells.join(","));
-    let smaller = ["vm.memory_mb=160", "links.edge_mbit=200"];
-    let results = results_of("postcopy-faults", &[&cells, smaller[0], smaller[1]]);
-    assert_eq!(results.runs.len(), 3);
-    for run in &results.runs {
-        assert_intact(run);
-        assert_eq!(run.application["exit_code"], 0, "{}", run.name());
-        assert_eq!(run.compared_pages, Some((160 << 20) / 4096));
-    }
+fn real_memory_follows_its_vm_to_the_end_when_the_source_agent_dies_and_comes_back() {
+    assert_memory_follows_to_the_end("kill-source-agent@post-copy");
+}
+
+#[test]
+fn real_memory_follows_its_vm_to_the_end_when_the_target_agent_dies_and_comes_back() {
+    assert_memory_follows_to_the_end("kill-target-agent@post-copy");
 }
 
 /// Two cells of `gangway-lab run rack-faults`.

@@ -70,6 +70,27 @@ fn real_vms_that_share_memory_share_it_at_the_target_and_send_it_once() {
 }
 
 #[test]
+fn real_vms_that_run_before_their_memory_share_it_at_the_target() {
+    let results = results_of(&["techniques=slm+postcopy-held,full+postcopy"]);
+    let [held, running] = &results.runs[..] else {
+        panic!("two techniques, {} runs", results.runs.len())
+    };
+    for run in [held, running] {
+        assert_eq!(run.failure, None, "{}", run.name());
+        assert_eq!(run.vms_lost, Some(0), "{}", run.name());
+        assert_eq!(notes(run), "");
+        assert!(mapped(run) > 10_000, "{} pages", mapped(run));
+        let shared = run.target_footprint.unwrap().guest_pss_bytes.unwrap();
+        let pages = run.pages.unwrap();
+        let private = (pages.total - pages.zero.unwrap()) * 4096;
+        assert!(shared * 10 < private * 8, "{shared} of {private} bytes");
+    }
+    assert_eq!(held.mismatched_pages, Some(0));
+    assert_eq!(held.compared_pages, Some(2 * PAGES));
+    assert!(running.application["faults"].as_u64() > Some(0));
+}
+
+#[test]
 fn real_sharing_is_kept_on_a_third_host_and_back_and_no_guest_sees_what_another_writes() {
     let run = slm(&[
         "hosts.target=2",

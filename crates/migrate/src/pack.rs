@@ -571,9 +571,25 @@ impl Resolver<'_> {
 /// place of what came later.
 #[must_use]
 pub fn repair_front(as_of: u64, block: BlockIndex, pages: &[PageNo]) -> Vec<u8> {
+    urgent_front(
+        as_of,
+        block,
+        pages.iter().map(|page| (*page, FrameSharing::No)),
+    )
+}
+
+/// As [`repair_front`], of pages that were read after a switch to post-copy, and how each shares its
+/// frame: the guest is stopped, so that they are what they will be.
+#[must_use]
+pub fn urgent_front(
+    as_of: u64,
+    block: BlockIndex,
+    pages: impl Iterator<Item = (PageNo, FrameSharing)>,
+) -> Vec<u8> {
     let mut ops = OpWriter::new();
-    for page in pages {
-        ops.plain(block, *page);
+    for (page, sharing) in pages {
+        ops.shared(sharing);
+        ops.plain(block, page);
     }
     ops.finish(as_of)
 }

@@ -60,9 +60,11 @@ pub(super) fn page(moves: &Moves) -> String {
 }
 
 fn under_way(moves: &Moves) -> Vec<(String, u64)> {
-    use Phase::{Bulk, Held, Loaded, Preparing, Queued, Recovering, Released, SwitchOver};
+    use Phase::{
+        Bulk, Held, Loaded, PostCopy, Preparing, Queued, Recovering, Released, SwitchOver,
+    };
     let all = [
-        Queued, Preparing, Bulk, SwitchOver, Loaded, Held, Released, Recovering,
+        Queued, Preparing, Bulk, SwitchOver, Loaded, Held, Released, PostCopy, Recovering,
     ];
     let mut counts: BTreeMap<Phase, u64> = all.into_iter().map(|phase| (phase, 0)).collect();
     for status in moves.list() {

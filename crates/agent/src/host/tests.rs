@@ -414,7 +414,7 @@ impl Cable {
     }
 }
 
-/// A VM whose memory takes some seconds to follow it, over a cable.
+/// A VM whose memory takes half a minute to follow it, over a cable.
 fn following(agents: &Agents, data: &Path) -> (Vm, Cable, Receiver<Happening>) {
     let vm = vm(agents.dir.path(), "v", data, &[]);
     let cable = Cable::to(agents.target_bulk);
@@ -426,7 +426,7 @@ fn following(agents: &Agents, data: &Path) -> (Vm, Cable, Receiver<Happening>) {
     };
     let spec = MoveSpec {
         target_bulk: cable.address.to_string(),
-        max_bandwidth_bytes_per_s: Some(2_000_000),
+        max_bandwidth_bytes_per_s: Some(500_000),
         confirm_handover: false,
         ..agents.spec(&vm, settings)
     };

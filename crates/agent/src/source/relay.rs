@@ -28,7 +28,7 @@ pub(super) fn run(
         let n = match receive(socket, &mut piece, false)? {
             Received::Bytes(n) => n,
             Received::Nothing => continue,
-            Received::End if stream.is_closed() || stream.is_shut() => return Ok(()),
+            Received::End if stream.is_closed() || stream.is_told() => return Ok(()),
             Received::End => return Err(ReadError::Early),
         };
         position += n as u64;

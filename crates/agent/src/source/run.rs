@@ -424,7 +424,7 @@ impl Run {
                 let mut message = Vec::new();
                 qstream::encode_return(&qstream::ReturnMessage::Shut(0), &mut message);
                 if let Some(stream) = &self.stream {
-                    stream.set_shut();
+                    stream.set_told();
                     stream.write_return_path(&message);
                 }
                 None

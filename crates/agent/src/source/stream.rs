@@ -89,8 +89,8 @@ pub(crate) struct Stream {
     pub(crate) wire_bytes: AtomicU64,
     /// Pages that the target has mapped.
     pub(crate) mapped: AtomicU64,
-    /// What is known of shared frames, until the reader takes it.
-    shared: Mutex<Option<Arc<SharedPages>>>,
+    /// What is known of shared frames, and whether the reader has taken it.
+    shared: Mutex<(Arc<SharedPages>, bool)>,
     counts: Mutex<PackCounts>,
     repaired: AtomicU64,
     /// Entries of the rack in frames that are not acknowledged, with the frames' ends.
@@ -102,7 +102,7 @@ pub(crate) struct Stream {
     /// A switch to post-copy was ordered and is not read yet.
     is_switching: AtomicBool,
     /// QEMU was told that everything has arrived.
-    is_shut: AtomicBool,
+    is_told: AtomicBool,
     postcopy: Mutex<Postcopy>,
 }
 
@@ -168,7 +168,7 @@ impl Stream {
             is_late_round: AtomicBool::new(false),
             is_ending: AtomicBool::new(false),
             is_switching: AtomicBool::new(false),
-            is_shut: AtomicBool::new(false),
+            is_told: AtomicBool::new(false),
             postcopy: Mutex::default(),
         }
     }
@@ -200,13 +200,13 @@ impl Stream {
     }
 
     /// QEMU is about to be told that everything has arrived.
-    pub(crate) fn set_shut(&self) {
-        self.is_shut.store(true, Ordering::Relaxed);
+    pub(crate) fn set_told(&self) {
+        self.is_told.store(true, Ordering::Relaxed);
     }
 
     /// Whether it was.
-    pub(crate) fn is_shut(&self) -> bool {
-        self.is_shut.load(Ordering::Relaxed)
+    pub(crate) fn is_told(&self) -> bool {
+        self.is_told.load(Ordering::Relaxed)
     }
 
     /// The QEMU socket, to write the return path to and to close.
@@ -496,12 +496,23 @@ impl Stream {
 
     /// Has the reader know what is known of shared frames.
     pub(crate) fn set_shared(&self, pages: SharedPages) {
-        *lock(&self.shared) = Some(Arc::new(pages));
+        *lock(&self.shared) = (Arc::new(pages), false);
     }
 
     /// What has become known of shared frames since the last call.
     pub(crate) fn take_shared(&self) -> Option<Arc<SharedPages>> {
-        lock(&self.shared).take()
+        let (pages, is_taken) = &mut *lock(&self.shared);
+        (!std::mem::replace(is_taken, true)).then(|| Arc::clone(pages))
+    }
+
+    /// What is known of shared frames, and the name of a block.
+    pub(crate) fn shared_in(&self, block: BlockIndex) -> Option<(Arc<SharedPages>, String)> {
+        let name = lock(&self.postcopy)
+            .blocks
+            .get(usize::from(block.0))
+            .cloned()?;
+        let pages = Arc::clone(&lock(&self.shared).0);
+        Some((pages, name))
     }
 
     pub(crate) fn count_repaired(&self, pages: u64) {

@@ -10,7 +10,9 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, Sender, select_biased, unbounded};
 use guest::CowError;
 use migrate::unpack::{Ack, Arrived, Batch, Segment, UnpackError, Unpacker};
-use page::{BlockIndex, ContentId, EntryId, FrameSharing, HostNo, PAGE_SIZE, PageBytes, PageNo};
+use page::{
+    BlockIndex, ContentId, EntryId, FrameSharing, HostNo, PAGE_SIZE, PageBytes, PageNo, fill_byte,
+};
 use wire::{BackMessage, MAX_ENTRIES};
 
 use crate::link::Buffer;
@@ -401,6 +403,11 @@ impl Sink {
                 let place = (page.block, page.page, page.sharing);
                 (page.entry, place, &batch.segments[page.segment])
             });
+            // A page that was sent ahead may have become zero since its frame was looked at.
+            let pages = pages.filter(|(_, _, segment)| {
+                let bytes = bytes_of(segment, batch, body).try_into();
+                bytes.is_ok_and(|bytes: &PageBytes| fill_byte(bytes) != Some(0))
+            });
             mapper.expect(&wanted(
                 &self.session,
                 &mut self.fills,
@@ -505,15 +512,16 @@ fn wanted<'a>(
         let bytes = bytes_of(segment, batch, body);
         let bytes: &PageBytes = bytes.try_into().ok()?;
         // What somebody else could map must be hashed here: the source's word is not enough.
-        let (content, fill) = match entry {
-            None => {
-                let id = fills.entry(bytes[0]);
-                (
-                    *id.or_insert_with(|| session.key.id_of(bytes)),
-                    Some(bytes[0]),
-                )
+        let fill = match entry {
+            None => fill_byte(bytes),
+            Some(_) => None,
+        };
+        let content = match fill {
+            Some(byte) => {
+                let id = fills.entry(byte);
+                *id.or_insert_with(|| session.key.id_of(bytes))
             }
-            Some(_) => (session.key.id_of(bytes), None),
+            None => session.key.id_of(bytes),
         };
         Some(Wanted {
             block,

@@ -34,7 +34,7 @@ pub struct SharedPage<B> {
 /// caller tells the library before it writes anything of the batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExpectedPage {
-    /// Entry of its content; none for a fill page.
+    /// Entry of its content; none for a fill page, and for one that was sent ahead of the stream.
     pub entry: Option<EntryId>,
     /// Where it is.
     pub block: BlockIndex,

@@ -59,16 +59,16 @@ pub(super) struct Frame {
 }
 
 impl Frame {
-    /// Which version its pages have. What was read again from memory shares nothing here.
+    /// Which version its pages have.
     pub(super) fn version(&self) -> Version {
-        let (position, sharing) = match self.origin {
-            Origin::Stream { position } => (position, self.sharing),
-            Origin::Memory { as_of } => (as_of, FrameSharing::No),
+        let position = match self.origin {
+            Origin::Stream { position } => position,
+            Origin::Memory { as_of } => as_of,
         };
         Version {
             block: self.block,
             position,
-            sharing,
+            sharing: self.sharing,
         }
     }
 }
@@ -210,6 +210,7 @@ impl Streaming {
     ) -> bool {
         let block = version.block;
         let sharing = version.sharing;
+        // What was read again from memory while the guest ran is not marked.
         let is_mappable = sharing.is_shared()
             && self.untouched.touch(block, page)
             && self.emptied != Emptied::NotYet;
@@ -326,6 +327,10 @@ impl Streaming {
             let bytes = Segment::Own(at);
             let is_written = match entry {
                 Some(_) => self.share_or_put(frame.version(), page, (entry, bytes), batch),
+                // Sent ahead of the stream.
+                None if self.owed.is_some() => {
+                    self.share_or_put(frame.version(), page, (entry, bytes), batch)
+                }
                 None => {
                     self.put(block, page, bytes, batch);
                     true
