@@ -72,6 +72,9 @@ pub struct Scenario {
     /// What happens to the group once it has arrived; with Gangway's techniques only.
     #[serde(default)]
     pub after: After,
+    /// Longest switch-over that the plans of Gangway's techniques allow; QEMU's own 300 ms if absent.
+    #[serde(default)]
+    pub downtime_limit_ms: Option<u64>,
     /// Processes of a stand-alone index in the source rack; with none, an agent has the index.
     #[serde(default)]
     pub index: u32,

@@ -59,6 +59,9 @@ pub(super) fn text(bench: &Bench<'_>, vms: &[&Vm], settings: Settings) -> anyhow
     if settings.preset.has_index() && bench.scenario.index > 0 {
         plan["index"] = json!(index::addresses(bench));
     }
+    if let Some(limit) = bench.scenario.downtime_limit_ms {
+        plan["downtime_limit_ms"] = limit.into();
+    }
     if settings.mode != Mode::PreCopy {
         plan["mode"] = settings.mode.in_plan().into();
     }
