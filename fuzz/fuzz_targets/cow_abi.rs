@@ -34,7 +34,7 @@ fuzz_target!(|packet: &[u8]| {
 
 fn check(message: &FromAgent<'_>) {
     match message {
-        FromAgent::Map(batch) => {
+        FromAgent::Map(batch) | FromAgent::Expect(batch) => {
             assert!(batch.len() <= RUNS_MAX);
             for run in batch.runs() {
                 assert!(usize::from(run.block) < BLOCKS_MAX && run.pages > 0);

@@ -91,6 +91,10 @@ fn apply(
         let is_mapped: Vec<bool> = batch.shared.iter().map(|s| s.page.0 % 2 == 0).collect();
         unpacker.shared_done(&is_mapped, &mut batch);
     }
+    for expected in &batch.expected {
+        assert!(!matches!(batch.segments[expected.segment], Segment::Head(_)));
+        assert!(batch.given.contains(&(expected.block, expected.page)));
+    }
     let mut out = Vec::new();
     for segment in &batch.segments {
         out.extend_from_slice(match segment {

@@ -17,6 +17,7 @@ make test    every test: units, protocols, real VMs
 make lint    formatting, clippy, dependencies, documentation
 make bench   the benchmarks
 make fuzz    every fuzz target, SECONDS=60 each
+make install put gangway and the library for shared memory below PREFIX=/usr/local (DESTDIR=)
 make clean   remove what was built, unpacked and measured
 
 demo and test need Debian 12 and root: they install packages and make network namespaces.";
@@ -40,6 +41,7 @@ fn run(arguments: &[&str]) -> Result<()> {
         ["bench"] => runs::bench(),
         ["fuzz"] => runs::fuzz("60"),
         ["fuzz", "--seconds", seconds] => runs::fuzz(seconds),
+        ["install", "--to", prefix] => runs::install(prefix),
         ["lint"] => checks::lint(),
         ["clean"] => runs::clean(),
         ["help" | "--help"] | [] => {

@@ -56,6 +56,38 @@ fn prepare_lab() -> Result<()> {
     )
 }
 
+/// The program, and the library where the program looks for it, below `prefix`.
+pub(crate) fn install(prefix: &str) -> Result<()> {
+    step(
+        "build the program and the library",
+        &mut cargo(&[
+            "build",
+            "--release",
+            "--locked",
+            "-p",
+            "gangway",
+            "-p",
+            "cow-shim",
+        ]),
+    )?;
+    for (mode, built, to) in [
+        ("755", "target/release/gangway", "bin/gangway"),
+        (
+            "644",
+            "target/release/libgangway_cow.so",
+            "lib/gangway/libgangway_cow.so",
+        ),
+    ] {
+        let to = format!("{prefix}/{to}");
+        let arguments = ["-D", "-m", mode, built, &to];
+        step(
+            &format!("install {to}"),
+            &mut program("install", &arguments),
+        )?;
+    }
+    Ok(())
+}
+
 pub(crate) fn bench() -> Result<()> {
     step("run the benchmarks", &mut cargo(&["bench", "--workspace"]))
 }

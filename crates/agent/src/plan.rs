@@ -5,10 +5,9 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use crate::types::{
-    Compression, Mode, MoveSpec, Plan, PlanMove, Preset, RackPeer, RackSpec, Scope, Settings,
-    Sharing,
-};
+use crate::types::{Mode, MoveSpec, Plan, PlanMove, Preset, RackPeer, RackSpec, Scope, Settings};
+
+mod seeds;
 
 /// Trust domain of a move that names none.
 pub const DEFAULT_DOMAIN: &str = "default";
@@ -104,12 +103,14 @@ pub enum PlanError {
         /// What it holds.
         value: String,
     },
-    /// Settings that do not go together yet.
-    #[error(
-        "modes `post-copy` and `hybrid` go with scope `none` or `host`, sharing `off` and compression `none` \
-         only, for now"
-    )]
-    Postcopy,
+    /// Contents cannot be taken from VMs at the target hosts.
+    #[error("{whose}: {problem}")]
+    Seeds {
+        /// A resident VM, or the plan.
+        whose: String,
+        /// Why.
+        problem: &'static str,
+    },
     /// A time limit for a mode that has none.
     #[error(
         "`postcopy_after_s` says when a VM goes over to post-copy, which goes with mode `hybrid` only"
@@ -180,12 +181,6 @@ impl Plan {
                 });
             }
         }
-        let is_plain = settings.scope != Scope::Rack
-            && settings.sharing == Sharing::Off
-            && settings.compression == Compression::None;
-        if settings.mode.may_go_first() && !is_plain {
-            return Err(PlanError::Postcopy);
-        }
         self.check_hosts()?;
         let mut seen = HashSet::new();
         for plan_move in &self.moves {
@@ -194,7 +189,7 @@ impl Plan {
                 return Err(PlanError::TwoMoves(plan_move.vm.clone()));
             }
         }
-        Ok(())
+        self.check_seeds()
     }
 
     fn check_hosts(&self) -> Result<(), PlanError> {
@@ -272,7 +267,7 @@ impl Plan {
     /// The preset with the plan's overrides.
     #[must_use]
     pub fn settings(&self) -> Settings {
-        let preset = self.preset.unwrap_or(Preset::Gang).settings();
+        let preset = self.preset.unwrap_or(Preset::Full).settings();
         Settings {
             scope: self.scope.unwrap_or(preset.scope),
             sharing: self.sharing.unwrap_or(preset.sharing),
@@ -428,6 +423,7 @@ pub(crate) fn position(path: &Path, text: &str, span: Option<Range<usize>>) -> S
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::types::{Compression, Sharing};
 
     const PLAN: &str = r#"
 preset = "oc"
@@ -487,9 +483,9 @@ replace = [{ from = "/run/a", to = "/run/b" }]
     }
 
     #[test]
-    fn a_plan_without_a_preset_is_gang() {
+    fn a_plan_without_a_preset_is_full() {
         let plan = parse(&PLAN.replace("preset = \"oc\"", "")).unwrap();
-        assert_eq!(plan.settings().scope, Scope::Host);
+        assert_eq!(plan.settings(), Preset::Full.settings());
     }
 
     #[test]
@@ -560,25 +556,22 @@ replace = [{ from = "/run/a", to = "/run/b" }]
     }
 
     #[test]
-    fn what_may_end_in_post_copy_is_refused_with_what_it_does_not_go_with_yet() {
-        let plan = |mode: &str, settings: &str| {
-            let text = PLAN.replace("preset = \"oc\"\ncompression = \"zstd\"", settings);
-            assert_ne!(text, PLAN);
-            let text = format!("mode = \"{mode}\"\n{text}");
-            Plan::parse(Path::new("plan.toml"), &text).map(|plan| plan.settings().mode)
-        };
-        for good in ["preset = \"oc\"", "preset = \"gang\""] {
-            assert_eq!(plan("post-copy", good).unwrap(), Mode::PostCopy);
-            assert_eq!(plan("hybrid", good).unwrap(), Mode::Hybrid);
-        }
-        for refused in [
-            "preset = \"irlm\"",
-            "preset = \"slm\"",
-            "preset = \"gang\"\ncompression = \"zstd\"",
-        ] {
-            for mode in ["post-copy", "hybrid"] {
-                let refusal = plan(mode, refused);
-                assert!(matches!(refusal, Err(PlanError::Postcopy)), "{refused}");
+    fn every_mode_goes_with_every_preset() {
+        for preset in ["oc", "gang", "irlm", "slm", "full"] {
+            let name = format!("preset = \"{preset}\"");
+            let of_preset = parse(&PLAN.replace("preset = \"oc\"", &name)).unwrap();
+            for (mode, expected) in [
+                ("pre-copy", Mode::PreCopy),
+                ("post-copy", Mode::PostCopy),
+                ("hybrid", Mode::Hybrid),
+            ] {
+                let text = PLAN.replace("preset = \"oc\"", &name);
+                let plan = parse(&format!("mode = \"{mode}\"\n{text}")).unwrap();
+                let settings = Settings {
+                    mode: expected,
+                    ..of_preset.settings()
+                };
+                assert_eq!(plan.settings(), settings, "{preset} in {mode}");
             }
         }
     }

@@ -37,6 +37,10 @@ pub enum Sharing {
     /// Pages that share a frame at the source share one at the target (*sharing-aware live
     /// migration*), among the VMs of a group and trust domain that move between the same two hosts.
     Preserve,
+    /// Pages with the same content share one at the target, too, whatever they shared at the source:
+    /// those of the VMs of a group and trust domain that move between the same two hosts. Like KSM's,
+    /// such sharing lets a guest find out by timing its writes what the others hold.
+    Identical,
 }
 
 /// How page bytes are packed on the wire.
@@ -131,7 +135,7 @@ impl Preset {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Plan {
-    /// Technique; `gang` if absent.
+    /// Technique; `full` if absent.
     #[serde(default)]
     pub preset: Option<Preset>,
     /// Overrides the preset.
@@ -160,7 +164,8 @@ pub struct Plan {
     /// `continue` is said through the control API (for people and managers that check first).
     #[serde(default)]
     pub confirm_handover: bool,
-    /// Whether memory is hashed before the migration, with scope `rack`; yes if absent.
+    /// Whether memory is hashed before the migration, with scope `rack` or sharing `identical`; yes if
+    /// absent.
     #[serde(default)]
     pub prepare: Option<bool>,
     /// `host:port` of the processes of a stand-alone index, in the order of their shards; if
@@ -173,6 +178,34 @@ pub struct Plan {
     /// The moves, in the order in which they start.
     #[serde(rename = "move")]
     pub moves: Vec<PlanMove>,
+    /// Also take contents from the VMs that run at the target hosts already, with scope `rack`: all
+    /// that the agents there find, which then count as of the trust domain `default`.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub seed_from_target: bool,
+    /// VMs at target hosts to take contents from, with scope `rack`; with others they are not used.
+    #[serde(rename = "resident", default, skip_serializing_if = "Vec::is_empty")]
+    pub residents: Vec<Resident>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "as serde calls it")]
+fn is_false(flag: &bool) -> bool {
+    !flag
+}
+
+/// A VM that runs at a target host and stays there. What it has need not be sent.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Resident {
+    /// Its name.
+    pub vm: String,
+    /// Target host that it runs on.
+    pub host: String,
+    /// QMP socket of its QEMU there, for the agent's use alone.
+    #[schema(value_type = String)]
+    pub qmp: PathBuf,
+    /// Trust domain: only moves of the same one use its contents. `default` if absent.
+    #[serde(default)]
+    pub domain: Option<String>,
 }
 
 /// Addresses of one agent.
@@ -354,7 +387,7 @@ pub struct PageCounts {
     pub remote_reference: u64,
     /// Pages whose reference could not be served and that were read again from the source.
     pub repaired: u64,
-    /// Pages that are mapped from the target host's pool, with sharing `preserve`.
+    /// Pages that are mapped from the target host's pool, with sharing `preserve` or `identical`.
     #[serde(default)]
     pub mapped: u64,
 }

@@ -8,18 +8,21 @@
 //! - [`Shelf`], target: the newest contents of the rack, from wherever they came.
 //! - [`Recent`], target: the newest contents by entry id, while they may still be on their way
 //!   into a QEMU. Bounded in bytes.
+//! - [`Identical`], source: contents that are to share a page at the target.
 //! - [`pool`], target: which shared contents lie where in the memory that VMs map copy-on-write
 //!   (SLM section III-B).
 //!
 //! No network, no page I/O: callers read memory and hash.
 
 mod host_table;
+mod identical;
 mod places;
 pub mod pool;
 mod recent;
 mod shelf;
 
 pub use host_table::{Claim, HostTable};
+pub use identical::Identical;
 pub use places::{Place, Places};
 pub use recent::{Recent, RecentPage};
 pub use shelf::Shelf;

@@ -27,6 +27,9 @@ pub enum FromAgent<'a> {
     },
     /// Map runs, or copy them out of the pool.
     Map(MapBatch<'a>),
+    /// QEMU will place these pages in post-copy (`UFFDIO_COPY`): instead of that they may be mapped.
+    /// Answered as a `Map` is. A batch that says `copy` makes no sense here.
+    Expect(MapBatch<'a>),
     /// A series of `Map` is over: advice is given again.
     Settle,
     /// Ask for what was done.
@@ -155,6 +158,16 @@ impl<'a> MapBatch<'a> {
     pub fn runs(&self) -> impl Iterator<Item = MapRun> + 'a {
         self.runs.iter().map(MapRunBytes::run)
     }
+
+    #[inline]
+    fn join(&self, header: Header, out: &mut [u8]) -> Option<usize> {
+        let body = MapBytes {
+            count: U32::new(u32::try_from(self.runs.len()).ok()?),
+            copy: u8::from(self.copy),
+            reserved: [0; 3],
+        };
+        header.join(&body, self.runs.as_bytes(), out)
+    }
 }
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Clone, Copy)]
@@ -204,6 +217,10 @@ impl<'a> FromAgent<'a> {
                 inode: exactly::<U64>(body)?.get(),
             },
             Kind::Map => Self::Map(decode_map(body)?),
+            Kind::Expect => match decode_map(body)? {
+                batch if batch.copy => return Err(AbiError::Value),
+                batch => Self::Expect(batch),
+            },
             Kind::Settle => nothing(body).map(|()| Self::Settle)?,
             Kind::Statistics => nothing(body).map(|()| Self::Statistics)?,
             Kind::Close => nothing(body).map(|()| Self::Close)?,
@@ -237,14 +254,9 @@ impl<'a> FromAgent<'a> {
                 header(Kind::Block).join(&body, offer.name, out)
             }
             Self::Pool { inode } => header(Kind::Pool).join(&U64::new(*inode), &[], out),
-            Self::Map(batch) => {
-                let body = MapBytes {
-                    count: U32::new(u32::try_from(batch.runs.len()).ok()?),
-                    copy: u8::from(batch.copy),
-                    reserved: [0; 3],
-                };
-                header(Kind::Map).join(&body, batch.runs.as_bytes(), out)
-            }
+            Self::Map(batch) => batch.join(header(Kind::Map), out),
+            Self::Expect(batch) if batch.copy => None,
+            Self::Expect(batch) => batch.join(header(Kind::Expect), out),
             Self::Settle => header(Kind::Settle).join(&(), &[], out),
             Self::Statistics => header(Kind::Statistics).join(&(), &[], out),
             Self::Close => header(Kind::Close).join(&(), &[], out),

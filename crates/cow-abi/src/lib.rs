@@ -15,6 +15,8 @@
 //!      │ ── PoolAnswer ──────────────────────────────────────► │
 //!      │ ◄──────────────────────────────────── Map {runs} ──── │   any number, answered in order
 //!      │ ── MapAnswer {an outcome for each run} ─────────────► │
+//!      │ ◄───────────────────────────────── Expect {runs} ──── │   in post-copy, any number
+//!      │ ── MapAnswer ───────────────────────────────────────► │
 //!      │ ◄─────────────────────────────────────────── Settle ─ │   after a series of them
 //!      │ ── Settled ─────────────────────────────────────────► │
 //!      │ ◄──────────────────────────────────────────── Close ─ │
@@ -42,11 +44,25 @@
 //! 6. The socket of a process that forks itself into the background sees a connection from each
 //!    of its generations. The one whose `Hello` has the pid of QEMU's monitor counts.
 //!
+//! # In post-copy
+//!
+//! QEMU must know of every page that it has, and places each with `UFFDIO_COPY` through libc. The library
+//! stands before that call. For a page that the agent has announced (`Expect`) it compares QEMU's bytes
+//! with the pool's, maps the page and wakes who waits for it (`UFFDIO_WAKE`), all before QEMU goes on; with
+//! other bytes, or if the kernel has no mapping left, QEMU's copy happens. A page that was mapped
+//! before, by a `Map` or by an earlier copy, is there already, and never copied over. The agent guarantees:
+//!
+//! 7. Rule 1 for runs of `Expect` from when it is sent: until the page is seen not to use the pool (it
+//!    is present, and no file's), also if no answer came. What is announced stays so when the
+//!    connection ends.
+//! 8. A page is announced, and that is answered, before its record is written to QEMU.
+//!
 //! # Ledger
 //!
 //! | version | change |
 //! |---|---|
 //! | 1 | first: blocks, one pool, map, copy, settle, statistics |
+//! | 2 | post-copy: expect, what became of copies |
 //!
 //! Kinds are numbered by hand ([`Kind`]); 0 is invalid, no gaps so far.
 
@@ -63,7 +79,7 @@ pub use library::{
 pub use packet::{AbiError, HEADER_BYTES, Header, Kind};
 
 /// Version of this protocol. Ends of different versions part at the handshake.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// First bytes of `Hello` and `Welcome`: tells a stray client apart.
 pub const MAGIC: [u8; 8] = *b"GWAYCOW\n";

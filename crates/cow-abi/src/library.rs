@@ -93,8 +93,10 @@ pub enum Outcome {
     Mapped,
     /// Its bytes were copied into the VM's own memory: asked for, or no mapping was left.
     Copied,
-    /// Nothing is sure about these pages; error number.
+    /// Nothing is sure about these pages; error number. Of an `Expect`: they will be copied.
     Refused(u16),
+    /// It will be mapped, page by page, as QEMU places it: if QEMU's bytes are the pool's.
+    Expected,
 }
 
 /// An outcome in a packet.
@@ -126,6 +128,7 @@ impl From<Outcome> for OutcomeBytes {
             Outcome::Mapped => (1, 0),
             Outcome::Copied => (2, 0),
             Outcome::Refused(errno) => (3, errno),
+            Outcome::Expected => (4, 0),
         };
         Self {
             code: U16::new(code),
@@ -141,6 +144,7 @@ impl OutcomeBytes {
             (1, 0) => Some(Outcome::Mapped),
             (2, 0) => Some(Outcome::Copied),
             (3, errno) => Some(Outcome::Refused(errno)),
+            (4, 0) => Some(Outcome::Expected),
             _ => None,
         }
     }
@@ -199,17 +203,21 @@ pub struct Statistics {
     pub pages_discarded: u64,
     /// Discards that failed, and were reported to QEMU as failed.
     pub discards_failed: u64,
-    /// `UFFDIO_COPY` calls seen while something was mapped.
+    /// `UFFDIO_COPY` calls seen while something was mapped or expected.
     pub fault_copies: u64,
+    /// Those of them that became mappings.
+    pub fault_maps: u64,
+    /// Pages that were expected, and came with other bytes or could not be mapped: copied.
+    pub fault_maps_failed: u64,
 }
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned, Clone, Copy)]
 #[repr(C)]
 struct StatisticsBytes {
-    counters: [U64; 7],
+    counters: [U64; 9],
 }
 
-const _: () = assert!(size_of::<StatisticsBytes>() == 56);
+const _: () = assert!(size_of::<StatisticsBytes>() == 72);
 
 impl From<Statistics> for StatisticsBytes {
     #[inline]
@@ -222,6 +230,8 @@ impl From<Statistics> for StatisticsBytes {
             s.pages_discarded,
             s.discards_failed,
             s.fault_copies,
+            s.fault_maps,
+            s.fault_maps_failed,
         ];
         Self {
             counters: counters.map(U64::new),
@@ -240,6 +250,8 @@ impl From<StatisticsBytes> for Statistics {
             pages_discarded,
             discards_failed,
             fault_copies,
+            fault_maps,
+            fault_maps_failed,
         ] = bytes.counters.map(U64::get);
         Self {
             runs_mapped,
@@ -249,6 +261,8 @@ impl From<StatisticsBytes> for Statistics {
             pages_discarded,
             discards_failed,
             fault_copies,
+            fault_maps,
+            fault_maps_failed,
         }
     }
 }

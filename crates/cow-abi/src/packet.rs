@@ -53,6 +53,8 @@ pub enum Kind {
     Closed = 14,
     /// Library: a packet was not understood, or makes no sense now. It closes.
     Refused = 15,
+    /// Agent: runs that QEMU will place in post-copy.
+    Expect = 16,
 }
 
 impl Kind {
@@ -76,6 +78,7 @@ impl Kind {
             13 => Self::Close,
             14 => Self::Closed,
             15 => Self::Refused,
+            16 => Self::Expect,
             _ => return None,
         })
     }

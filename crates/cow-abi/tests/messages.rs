@@ -40,6 +40,7 @@ fn agent_messages(runs: &[MapRunBytes]) -> Vec<FromAgent<'_>> {
         }),
         FromAgent::Pool { inode: u64::MAX },
         FromAgent::Map(MapBatch::new(true, runs).unwrap()),
+        FromAgent::Expect(MapBatch::new(false, runs).unwrap()),
         FromAgent::Settle,
         FromAgent::Statistics,
         FromAgent::Close,
@@ -55,6 +56,8 @@ fn library_messages(outcomes: &[OutcomeBytes]) -> Vec<FromLibrary<'_>> {
         pages_discarded: 5,
         discards_failed: 6,
         fault_copies: 7,
+        fault_maps: 8,
+        fault_maps_failed: 9,
     };
     let refused = |refusal| FromLibrary::Refused(refusal);
     vec![
@@ -87,7 +90,13 @@ fn every_message_is_read_as_it_was_written() {
         assert_eq!(FromAgent::decode(&packet), Ok((7, message)));
         assert_eq!(FromLibrary::decode(&packet), Err(AbiError::Kind));
     }
-    let outcomes = [Outcome::Mapped, Outcome::Copied, Outcome::Refused(12)].map(Into::into);
+    let outcomes = [
+        Outcome::Mapped,
+        Outcome::Copied,
+        Outcome::Refused(12),
+        Outcome::Expected,
+    ]
+    .map(Into::into);
     for message in library_messages(&outcomes) {
         let packet = library_packet(message);
         assert_eq!(FromLibrary::decode(&packet), Ok((7, message)));

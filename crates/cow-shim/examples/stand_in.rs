@@ -94,14 +94,16 @@ fn serve(mut socket: File, failure: Failure) -> io::Result<()> {
                 addr: offer.addr,
             }),
             FromAgent::Pool { .. } => FromLibrary::PoolAnswer { errno: 0 },
-            FromAgent::Map(_) if failure == Failure::Thread => {
+            FromAgent::Map(_) | FromAgent::Expect(_) if failure == Failure::Thread => {
                 forget(socket);
                 return Ok(());
             }
-            FromAgent::Map(batch) => match Outcomes::new(&outcomes[..batch.len()]) {
-                Some(outcomes) => FromLibrary::MapAnswer(outcomes),
-                None => return Ok(()),
-            },
+            FromAgent::Map(batch) | FromAgent::Expect(batch) => {
+                match Outcomes::new(&outcomes[..batch.len()]) {
+                    Some(outcomes) => FromLibrary::MapAnswer(outcomes),
+                    None => return Ok(()),
+                }
+            }
             FromAgent::Settle => FromLibrary::Settled { errno: 0 },
             FromAgent::Statistics => FromLibrary::StatisticsAnswer(Statistics::default()),
             FromAgent::Close => FromLibrary::Closed(Statistics::default()),

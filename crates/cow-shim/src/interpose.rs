@@ -5,18 +5,27 @@
 
 use std::ffi::c_void;
 
+use crate::registry::{FaultCopy, Placed};
 use crate::{PAGE, registry};
 
 /// Number of the `ioctl` that fills a page on which a fault waits: `_IOWR(0xAA, 3, struct
 /// uffdio_copy)` with its five 64-bit fields.
 const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
 
-/// `_IOWR`: both directions, the size, the type, the number.
-const fn iowr(kind: u8, number: u8, size: usize) -> libc::c_ulong {
-    3 << 30 | (size as libc::c_ulong) << 16 | (kind as libc::c_ulong) << 8 | number as libc::c_ulong
+/// Number of the `ioctl` that wakes who waits for pages: `_IOR(0xAA, 2, struct uffdio_range)` with its
+/// two 64-bit fields.
+const UFFDIO_WAKE: libc::c_ulong = 0x8010_aa02;
+
+/// The direction, the size, the type, the number.
+const fn number(direction: u8, kind: u8, number: u8, size: usize) -> libc::c_ulong {
+    (direction as libc::c_ulong) << 30
+        | (size as libc::c_ulong) << 16
+        | (kind as libc::c_ulong) << 8
+        | number as libc::c_ulong
 }
 
-const _: () = assert!(UFFDIO_COPY == iowr(0xaa, 3, 40));
+const _: () = assert!(UFFDIO_COPY == number(3, 0xaa, 3, 40));
+const _: () = assert!(UFFDIO_WAKE == number(2, 0xaa, 2, 16));
 
 /// `madvise` of the kernel. Sets `errno`.
 pub(crate) fn raw_madvise(addr: *mut c_void, len: usize, advice: libc::c_int) -> libc::c_int {
@@ -51,6 +60,15 @@ pub unsafe extern "C" fn madvise(
     raw_madvise(addr, len, advice)
 }
 
+/// Wakes who waits for the page at `addr`, which is there. After the page was put there: who found it
+/// missing before is among the waiting, and tries again.
+fn wake(fd: libc::c_int, addr: u64) -> libc::c_int {
+    let range = [addr, PAGE as u64];
+    // SAFETY: what this call takes is a `struct uffdio_range`: two 64-bit numbers.
+    let result = unsafe { libc::syscall(libc::SYS_ioctl, fd, UFFDIO_WAKE, range.as_ptr()) };
+    libc::c_int::try_from(result).unwrap_or(-1)
+}
+
 /// As in libc, whose version takes at most one argument behind the request, in the register where
 /// this one expects it. Post-copy fills pages by it.
 ///
@@ -62,10 +80,15 @@ pub unsafe extern "C" fn ioctl(
     request: libc::c_ulong,
     argument: *mut c_void,
 ) -> libc::c_int {
-    if registry::anything_mapped() && request == UFFDIO_COPY {
-        // The place for post-copy: a page that the pool holds would be mapped and its waiters
-        // woken. Today memory watched by userfaultfd is never mapped, so the copy is right.
-        registry::with(registry::Table::count_fault_copy);
+    if request == UFFDIO_COPY && registry::minds_copies() && !argument.is_null() {
+        let place = argument.cast::<FaultCopy>();
+        // SAFETY: what this call takes is a `struct uffdio_copy` of the caller's.
+        let copy = unsafe { place.read_unaligned() };
+        if registry::with(|table| table.fault_copy(&copy)) == Placed::There {
+            // SAFETY: as above; the kernel would write there.
+            unsafe { place.write_unaligned(copy.done()) };
+            return wake(fd, copy.to());
+        }
     }
     // SAFETY: the caller's arguments, as libc would pass them on.
     let result = unsafe { libc::syscall(libc::SYS_ioctl, fd, request, argument) };

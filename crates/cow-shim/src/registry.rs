@@ -16,6 +16,15 @@ use crate::{PAGE, code, errno};
 /// Pages that are mapped from the pool, or about to be.
 static MAPPED: AtomicU64 = AtomicU64::new(0);
 
+/// Pages that will be mapped when QEMU places them.
+static EXPECTED: AtomicU64 = AtomicU64::new(0);
+
+/// Whether QEMU's copies for faults concern this library.
+#[inline]
+pub(crate) fn minds_copies() -> bool {
+    anything_mapped() || EXPECTED.load(Ordering::Relaxed) != 0
+}
+
 /// Whether any page of the process is mapped from the pool.
 #[inline]
 pub(crate) fn anything_mapped() -> bool {
@@ -32,12 +41,39 @@ struct Block {
     unsettled: bool,
     /// A bit for each page, set while it is mapped from the pool: memory of our own.
     bits: *mut u64,
+    /// For each page, where in the pool the content is that it is expected with, plus one; 0 for none.
+    /// Memory of our own, null until something is expected.
+    expected: *mut u64,
 }
 
 /// The table.
 pub(crate) struct Table {
     blocks: [Option<Block>; BLOCKS_MAX],
     statistics: Statistics,
+    /// The pool that expected pages are mapped from, which outlives the connection; -1 for none.
+    pool: libc::c_int,
+}
+
+/// `struct uffdio_copy`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct FaultCopy {
+    to: u64,
+    from: u64,
+    len: u64,
+    mode: u64,
+    copied: i64,
+}
+
+const _: () = assert!(size_of::<FaultCopy>() == 40);
+
+/// What becomes of a copy for a fault.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Placed {
+    /// The page is there without it: who waits is to be woken.
+    There,
+    /// The kernel is to make it.
+    ByCopy,
 }
 
 struct Registry {
@@ -61,7 +97,10 @@ static REGISTRY: Registry = Registry {
             pages_discarded: 0,
             discards_failed: 0,
             fault_copies: 0,
+            fault_maps: 0,
+            fault_maps_failed: 0,
         },
+        pool: -1,
     }),
 };
 
@@ -111,6 +150,7 @@ impl Table {
             advice,
             unsettled: false,
             bits: bits.cast(),
+            expected: null_mut(),
         });
         Ok(())
     }
@@ -134,8 +174,28 @@ impl Table {
             }
             Outcome::Copied => s.pages_copied = s.pages_copied.wrapping_add(pages),
             Outcome::Refused(_) => s.runs_refused = s.runs_refused.wrapping_add(1),
+            Outcome::Expected => {}
         }
         outcome
+    }
+
+    /// The block of a run, and the run's first page and the one past it.
+    fn block_of(
+        &mut self,
+        run: &MapRun,
+        pool_pages: u64,
+    ) -> Result<(&mut Block, usize, usize), u16> {
+        let invalid = code(libc::EINVAL);
+        let block = self.blocks.get_mut(usize::from(run.block));
+        let block = block.and_then(Option::as_mut).ok_or(invalid)?;
+        let first = run.page as usize;
+        let past = first.checked_add(run.pages as usize).ok_or(invalid)?;
+        let pool_past = run.pool_page.checked_add(u64::from(run.pages));
+        // A page mapped beyond the end of the pool would end QEMU when it is touched.
+        if past > block.pages || pool_past.is_none_or(|past| past > pool_pages) {
+            return Err(invalid);
+        }
+        Ok((block, first, past))
     }
 
     fn try_place(
@@ -145,21 +205,10 @@ impl Table {
         pool: libc::c_int,
         pool_pages: u64,
     ) -> Result<Outcome, u16> {
-        let invalid = code(libc::EINVAL);
-        let block = self.blocks.get_mut(usize::from(run.block));
-        let block = block.and_then(Option::as_mut).ok_or(invalid)?;
-        let (first, pages) = (run.page as usize, run.pages as usize);
-        let past = first.checked_add(pages).ok_or(invalid)?;
-        let pool_past = run.pool_page.checked_add(u64::from(run.pages));
-        // A page mapped beyond the end of the pool would end QEMU when it is touched.
-        if past > block.pages || pool_past.is_none_or(|past| past > pool_pages) {
-            return Err(invalid);
-        }
+        let (block, first, past) = self.block_of(run, pool_pages)?;
         let addr = block.addr.wrapping_add(first.wrapping_mul(PAGE));
-        let len = pages.wrapping_mul(PAGE);
-        let offset = run.pool_page.checked_mul(PAGE as u64);
-        let offset = offset.and_then(|offset| libc::off_t::try_from(offset).ok());
-        let offset = offset.ok_or(invalid)?;
+        let len = past.wrapping_sub(first).wrapping_mul(PAGE);
+        let offset = offset_of(run.pool_page)?;
         if !copy {
             // Marked first: once a page of the pool is there, a discard must find it marked.
             block.mark(first, past);
@@ -171,6 +220,74 @@ impl Table {
             // before keep their marks; the others were never in the pool, which harms nobody.
         }
         copy_from_pool(addr, len, pool, offset).map(|()| Outcome::Copied)
+    }
+
+    /// QEMU will place the pages of a run, whose contents the pool has. All of the run is expected, or
+    /// nothing.
+    pub(crate) fn expect(&mut self, run: &MapRun, pool: libc::c_int, pool_pages: u64) -> Outcome {
+        match self.try_expect(run, pool, pool_pages) {
+            Ok(()) => Outcome::Expected,
+            Err(error) => {
+                let s = &mut self.statistics;
+                s.runs_refused = s.runs_refused.wrapping_add(1);
+                Outcome::Refused(error)
+            }
+        }
+    }
+
+    fn try_expect(&mut self, run: &MapRun, pool: libc::c_int, pool_pages: u64) -> Result<(), u16> {
+        offset_of(run.pool_page.saturating_add(run.pages.into()))?;
+        self.keep_pool(pool)?;
+        let (block, first, past) = self.block_of(run, pool_pages)?;
+        if block.expected.is_null() {
+            let bytes = block.pages.wrapping_mul(size_of::<u64>());
+            block.expected = anonymous(null_mut(), bytes, 0)?.cast();
+        }
+        let mut place = run.pool_page;
+        for page in first..past {
+            place = place.wrapping_add(1);
+            block.set_expected(page, place);
+        }
+        Ok(())
+    }
+
+    /// Keeps the pool open for as long as the process lives.
+    fn keep_pool(&mut self, pool: libc::c_int) -> Result<(), u16> {
+        if self.pool < 0 {
+            // SAFETY: plain numbers.
+            self.pool = unsafe { libc::fcntl(pool, libc::F_DUPFD_CLOEXEC, 0) };
+        }
+        if self.pool < 0 { Err(errno()) } else { Ok(()) }
+    }
+
+    /// QEMU places a page on which a fault may wait.
+    pub(crate) fn fault_copy(&mut self, copy: &FaultCopy) -> Placed {
+        let s = &mut self.statistics;
+        s.fault_copies = s.fault_copies.wrapping_add(1);
+        let (to, pool) = (usize::try_from(copy.to).unwrap_or(0), self.pool);
+        let is_page = copy.len == PAGE as u64 && to & PAGE.wrapping_sub(1) == 0;
+        let mut blocks = self.blocks.iter_mut().flatten();
+        let block = blocks.find(|block| block.addr <= to && to < block.end());
+        let Some(block) = block.filter(|_| is_page && copy.mode == 0) else {
+            return Placed::ByCopy;
+        };
+        let page = to.wrapping_sub(block.addr) >> PAGE.trailing_zeros();
+        if block.marked(page) {
+            // The guest has it, and may have written to it.
+            return Placed::There;
+        }
+        let Some(at) = block.take_expected(page) else {
+            return Placed::ByCopy;
+        };
+        let is_mapped = block.map_same(page, at, pool, without_provenance_mut(copy.source()));
+        let s = &mut self.statistics;
+        if is_mapped {
+            s.fault_maps = s.fault_maps.wrapping_add(1);
+            Placed::There
+        } else {
+            s.fault_maps_failed = s.fault_maps_failed.wrapping_add(1);
+            Placed::ByCopy
+        }
     }
 
     /// Gives the advice of every block again where something was mapped over it.
@@ -211,12 +328,6 @@ impl Table {
             s.discards_failed = s.discards_failed.wrapping_add(1);
         }
         result
-    }
-
-    /// A `UFFDIO_COPY` was seen.
-    pub(crate) fn count_fault_copy(&mut self) {
-        let s = &mut self.statistics;
-        s.fault_copies = s.fault_copies.wrapping_add(1);
     }
 
     /// What was done so far.
@@ -274,6 +385,51 @@ impl Block {
         MAPPED.fetch_sub(pages, Ordering::Relaxed);
     }
 
+    fn set_expected(&mut self, page: usize, place: u64) {
+        if page < self.pages && !self.expected.is_null() {
+            // SAFETY: the memory has a word for each page of the block, is never freed, and is reached
+            // under the lock alone.
+            let word = unsafe { &mut *self.expected.wrapping_add(page) };
+            if *word == 0 {
+                EXPECTED.fetch_add(1, Ordering::Relaxed);
+            }
+            *word = place;
+        }
+    }
+
+    /// Where in the pool the content is that the page is expected with; it is not any more.
+    fn take_expected(&mut self, page: usize) -> Option<u64> {
+        if page >= self.pages || self.expected.is_null() {
+            return None;
+        }
+        // SAFETY: as in `set_expected`.
+        let word = unsafe { &mut *self.expected.wrapping_add(page) };
+        let at = word.checked_sub(1)?;
+        *word = 0;
+        EXPECTED.fetch_sub(1, Ordering::Relaxed);
+        Some(at)
+    }
+
+    /// Maps the page from the pool if what is there is what QEMU has at `from`.
+    fn map_same(&mut self, page: usize, at: u64, pool: libc::c_int, from: *mut c_void) -> bool {
+        let Ok(offset) = offset_of(at) else {
+            return false;
+        };
+        if !pool_has(pool, offset, from) {
+            return false;
+        }
+        let addr = self.addr.wrapping_add(page.wrapping_mul(PAGE));
+        let past = page.wrapping_add(1);
+        self.mark(page, past);
+        let is_mapped = map_pool(addr, PAGE, pool, offset);
+        if is_mapped {
+            self.unsettled = true;
+        } else {
+            self.unmark(page, past);
+        }
+        is_mapped
+    }
+
     fn discard(&mut self, first: usize, past: usize, discarded: &mut u64) -> Result<(), u16> {
         let mut page = first;
         let mut result = Ok(());
@@ -300,6 +456,44 @@ impl Block {
         }
         result
     }
+}
+
+impl FaultCopy {
+    /// Address of the bytes.
+    fn source(&self) -> usize {
+        usize::try_from(self.from).unwrap_or(0)
+    }
+
+    /// Where the page is that it fills.
+    pub(crate) fn to(&self) -> u64 {
+        self.to
+    }
+
+    /// As the kernel leaves it when all was copied.
+    pub(crate) fn done(self) -> Self {
+        let copied = i64::try_from(self.len).unwrap_or(0);
+        Self { copied, ..self }
+    }
+}
+
+/// Where a page of the pool begins.
+fn offset_of(pool_page: u64) -> Result<libc::off_t, u16> {
+    let offset = pool_page.checked_mul(PAGE as u64);
+    let offset = offset.and_then(|offset| libc::off_t::try_from(offset).ok());
+    offset.ok_or(code(libc::EINVAL))
+}
+
+/// Whether the page at `offset` of the pool has the bytes at `from`.
+fn pool_has(pool: libc::c_int, offset: libc::off_t, from: *mut c_void) -> bool {
+    let mut bytes = [0_u8; PAGE];
+    // SAFETY: pointer and length are those of `bytes`.
+    let read = unsafe { libc::pread(pool, bytes.as_mut_ptr().cast(), PAGE, offset) };
+    if usize::try_from(read) != Ok(PAGE) || from.is_null() {
+        return false;
+    }
+    // SAFETY: QEMU has asked the kernel to copy a page from there: it is its own memory, and stays as
+    // it is until the call returns.
+    unsafe { libc::memcmp(bytes.as_ptr().cast(), from, PAGE) == 0 }
 }
 
 /// Anonymous private memory, at `addr` with `MAP_FIXED` in `flags`.

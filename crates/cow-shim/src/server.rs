@@ -25,6 +25,14 @@ struct Server {
     answer: [u8; ANSWER_BYTES_MAX],
 }
 
+/// When runs are mapped.
+#[derive(Clone, Copy)]
+enum Way {
+    Now,
+    /// When QEMU places the page.
+    WhenPlaced,
+}
+
 /// What follows an answer.
 enum Next {
     Go,
@@ -109,7 +117,8 @@ impl Server {
                 let errno = self.take_pool(inode, descriptor).err().unwrap_or(0);
                 self.answer(sequence, &FromLibrary::PoolAnswer { errno })
             }
-            FromAgent::Map(batch) => self.map(sequence, &batch),
+            FromAgent::Map(batch) => self.map(sequence, &batch, Way::Now),
+            FromAgent::Expect(batch) => self.map(sequence, &batch, Way::WhenPlaced),
             FromAgent::Settle => {
                 let errno = registry::with(registry::Table::settle).err().unwrap_or(0);
                 self.answer(sequence, &FromLibrary::Settled { errno })
@@ -149,7 +158,7 @@ impl Server {
         Ok(())
     }
 
-    fn map(&mut self, sequence: u64, batch: &MapBatch<'_>) -> Next {
+    fn map(&mut self, sequence: u64, batch: &MapBatch<'_>, way: Way) -> Next {
         let Some(pool) = &self.pool else {
             self.refuse(sequence, Refusal::State);
             return Next::End;
@@ -160,9 +169,10 @@ impl Server {
         for (place, run) in outcomes.iter_mut().zip(batch.runs()) {
             // The lock is taken for each run, so that a discard of QEMU's waits for one at most.
             let outcome = match measured {
-                Ok((_, pages)) => {
-                    registry::with(|table| table.place(&run, batch.copy(), number, pages))
-                }
+                Ok((_, pages)) => registry::with(|table| match way {
+                    Way::Now => table.place(&run, batch.copy(), number, pages),
+                    Way::WhenPlaced => table.expect(&run, number, pages),
+                }),
                 Err(error) => Outcome::Refused(error),
             };
             *place = outcome.into();

@@ -10,7 +10,7 @@ use common::{
     Puppet, flags_in, has_thread, library, near_dir, page_of, pool, rollup_kib, thread_time, within,
 };
 use content::pool::{Pool, PoolUser, PoolVm, uses_pool};
-use cow_abi::{Features, FromAgent, FromLibrary, MapBatch, MapRun, Outcome};
+use cow_abi::{Features, FromAgent, FromLibrary, MapBatch, MapRun, Outcome, VERSION};
 use guest::{CowError, RamBlock};
 use page::{BlockIndex, ByteLen, ContentId, HostAddr, PAGE_SIZE, PageNo};
 use sys::{Pagemap, PagemapEntry, SeqPacketListener};
@@ -127,6 +127,61 @@ fn a_discarded_page_of_the_pool_is_empty_memory_with_its_advice() {
     drop(library);
     assert_eq!(puppet.ask("discard 3 5"), "0");
     assert_eq!((puppet.byte(3), puppet.byte(6)), (0, 0));
+}
+
+/// As in post-copy: who reads a page that is not there waits until it is placed.
+#[test]
+fn a_page_that_was_announced_is_mapped_when_it_is_placed_and_who_waits_for_it_reads_it() {
+    let (mut puppet, mut library) = Puppet::served(8);
+    let bytes = [page_of(9), page_of(9), page_of(7)];
+    library.set_pool(&pool(&bytes)).unwrap();
+    library.map(&[run(0, 1, 0)], false).unwrap();
+    assert_eq!(puppet.ask("watch"), "0");
+    let outcomes = library.expect(&[run(2, 2, 0), run(5, 1, 2), run(7, 2, 0)]);
+    let refused = Outcome::Refused(22);
+    assert_eq!(
+        outcomes.unwrap(),
+        [Outcome::Expected, Outcome::Expected, refused]
+    );
+    let of_pool = |puppet: &Puppet| {
+        let areas = flags_in(
+            puppet.pid(),
+            puppet.memory.hva.unwrap(),
+            puppet.memory.used_len,
+        );
+        let of_pool = |(area, _): &&(String, String)| area.contains("gangway-test-pool");
+        areas.iter().filter(of_pool).count()
+    };
+    assert_eq!(of_pool(&puppet), 1);
+    assert_eq!(puppet.ask("wait 2"), "0", "it is not there yet");
+    assert_eq!(puppet.ask("place 2 9"), "4096");
+    assert_eq!((puppet.ask("woken").as_str(), of_pool(&puppet)), ("9", 2));
+    // With other bytes than the pool's, or not announced, it is QEMU's copy.
+    for (page, byte) in [(3, 8), (4, 9), (7, 9)] {
+        assert_eq!(puppet.ask(&format!("wait {page}")), "0");
+        assert_eq!(puppet.ask(&format!("place {page} {byte}")), "4096");
+        assert_eq!(puppet.ask("woken"), byte.to_string());
+    }
+    assert_eq!(of_pool(&puppet), 2);
+    let exists = format!("-{}", libc::EEXIST);
+    assert_eq!(puppet.ask("place 4 9"), exists, "nobody copies over it");
+    // What was mapped is the guest's, whoever brings it again.
+    for page in [0, 2] {
+        puppet.ask(&format!("write {page} 5"));
+        assert_eq!(puppet.ask(&format!("place {page} 9")), "4096");
+        assert_eq!(puppet.byte(page), 5);
+    }
+    let statistics = library.statistics().unwrap();
+    let counts = (statistics.fault_maps, statistics.fault_maps_failed);
+    assert_eq!((counts, statistics.fault_copies), ((1, 1), 7));
+    // What was announced stays so without the agent.
+    drop(library);
+    within(SECONDS_10, || (!has_thread(puppet.pid())).then_some(()));
+    assert_eq!(puppet.ask("wait 5"), "0");
+    assert_eq!(puppet.ask("place 5 7"), "4096");
+    assert_eq!((puppet.ask("woken").as_str(), of_pool(&puppet)), ("7", 3));
+    assert_eq!(puppet.ask("discard 5 1"), "0");
+    assert_eq!((puppet.byte(5), of_pool(&puppet)), (0, 2));
 }
 
 #[test]
@@ -317,7 +372,7 @@ fn an_agent_of_another_version_or_a_silent_one_leaves_the_process_alone() {
 #[test]
 fn packets_that_make_no_sense_end_the_connection_and_not_the_process() {
     let mut packet = [0; 64];
-    let len = FromAgent::Welcome { version: 1 }
+    let len = FromAgent::Welcome { version: VERSION }
         .encode(1, &mut packet)
         .unwrap();
     let welcome = &packet[..len];

@@ -137,8 +137,12 @@ pub(crate) struct Manner {
     #[arg(long)]
     pub(crate) json: bool,
     /// Do not hash memory before the migration.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "seed_from_target")]
     no_prepare: bool,
+    /// Also take contents from the VMs that run at the target hosts (scope `rack`); they count as of
+    /// the trust domain `default`.
+    #[arg(long)]
+    seed_from_target: bool,
     /// Return once all agents have agreed; prints the group's id.
     #[arg(long)]
     pub(crate) detach: bool,
@@ -167,6 +171,9 @@ pub(crate) struct Prepare {
     plan: PathBuf,
     #[command(flatten)]
     pub(crate) bounds: Bounds,
+    /// Also hash the VMs that run at the target hosts; to be given to `migrate`, too.
+    #[arg(long)]
+    seed_from_target: bool,
     /// Print the result as one JSON object.
     #[arg(long)]
     pub(crate) json: bool,
@@ -175,7 +182,14 @@ pub(crate) struct Prepare {
 impl Prepare {
     /// Reads the plan.
     pub(crate) fn plan(&self) -> Result<Plan, PlanError> {
-        Plan::load(&self.plan)
+        let mut plan = Plan::load(&self.plan)?;
+        if self.seed_from_target {
+            // Nothing else uses them.
+            plan.scope = Some(Scope::Rack);
+            plan.seed_from_target = true;
+            plan.check()?;
+        }
+        Ok(plan)
     }
 }
 
@@ -243,7 +257,7 @@ pub(crate) struct Overrides {
     #[arg(long, value_parser = choice::<Scope>(&["none", "host", "rack"]))]
     scope: Option<Scope>,
     /// What becomes of page sharing at the target.
-    #[arg(long, value_parser = choice::<Sharing>(&["off", "preserve"]))]
+    #[arg(long, value_parser = choice::<Sharing>(&["off", "preserve", "identical"]))]
     sharing: Option<Sharing>,
     /// How page bytes are packed.
     #[arg(long, value_parser = choice::<Compression>(&["none", "zstd"]))]
@@ -267,6 +281,7 @@ impl Overrides {
         if manner.no_prepare {
             plan.prepare = Some(false);
         }
+        plan.seed_from_target |= manner.seed_from_target;
         plan.check()?;
         Ok(plan)
     }
@@ -363,7 +378,10 @@ mod tests {
             .filter(|argument| argument.get_long().is_some())
         {
             for value in argument.get_possible_values() {
-                if matches!(argument.get_long(), Some("json" | "detach" | "no-prepare")) {
+                if matches!(
+                    argument.get_long(),
+                    Some("json" | "detach" | "no-prepare" | "seed-from-target")
+                ) {
                     continue;
                 }
                 let long = argument.get_long().unwrap();
@@ -371,7 +389,7 @@ mod tests {
                 tried += 1;
             }
         }
-        assert_eq!(tried, 15);
+        assert_eq!(tried, 16);
     }
 
     #[test]

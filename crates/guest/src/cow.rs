@@ -277,11 +277,33 @@ impl CowLibrary {
     /// # Errors
     /// Whatever it is, nothing is known about the pages of these runs: see [`CowError::Timeout`].
     pub fn map(&mut self, runs: &[MapRun], copy: bool) -> Result<Vec<Outcome>, CowError> {
+        self.each_part(runs, copy, false)
+    }
+
+    /// Announces pages that QEMU will place in post-copy, to be mapped then; the outcome of each run.
+    ///
+    /// # Errors
+    /// Whatever it is, pages of these runs may be mapped or not: their contents must stay in the pool.
+    pub fn expect(&mut self, runs: &[MapRun]) -> Result<Vec<Outcome>, CowError> {
+        self.each_part(runs, false, true)
+    }
+
+    fn each_part(
+        &mut self,
+        runs: &[MapRun],
+        copy: bool,
+        when_placed: bool,
+    ) -> Result<Vec<Outcome>, CowError> {
         let mut outcomes = Vec::with_capacity(runs.len());
         for part in runs.chunks(RUNS_MAX) {
             let bytes: Vec<MapRunBytes> = part.iter().map(|run| (*run).into()).collect();
             let batch = MapBatch::new(copy, &bytes).ok_or(CowError::Limit)?;
-            match self.ask(&FromAgent::Map(batch), None)? {
+            let message = if when_placed {
+                FromAgent::Expect(batch)
+            } else {
+                FromAgent::Map(batch)
+            };
+            match self.ask(&message, None)? {
                 FromLibrary::MapAnswer(answer) if answer.len() == part.len() => {
                     outcomes.extend(answer.iter());
                 }

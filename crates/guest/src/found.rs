@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use page::ByteLen;
 
 use crate::argv::{options, qmp_socket, setting, split_settings};
+use crate::obstacle::{MappingObstacle, mapping_obstacle};
 
 /// What the programs are called; `exe` shows them under this name whatever they were started as.
 const PROGRAM: &str = "qemu-system-";
@@ -24,6 +25,8 @@ pub struct FoundVm {
     pub qmp: Option<PathBuf>,
     /// From `-m`: the guest's memory at its start.
     pub memory: ByteLen,
+    /// What on its command line keeps its memory from being shared where it goes.
+    pub mapping_obstacle: Option<MappingObstacle>,
 }
 
 impl FoundVm {
@@ -33,6 +36,7 @@ impl FoundVm {
             name: name(argv).unwrap_or_default(),
             qmp: qmp_socket(argv),
             memory: memory(argv).unwrap_or(DEFAULT_MEMORY),
+            mapping_obstacle: mapping_obstacle(argv),
         }
     }
 }
@@ -116,6 +120,9 @@ mod tests {
         let vm = found("/usr/bin/kvm -name guest=db,debug-threads=on -m size=524288k,slots=2");
         assert_eq!((vm.name.as_str(), vm.qmp), ("db", None));
         assert_eq!(vm.memory, ByteLen(512 << 20));
+        assert_eq!(vm.mapping_obstacle, None);
+        let locked = found("/usr/bin/kvm -overcommit mem-lock=on").mapping_obstacle;
+        assert_eq!(locked.unwrap().what, "-overcommit mem-lock=on");
     }
 
     #[test]

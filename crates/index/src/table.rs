@@ -131,9 +131,11 @@ impl Table {
     pub fn shared(&self, target: HostNo, ids: &[ContentId], out: &mut Vec<Option<EntryId>>) {
         out.extend(ids.iter().map(|id| {
             let number = self.entries.find(*id)?;
-            let hosts = self.sets.hosts(self.entries.get(number)?.needed);
-            let elsewhere = !hosts.without(target).is_empty();
-            elsewhere.then(|| self.entry_id(number)).flatten()
+            let record = self.entries.get(number)?;
+            let elsewhere = !self.sets.hosts(record.needed).without(target).is_empty();
+            (elsewhere || record.state() == State::Present)
+                .then(|| self.entry_id(number))
+                .flatten()
         }));
     }
 

@@ -15,6 +15,7 @@ use crate::outcome::{EventLog, Figures};
 use crate::pool_use;
 use crate::scenario::Preset;
 use crate::shell::say;
+use crate::technique::Extras;
 
 /// Time for a guest to settle where it has arrived, before it moves on.
 const REST: Duration = Duration::from_secs(3);
@@ -36,7 +37,7 @@ pub struct Afterwards<'a> {
     /// The racks.
     pub bench: &'a Bench<'a>,
     /// The technique.
-    pub preset: (Preset, bool),
+    pub preset: (Preset, Extras),
     /// Where events go.
     pub log: &'a EventLog,
 }

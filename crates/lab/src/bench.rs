@@ -55,6 +55,8 @@ pub struct Bench<'a> {
     pub vms: Vec<Vm>,
     /// Their source QEMUs, in the same order.
     pub running: Vec<Running>,
+    /// VMs that run on target hosts already, and stay.
+    pub residents: Vec<Vm>,
 }
 
 impl<'a> Bench<'a> {
@@ -98,6 +100,7 @@ impl<'a> Bench<'a> {
         let storage = session.dir().join("storage");
         std::fs::create_dir_all(&storage).context("making the shared storage")?;
         let vms = place(&hosts, scenario, &storage);
+        let residents = residents(&hosts, scenario, &storage);
         let servers = load::servers(&net, scenario, session.prefix())
             .context("starting the guests' servers")?;
         let mut bench = Self {
@@ -109,8 +112,11 @@ impl<'a> Bench<'a> {
             hosts,
             vms,
             running: Vec::new(),
+            residents,
         };
-        bench.running = bench.boot_all()?;
+        bench.running = bench.boot_all(&bench.vms)?;
+        // They end with the session, as everything on the hosts does.
+        bench.boot_all(&bench.residents)?;
         say(&format!(
             "letting the guests settle for {} s",
             scenario.settle_s
@@ -154,18 +160,18 @@ impl<'a> Bench<'a> {
         self.net.counters()
     }
 
-    fn boot_all(&self) -> anyhow::Result<Vec<Running>> {
+    fn boot_all(&self, vms: &[Vm]) -> anyhow::Result<Vec<Running>> {
+        if vms.is_empty() {
+            return Ok(Vec::new());
+        }
         let template = self.template()?;
         let cores = thread::available_parallelism().map_or(1, usize::from);
-        say(&format!(
-            "booting {} VMs, {cores} at a time",
-            self.vms.len()
-        ));
+        say(&format!("booting {} VMs, {cores} at a time", vms.len()));
         let next = AtomicUsize::new(0);
         let booted = thread::scope(|scope| {
             let work = || {
                 let mut booted = Vec::new();
-                while let Some(vm) = self.vms.get(next.fetch_add(1, Ordering::Relaxed)) {
+                while let Some(vm) = vms.get(next.fetch_add(1, Ordering::Relaxed)) {
                     booted.push((vm.number, self.boot(vm, template.as_ref())?));
                 }
                 Ok(booted)
@@ -206,7 +212,7 @@ impl<'a> Bench<'a> {
         let began = UnixMs::now();
         vm.make_disk(self.scenario)?;
         for host in [&vm.source, &vm.target] {
-            self.net.add_tap(&host.address, &vm.tap())?;
+            self.net.ensure_tap(&host.address, &vm.tap())?;
             if self.scenario.guests_share_links() {
                 self.net.add_rack_tap(&host.address, &vm.rack_tap())?;
             }
@@ -278,6 +284,24 @@ fn place(hosts: &[Host], scenario: &Scenario, storage: &std::path::Path) -> Vec<
             number,
             source: source.clone(),
             target: target.clone(),
+            storage: storage.to_owned(),
+        })
+        .collect()
+}
+
+/// VMs that stay where they are.
+fn residents(hosts: &[Host], scenario: &Scenario, storage: &std::path::Path) -> Vec<Vm> {
+    let targets = hosts
+        .iter()
+        .filter(|host| host.address.rack == Rack::Target);
+    targets
+        .flat_map(|host| (0..scenario.hosts.residents_per_host).map(move |_| host))
+        .zip(scenario.vms() + 1..)
+        .map(|(host, number)| Vm {
+            name: format!("stays{number}"),
+            number,
+            source: host.clone(),
+            target: host.clone(),
             storage: storage.to_owned(),
         })
         .collect()

@@ -33,6 +33,10 @@ const SAME_RUNS: &[(&str, &str)] = &[
 const BUILT_IN: &[(&str, &str)] = &[
     ("pair", include_str!("../scenarios/pair.toml")),
     ("racks-small", include_str!("../scenarios/racks-small.toml")),
+    (
+        "racks-seeded",
+        include_str!("../scenarios/racks-seeded.toml"),
+    ),
     ("racks", include_str!("../scenarios/racks.toml")),
     ("pair-big", include_str!("../scenarios/pair-big.toml")),
     ("dirty", include_str!("../scenarios/dirty.toml")),
@@ -81,6 +85,8 @@ const BUILT_IN: &[(&str, &str)] = &[
         include_str!("../scenarios/slm-isolation.toml"),
     ),
     ("slm-dirty", include_str!("../scenarios/slm-dirty.toml")),
+    ("slm-rest", include_str!("../scenarios/slm-rest.toml")),
+    ("identical", include_str!("../scenarios/identical.toml")),
     ("slm-tight", include_str!("../scenarios/slm-tight.toml")),
     ("peers", include_str!("../scenarios/peers.toml")),
     ("unlike", include_str!("../scenarios/unlike.toml")),

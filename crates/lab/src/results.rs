@@ -62,6 +62,9 @@ pub struct Run {
     pub mode: String,
     /// `none` or `zstd`: what gangway does with literals.
     pub compression: String,
+    /// What gangway does with sharing, where the technique's name does not say it: `identical`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sharing: Option<String>,
     /// The fault that struck it, as a matrix of faults names it: `cut-2s@switch-over`.
     #[serde(default)]
     pub fault: Option<String>,
@@ -364,6 +367,10 @@ impl Run {
         if !["none", ""].contains(&self.compression.as_str()) && self.technique != "full" {
             name.push('+');
             name.push_str(&self.compression);
+        }
+        if let Some(sharing) = &self.sharing {
+            name.push('+');
+            name.push_str(sharing);
         }
         if self.mode != "pre-copy" && !self.mode.is_empty() {
             name.push(' ');

@@ -25,7 +25,7 @@ use crate::scenario::{Preset, Scenario, Stock, Technique};
 use crate::session::Session;
 use crate::shell::{output, say};
 use crate::stock;
-use crate::technique::Mode;
+use crate::technique::{Extras, Mode};
 
 /// Runs all of `scenario` and leaves `results.json` and `events.jsonl` in `out`. A run that fails
 /// is part of the results; only what keeps the lab itself from working is an error.
@@ -75,6 +75,7 @@ pub fn scenario(name: &str, scenario: &Scenario, out: &Path) -> anyhow::Result<R
                     technique: technique.base().into(),
                     mode: technique.mode().into(),
                     compression: technique.compression().into(),
+                    sharing: technique.sharing().map(str::to_owned),
                     beside,
                     fault,
                     repeat,
@@ -213,6 +214,7 @@ fn one(
         .transpose()?;
     let load = Load::start(&bench).context("starting what runs beside the move")?;
     let mut mover = Mover::start(technique, &bench)?;
+    rest(scenario, scenario.stay_s)?;
     let source_footprint = Footprint::read(&bench, Rack::Source, &mover.agents(Rack::Source));
     let before = Before::read(&bench)?;
     say(&format!("moving {} VMs with {technique}", bench.vms.len()));
@@ -226,7 +228,7 @@ fn one(
         run.index_bytes = None;
     }
     run.source_footprint = Some(source_footprint);
-    std::thread::sleep(Duration::from_secs(scenario.rest_s));
+    rest(scenario, scenario.rest_s)?;
     run.target_footprint = Some(Footprint::read(
         &bench,
         Rack::Target,
@@ -268,6 +270,19 @@ fn one(
     })
 }
 
+/// Lets the guests run for so long. KSM that goes on does so at the pace of a machine in use.
+fn rest(scenario: &Scenario, seconds: u64) -> anyhow::Result<()> {
+    if seconds == 0 {
+        return Ok(());
+    }
+    if scenario.ksm && scenario.ksm_goes_on {
+        ksm::slow_down()?;
+    }
+    say(&format!("the guests run for {seconds} s"));
+    std::thread::sleep(Duration::from_secs(seconds));
+    Ok(())
+}
+
 fn ksm_figures(merged: &Merged) -> [(String, Value); 3] {
     [
         ("ksm_merge_s".to_owned(), json!(merged.seconds)),
@@ -282,7 +297,7 @@ enum Mover {
     Gangway {
         agents: Agents,
         preset: Preset,
-        zstd: bool,
+        extras: Extras,
         mode: Mode,
     },
 }
@@ -291,10 +306,14 @@ impl Mover {
     fn start(technique: Technique, bench: &Bench<'_>) -> anyhow::Result<Self> {
         Ok(match technique {
             Technique::Stock(stock) => Self::Stock(stock),
-            Technique::Gangway { preset, zstd, mode } => Self::Gangway {
+            Technique::Gangway {
+                preset,
+                extras,
+                mode,
+            } => Self::Gangway {
                 agents: Agents::start(bench)?,
                 preset,
-                zstd,
+                extras,
                 mode,
             },
         })
@@ -314,9 +333,9 @@ impl Mover {
             Self::Gangway {
                 agents,
                 preset,
-                zstd,
+                extras,
                 mode,
-            } => gangway::migrate(agents, bench, (*preset, *zstd, *mode), log),
+            } => gangway::migrate(agents, bench, (*preset, *extras, *mode), log),
         }
     }
 }
@@ -332,10 +351,10 @@ impl Mover {
             Self::Gangway {
                 agents,
                 preset,
-                zstd,
+                extras,
                 ..
             } => {
-                let preset = (*preset, *zstd);
+                let preset = (*preset, *extras);
                 let afterwards = Afterwards {
                     agents,
                     bench,

@@ -29,9 +29,16 @@ pub struct Scenario {
     /// Seconds between the last guest's being ready and the migration.
     #[serde(default = "settle")]
     pub settle_s: u64,
+    /// Seconds for which the guests stay at their sources, merged, before it is read what they hold
+    /// there and they are moved.
+    #[serde(default)]
+    pub stay_s: u64,
     /// Seconds for which the guests run at their targets before it is read what they hold there.
     #[serde(default)]
     pub rest_s: u64,
+    /// Whether plans with scope `rack` name the VMs that stay on target hosts.
+    #[serde(default)]
+    pub seeds: bool,
     /// A run that takes longer has failed.
     #[serde(default = "patience")]
     pub patience_s: u64,
@@ -103,6 +110,9 @@ pub struct Hosts {
     pub target: u32,
     /// VMs on each source host.
     pub vms_per_host: u32,
+    /// VMs on each target host that run there already, and stay.
+    #[serde(default)]
+    pub residents_per_host: u32,
     /// Memory of each target host, in MiB; all of the machine's if absent.
     #[serde(default)]
     pub target_memory_mb: Option<u64>,
@@ -132,6 +142,9 @@ pub struct Vm {
     /// Whether all VMs begin as copies of one that was booted, its memory mapped copy-on-write.
     #[serde(default)]
     pub template: bool,
+    /// Trust domains, to which the VMs belong in turn.
+    #[serde(default = "one_domain")]
+    pub domains: u32,
     /// `idle`, `stamp`, `dirty`, `alike` (as `dirty`, with the same bytes in every guest), `cpu`,
     /// `random`, `cache`, `subset-sum` or `random-writes`. A scenario's workloads are in its place.
     pub mode: String,
@@ -215,6 +228,10 @@ fn one_cpu() -> u32 {
 
 fn heartbeat() -> u32 {
     10
+}
+
+fn one_domain() -> u32 {
+    1
 }
 
 fn every_one() -> u32 {
@@ -321,6 +338,7 @@ impl Scenario {
         };
         let with = |((source, target), vms_per_host)| Self {
             hosts: Hosts {
+                residents_per_host: hosts.residents_per_host,
                 source,
                 target,
                 vms_per_host,
@@ -359,6 +377,7 @@ impl Scenario {
             ("hosts.vms_per_host", self.hosts.vms_per_host, 64),
             ("vm.cpus", self.vm.cpus, 16),
             ("vm.busy_every", self.vm.busy_every, 64),
+            ("vm.domains", self.vm.domains, 64),
         ]
         .into_iter()
         .chain(swept("hosts.sweep", &self.hosts.sweep))

@@ -16,11 +16,20 @@ pub enum Technique {
     Gangway {
         /// Preset of the plan.
         preset: Preset,
-        /// Whether literals are compressed where the preset does not do so.
-        zstd: bool,
+        /// What is set beside it.
+        extras: Extras,
         /// When the VMs change hosts.
         mode: Mode,
     },
+}
+
+/// Settings that differ from the preset's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Extras {
+    /// Literals are compressed where the preset does not do so.
+    pub zstd: bool,
+    /// Pages with the same content share one at the target, whatever the source shares.
+    pub identical: bool,
 }
 
 /// When VMs change hosts.
@@ -177,9 +186,15 @@ impl Technique {
     #[must_use]
     pub fn compression(self) -> &'static str {
         match self {
-            Self::Gangway { preset, zstd, .. } if zstd || preset.compresses() => "zstd",
+            Self::Gangway { preset, extras, .. } if extras.zstd || preset.compresses() => "zstd",
             _ => "none",
         }
+    }
+
+    /// Gangway's sharing, where the preset does not say it.
+    #[must_use]
+    pub fn sharing(self) -> Option<&'static str> {
+        matches!(self, Self::Gangway { extras, .. } if extras.identical).then_some("identical")
     }
 }
 
@@ -187,8 +202,9 @@ impl fmt::Display for Technique {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.base())?;
         match self {
-            Self::Gangway { zstd, mode, .. } => {
-                f.write_str(if *zstd { "+zstd" } else { "" })?;
+            Self::Gangway { extras, mode, .. } => {
+                f.write_str(if extras.zstd { "+zstd" } else { "" })?;
+                f.write_str(if extras.identical { "+identical" } else { "" })?;
                 f.write_str(mode.suffix())
             }
             Self::Stock(_) => Ok(()),
@@ -204,22 +220,30 @@ impl FromStr for Technique {
             .into_iter()
             .find_map(|(suffix, mode)| Some((text.strip_suffix(suffix)?, mode)));
         let (rest, mode) = switched.unwrap_or((text, Mode::PreCopy));
-        let (base, zstd) = match rest.strip_suffix("+zstd") {
+        let without = |text, suffix| match str::strip_suffix(text, suffix) {
             Some(base) => (base, true),
-            None => (rest, false),
+            None => (text, false),
         };
+        let (rest, identical) = without(rest, "+identical");
+        let (base, zstd) = without(rest, "+zstd");
+        let extras = Extras { zstd, identical };
         if let Some(stock) = Stock::ALL.into_iter().find(|stock| stock.name() == text) {
             return Ok(Self::Stock(stock));
         }
         Preset::ALL
             .into_iter()
             .find(|preset| preset.name() == base && !(zstd && preset.compresses()))
-            .map(|preset| Self::Gangway { preset, zstd, mode })
+            .map(|preset| Self::Gangway {
+                preset,
+                extras,
+                mode,
+            })
             .with_context(|| {
                 let stock = Stock::ALL.map(Stock::name).join(", ");
                 format!(
                     "`{text}` is no technique; there are {stock}, oc, gang, irlm, slm (each with \
-                     +zstd too) and full, all of Gangway's with +postcopy, +postcopy-held or +hybrid too"
+                     +zstd too) and full, all of Gangway's with +identical too, and with +postcopy, \
+                     +postcopy-held or +hybrid"
                 )
             })
     }
@@ -255,10 +279,22 @@ mod tests {
             "gang+postcopy",
             "gang+zstd+postcopy-held",
             "oc+hybrid",
+            "full+identical",
+            "gang+zstd+identical",
         ] {
             assert_eq!(name.parse::<Technique>().unwrap().to_string(), name);
         }
-        for wrong in ["full+zstd", "stock+zstd", "stock+postcopy", "irlm+lz4", ""] {
+        let sharing = |name: &str| name.parse::<Technique>().unwrap().sharing();
+        assert_eq!(sharing("gang+identical"), Some("identical"));
+        assert_eq!(sharing("slm"), None);
+        for wrong in [
+            "full+zstd",
+            "stock+zstd",
+            "stock+postcopy",
+            "stock+identical",
+            "irlm+lz4",
+            "",
+        ] {
             assert!(wrong.parse::<Technique>().is_err(), "{wrong}");
         }
     }

@@ -42,11 +42,17 @@ fn real_gang_needs_fewer_bytes_than_stock_and_every_page_arrives() {
 
 #[test]
 fn real_vms_run_before_their_memory_and_find_all_of_it_right() {
-    let techniques = "techniques=gang+postcopy,gang+postcopy-held";
+    let techniques = "techniques=gang+postcopy,gang+zstd+postcopy-held";
     let results = results_of("pair", &[techniques, "settle_s=1"]);
     let [running, held] = &results.runs[..] else {
         panic!("two techniques, {} runs", results.runs.len())
     };
+    let bytes = |run: &Run| run.core_bytes.unwrap();
+    assert!(
+        bytes(held) * 2 < bytes(running),
+        "compressed: {}",
+        bytes(held)
+    );
     for run in [running, held] {
         assert_eq!(run.failure, None, "{}", run.name());
         assert_eq!(run.vms_lost, Some(0), "{}", run.name());
@@ -61,6 +67,28 @@ fn real_vms_run_before_their_memory_and_find_all_of_it_right() {
     // The guests stood still until all memory had come.
     assert_eq!(held.mismatched_pages, Some(0));
     assert_eq!(held.compared_pages, Some(2 * (256 << 20) / 4096));
+}
+
+/// Two pairs of hosts: what one VM is the first to send, the other one's host gets from there.
+#[test]
+fn real_vms_of_two_hosts_run_before_their_memory_of_which_each_content_crosses_once() {
+    let techniques = "techniques=irlm+postcopy-held,irlm+zstd+postcopy";
+    let smaller = ["vm.memory_mb=128", "hosts.vms_per_host=1", "settle_s=1"];
+    let results = results_of("racks-small", &[&[techniques], &smaller[..]].concat());
+    let [held, running] = &results.runs[..] else {
+        panic!("two techniques, {} runs", results.runs.len())
+    };
+    for run in [held, running] {
+        assert_eq!(run.failure, None, "{}", run.name());
+        assert_eq!(run.vms_lost, Some(0), "{}", run.name());
+        assert_eq!(run.stamp_errors, Some(0), "{}", run.name());
+        assert_eq!(run.application["exit_code"], 0);
+        let pages = run.pages.expect("the events count pages");
+        assert!(pages.remote_reference > Some(1000), "{pages:?}");
+    }
+    assert_eq!(held.mismatched_pages, Some(0));
+    assert_eq!(held.compared_pages, Some(2 * (128 << 20) / 4096));
+    assert!(running.application["faults"].as_u64() > Some(0));
 }
 
 #[test]

@@ -6,6 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
+use lab::footprint::Footprint;
 use lab::results::{Results, Run};
 use lab::run;
 use lab::scenario::Scenario;
@@ -66,6 +67,27 @@ fn real_vms_that_share_memory_share_it_at_the_target_and_send_it_once() {
     // Pages of a template lie in its order, whoever brings them.
     let mappings = slm.application["pool_mappings_max"].as_u64().unwrap();
     assert!((1..=200).contains(&mappings), "{mappings} mappings");
+}
+
+#[test]
+fn real_vms_that_run_before_their_memory_share_it_at_the_target() {
+    let results = results_of(&["techniques=slm+postcopy-held,full+postcopy"]);
+    let [held, running] = &results.runs[..] else {
+        panic!("two techniques, {} runs", results.runs.len())
+    };
+    for run in [held, running] {
+        assert_eq!(run.failure, None, "{}", run.name());
+        assert_eq!(run.vms_lost, Some(0), "{}", run.name());
+        assert_eq!(notes(run), "");
+        assert!(mapped(run) > 10_000, "{} pages", mapped(run));
+        let shared = run.target_footprint.unwrap().guest_pss_bytes.unwrap();
+        let pages = run.pages.unwrap();
+        let private = (pages.total - pages.zero.unwrap()) * 4096;
+        assert!(shared * 10 < private * 8, "{shared} of {private} bytes");
+    }
+    assert_eq!(held.mismatched_pages, Some(0));
+    assert_eq!(held.compared_pages, Some(2 * PAGES));
+    assert!(running.application["faults"].as_u64() > Some(0));
 }
 
 #[test]
@@ -196,4 +218,34 @@ fn real_vm_whose_mapping_library_is_cut_off_in_its_move_arrives_as_copies_from_t
     );
     // The way back was held and compared.
     assert_eq!(run.compared_pages, Some(2 * PAGES));
+}
+
+/// Guests that share nothing at their source, in one trust domain and in two.
+#[test]
+fn real_vms_that_hold_the_same_share_it_at_the_target_inside_their_trust_domain_only() {
+    let run = |domains: u32| {
+        let settings = [
+            "techniques=gang+identical",
+            "vm.template=false",
+            &format!("vm.domains={domains}"),
+        ];
+        let run = results_of(&settings).runs.pop().expect("one run");
+        assert_intact(&run);
+        assert_eq!(run.compared_pages, Some(2 * PAGES));
+        assert_eq!(notes(&run), "");
+        run
+    };
+    let pss = |run: &Run| {
+        let at = |footprint: Option<Footprint>| footprint.unwrap().guest_pss_bytes.unwrap();
+        (at(run.source_footprint), at(run.target_footprint))
+    };
+    let together = run(1);
+    let (source, target) = pss(&together);
+    assert!(target * 10 < source * 8, "{target} of {source} bytes");
+    assert!(mapped(&together) > 10_000, "{:?}", together.pages);
+    // What one guest has twice is shared by it alone.
+    let apart = run(2);
+    let (_, alone) = pss(&apart);
+    assert!(mapped(&apart) < mapped(&together), "{:?}", apart.pages);
+    assert!(target * 10 < alone * 8, "{target} of {alone} bytes");
 }

@@ -19,10 +19,12 @@
 //!
 //! Pages that share their frame with others at the source ([`SharedPages`]) are marked on the way, so
 //! that the target can have them share again. What is said of frames is a hint that is old when it
-//! is used: whether two pages are the same is decided by their content here, too.
+//! is used: whether two pages are the same is decided by their content here, too. Pages can be marked
+//! for what they hold as well ([`IdenticalPages`]).
 //!
 //! Succeeds or fails, the source VM is untouched: this machine only reads.
 
+mod identical;
 mod shared;
 
 use std::collections::HashSet;
@@ -31,12 +33,14 @@ use std::sync::Arc;
 
 use content::{Claim, HostTable};
 use page::{
-    BlockIndex, ContentId, ContentKey, EntryId, FrameSharing, PAGE_SIZE, PageNo, fill_byte,
+    BlockIndex, ContentId, ContentKey, EntryId, FrameSharing, PAGE_SIZE, PageBytes, PageNo,
+    fill_byte,
 };
 use qstream::{Decoder, Item, Step, StreamError};
 use wire::index::Verdict;
 use wire::{OpWriter, RemoteContent};
 
+pub use identical::IdenticalPages;
 pub use shared::SharedPages;
 
 /// One step of the stream, as scanned from a buffer. Ranges and offsets are of that buffer.
@@ -141,6 +145,8 @@ pub struct Packer {
     shared: Arc<SharedPages>,
     /// By block index, the block's position in `shared`.
     shared_at: Vec<Option<usize>>,
+    /// What is to share beside that, for what it holds.
+    identical: Option<IdenticalPages>,
     pieces: Vec<Piece>,
     milestones: Milestones,
     /// A switch to post-copy may be read.
@@ -169,6 +175,7 @@ impl Packer {
             shared_only: false,
             shared: Arc::default(),
             shared_at: Vec::new(),
+            identical: None,
             pieces: Vec::new(),
             milestones: Milestones::default(),
             may_switch: false,
@@ -176,10 +183,17 @@ impl Packer {
         }
     }
 
-    /// Hashes only pages that share their frame: no content of any other page is compared.
+    /// Compares only contents of pages that share their frame, or are to share a page at the target.
     #[must_use]
     pub fn shared_only(mut self) -> Self {
         self.shared_only = true;
+        self
+    }
+
+    /// Has pages share at the target for what they hold, too.
+    #[must_use]
+    pub fn share_identical(mut self, pages: IdenticalPages) -> Self {
+        self.identical = Some(pages);
         self
     }
 
@@ -234,17 +248,8 @@ impl Packer {
                             None
                         }
                         Item::Page { block, page, bytes } => {
-                            let key = self
-                                .key
-                                .as_ref()
-                                .filter(|_| self.enters_table[usize::from(block.0)]);
-                            let sharing = match key {
-                                Some(_) => self.sharing(block, page),
-                                None => FrameSharing::No,
-                            };
-                            let key = key.filter(|_| sharing.is_shared() || !self.shared_only);
                             let at = range.end - PAGE_SIZE;
-                            Some(piece_of_page((key, sharing), block, page, bytes, at))
+                            Some(self.piece_of_page((block, page), bytes, at))
                         }
                         Item::Zero { block, page } => Some(Piece::Zero { block, page }),
                         Item::Header { .. }
@@ -294,6 +299,9 @@ impl Packer {
         let Some(blocks) = self.decoder.blocks() else {
             return;
         };
+        if let Some(identical) = &mut self.identical {
+            identical.learn_blocks(blocks.iter().map(|(_, block)| &*block.name));
+        }
         self.shared_at = blocks
             .iter()
             .map(|(_, block)| self.shared.position_of(&block.name))
@@ -302,6 +310,56 @@ impl Packer {
 
     fn is_ahead(&mut self, block: BlockIndex, page: PageNo) -> bool {
         !self.ahead.is_empty() && self.milestones.switched && self.ahead.remove(&(block, page))
+    }
+
+    fn piece_of_page(
+        &self,
+        (block, page): (BlockIndex, PageNo),
+        bytes: &PageBytes,
+        at: usize,
+    ) -> Piece {
+        let enters = self.enters_table.get(usize::from(block.0)) == Some(&true);
+        let key = self.key.as_ref().filter(|_| enters);
+        let mut sharing = match key {
+            Some(_) => self.sharing(block, page),
+            None => FrameSharing::No,
+        };
+        let identical = self.identical.as_ref().filter(|identical| {
+            key.is_some() && !sharing.is_shared() && identical.may_share(block.0.into(), page)
+        });
+        match fill_byte(bytes) {
+            Some(0) => Piece::Zero { block, page },
+            Some(byte) => {
+                if identical.is_some_and(|identical| identical.has_fill(byte)) {
+                    sharing = FrameSharing::Merged;
+                }
+                Piece::Fill {
+                    block,
+                    page,
+                    byte,
+                    sharing,
+                }
+            }
+            None => {
+                let is_hashed = !self.shared_only || sharing.is_shared() || identical.is_some();
+                let id = key.filter(|_| is_hashed).map(|key| key.id_of(bytes));
+                if id.is_some_and(|id| identical.is_some_and(|identical| identical.has(id))) {
+                    sharing = FrameSharing::Merged;
+                }
+                #[expect(
+                    clippy::cast_possible_truncation,
+                    reason = "buffers are far below 4 GiB"
+                )]
+                let at = at as u32;
+                Piece::Page {
+                    block,
+                    page,
+                    at,
+                    id: id.filter(|_| sharing.is_shared() || !self.shared_only),
+                    sharing,
+                }
+            }
+        }
     }
 
     fn sharing(&self, block: BlockIndex, page: PageNo) -> FrameSharing {
@@ -505,38 +563,6 @@ impl Resolver<'_> {
     }
 }
 
-fn piece_of_page(
-    (key, sharing): (Option<&ContentKey>, FrameSharing),
-    block: BlockIndex,
-    page: PageNo,
-    bytes: &page::PageBytes,
-    at: usize,
-) -> Piece {
-    match fill_byte(bytes) {
-        Some(0) => Piece::Zero { block, page },
-        Some(byte) => Piece::Fill {
-            block,
-            page,
-            byte,
-            sharing,
-        },
-        None => {
-            #[expect(
-                clippy::cast_possible_truncation,
-                reason = "buffers are far below 4 GiB"
-            )]
-            let at = at as u32;
-            Piece::Page {
-                block,
-                page,
-                at,
-                id: key.map(|key| key.id_of(bytes)),
-                sharing,
-            }
-        }
-    }
-}
-
 /// Front of a `Repair` body for `pages` of one block; their bytes follow in this order.
 ///
 /// `as_of` is the packer's [`position`](Packer::position), or that of the newest frame on its
@@ -545,9 +571,25 @@ fn piece_of_page(
 /// place of what came later.
 #[must_use]
 pub fn repair_front(as_of: u64, block: BlockIndex, pages: &[PageNo]) -> Vec<u8> {
+    urgent_front(
+        as_of,
+        block,
+        pages.iter().map(|page| (*page, FrameSharing::No)),
+    )
+}
+
+/// As [`repair_front`], of pages that were read after a switch to post-copy, and how each shares its
+/// frame: the guest is stopped, so that they are what they will be.
+#[must_use]
+pub fn urgent_front(
+    as_of: u64,
+    block: BlockIndex,
+    pages: impl Iterator<Item = (PageNo, FrameSharing)>,
+) -> Vec<u8> {
     let mut ops = OpWriter::new();
-    for page in pages {
-        ops.plain(block, *page);
+    for (page, sharing) in pages {
+        ops.shared(sharing);
+        ops.plain(block, page);
     }
     ops.finish(as_of)
 }

@@ -38,12 +38,12 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use page::{BlockIndex, EntryId, FrameSharing, HostSet, PAGE_SIZE, PageNo};
-use qstream::{BlockList, Decoder, Item, StreamError};
+use qstream::{BlockList, Command, Decoder, Item, StreamError};
 use wire::{MAX_BODY, Op, OpReader, Remote, WireError, split_pages_body};
 
 pub use batch::{Ack, Arrived, Batch, Contents, Found, Placed, Segment};
-pub use mapping::SharedPage;
-use streaming::{Frame, Origin, PageCursor, Phase, Streaming, feed};
+pub use mapping::{ExpectedPage, SharedPage};
+use streaming::{Emptied, Frame, Origin, PageCursor, Phase, Streaming, feed};
 
 /// Most device state that is held back while pages wait: large guests have a few MiB.
 const MAX_HELD_TAIL: usize = 64 << 20;
@@ -108,8 +108,21 @@ pub enum UnpackError {
     reason = "one for each VM, and mostly the large one"
 )]
 enum State {
-    Opening(Decoder),
+    Opening {
+        decoder: Decoder,
+        /// The target QEMU was told that post-copy may follow: it empties its memory then.
+        empties: bool,
+    },
     Streaming(Streaming),
+}
+
+impl State {
+    fn new() -> Self {
+        Self::Opening {
+            decoder: Decoder::new(),
+            empties: false,
+        }
+    }
 }
 
 /// Rebuilds one VM's stream.
@@ -122,7 +135,7 @@ pub struct Unpacker {
 impl Default for Unpacker {
     fn default() -> Self {
         Self {
-            state: State::Opening(Decoder::new()),
+            state: State::new(),
             next_ping: OUR_PING,
             mappable: HashMap::new(),
         }
@@ -163,7 +176,20 @@ impl Unpacker {
     pub fn owed(&self) -> u64 {
         match &self.state {
             State::Streaming(s) => s.owed.as_ref().map_or(0, owed::Owed::left),
-            State::Opening(_) => 0,
+            State::Opening { .. } => 0,
+        }
+    }
+
+    /// Our ping that must have been answered before a page of [`Batch::shared`] is mapped. A QEMU that is
+    /// told that post-copy may follow empties its memory: what was mapped before would be lost.
+    #[must_use]
+    pub fn maps_after(&self) -> Option<u32> {
+        match &self.state {
+            State::Streaming(Streaming {
+                emptied: Emptied::Before(ping),
+                ..
+            }) => Some(*ping),
+            _ => None,
         }
     }
 
@@ -177,7 +203,7 @@ impl Unpacker {
     #[must_use]
     pub fn waiting(&self) -> usize {
         match &self.state {
-            State::Opening(_) => 0,
+            State::Opening { .. } => 0,
             State::Streaming(s) => s.waiting.len(),
         }
     }
@@ -186,7 +212,7 @@ impl Unpacker {
     #[must_use]
     pub fn blocks(&self) -> Option<&Arc<BlockList>> {
         match &self.state {
-            State::Opening(_) => None,
+            State::Opening { .. } => None,
             State::Streaming(s) => Some(&s.blocks),
         }
     }
@@ -300,15 +326,20 @@ impl Unpacker {
 
     /// The entries that keep the stream from its end; none until the guest is stopped, which it is
     /// once its last RAM section begins. Not only when that section has come: the source may not be
-    /// allowed to send more before these are here.
+    /// allowed to send more before these are here. None after a switch to post-copy: the guest runs, and
+    /// what it needs is sent ahead.
     pub fn last_wanted(&self) -> impl Iterator<Item = EntryId> {
-        let stopped = match &self.state {
-            State::Streaming(streaming) => {
-                matches!(streaming.phase, Phase::End | Phase::Flushing { .. }).then_some(streaming)
-            }
-            State::Opening(_) => None,
+        let is_stopped = self.is_in_last_round() && !self.has_switched();
+        self.wanted().take_while(move |_| is_stopped)
+    }
+
+    /// The entries that pages wait for.
+    pub fn wanted(&self) -> impl Iterator<Item = EntryId> {
+        let streaming = match &self.state {
+            State::Streaming(streaming) => Some(streaming),
+            State::Opening { .. } => None,
         };
-        stopped.into_iter().flat_map(|s| s.waiting.entries())
+        streaming.into_iter().flat_map(|s| s.waiting.entries())
     }
 
     fn apply_op<B>(
@@ -320,20 +351,30 @@ impl Unpacker {
     ) -> Result<(), UnpackError> {
         let streaming = match &mut self.state {
             State::Streaming(streaming) => streaming,
-            State::Opening(decoder) => {
+            State::Opening { decoder, empties } => {
                 let (Op::Raw(bytes) | Op::RamStart(bytes)) = op else {
                     return Err(UnpackError::OutOfPlace {
                         what: "pages before the block list",
                     });
                 };
                 feed(decoder, bytes, |item| match item {
-                    Item::Header { .. } | Item::Command { .. } => matches!(op, Op::Raw(_)),
+                    Item::Header { .. } | Item::Command { .. } => {
+                        *empties |= matches!(
+                            item,
+                            Item::Command {
+                                command: Command::PostcopyAdvise { .. },
+                                ..
+                            }
+                        );
+                        matches!(op, Op::Raw(_))
+                    }
                     Item::RamStart { .. } => matches!(op, Op::RamStart(_)),
                     _ => false,
                 })?;
                 batch.head.extend_from_slice(bytes);
                 if matches!(op, Op::RamStart(_)) {
-                    let begun = Streaming::begin(std::mem::take(decoder), &self.mappable)?;
+                    let decoder = std::mem::take(decoder);
+                    let begun = Streaming::begin(decoder, *empties, &self.mappable)?;
                     self.state = State::Streaming(begun);
                 }
                 return Ok(());

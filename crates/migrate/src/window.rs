@@ -39,6 +39,13 @@ const NEAR: Lead = Lead {
     incomplete_bytes: 2 << 20,
 };
 
+/// After a switch to post-copy nobody waits for what is under way: what a processor needs overtakes it.
+/// So pages may wait for contents of other hosts as long as far from the end.
+const AHEAD: Lead = Lead {
+    incomplete_bytes: FAR.incomplete_bytes,
+    ..NEAR
+};
+
 /// Memory that a guest may have left when it is stopped far from the end. Not nothing: with less
 /// than a page QEMU would not look for written pages again before it stops the guest, and all that
 /// was written in the first round would be left for the pause.
@@ -70,6 +77,7 @@ pub struct Window {
     wire_in_flight: u64,
     meter: Meter,
     near_end: bool,
+    guest_ahead: bool,
 }
 
 /// Rates as the acknowledgements show them, bytes per second.
@@ -96,6 +104,7 @@ impl Window {
             wire_in_flight: 0,
             meter: Meter::default(),
             near_end: false,
+            guest_ahead: false,
         }
     }
 
@@ -137,7 +146,11 @@ impl Window {
     /// Whether more may be read from QEMU.
     #[must_use]
     pub fn is_open(&self) -> bool {
-        let lead = if self.near_end { NEAR } else { FAR };
+        let lead = match (self.guest_ahead, self.near_end) {
+            (true, _) => AHEAD,
+            (false, true) => NEAR,
+            (false, false) => FAR,
+        };
         let in_time = self.meter.best.wire.saturating_mul(lead.time_ms) / 1000;
         self.position - self.received < self.limit_bytes
             && self.backlog() < lead.incomplete_bytes
@@ -147,6 +160,11 @@ impl Window {
     /// Whether QEMU may soon stop its guest: the window is smaller then.
     pub fn set_near_end(&mut self, near_end: bool) {
         self.near_end = near_end;
+    }
+
+    /// The guest went ahead of its memory: a switch to post-copy is passed.
+    pub fn set_guest_ahead(&mut self) {
+        self.guest_ahead = true;
     }
 
     /// The reader waited for the window for this long.
@@ -286,8 +304,20 @@ mod tests {
             w.acknowledged(reached, ms(100 * mib));
             assert_eq!(w.is_open(), mib <= 32, "{mib} MiB");
         }
-        w.acknowledged(all(64 << 20), ms(8000));
+        w.set_near_end(true);
+        w.acknowledged(up_to(64, 61), ms(8000));
+        assert!(!w.is_open(), "3 MiB are much for a pause");
+        w.set_guest_ahead();
+        assert!(w.is_open(), "the guest runs already");
+        w.acknowledged(all(64 << 20), ms(8100));
         assert!(w.is_open());
+    }
+
+    fn up_to(received_mib: u64, complete_mib: u64) -> Reached {
+        Reached {
+            received: received_mib << 20,
+            complete: complete_mib << 20,
+        }
     }
 
     fn ms(n: u64) -> Duration {

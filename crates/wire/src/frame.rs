@@ -46,6 +46,9 @@ pub enum FrameKind {
     /// Pages that a processor of the guest waits for, after a switch to post-copy; same body as
     /// `Repair`. Overtakes every other frame.
     Urgent = 8,
+    /// What pages of the VM wait for is wanted at once, or not at all: a switch to post-copy is near.
+    /// No body.
+    Hurry = 9,
     /// Bytes of a source QEMU for the target QEMU, as they are: the rest of a post-copy that was
     /// interrupted.
     Relay = 10,
@@ -66,6 +69,7 @@ impl FrameKind {
             6 => Self::Pull,
             7 => Self::Missing,
             8 => Self::Urgent,
+            9 => Self::Hurry,
             10 => Self::Relay,
             32 => Self::Back,
             33 => Self::BackHeartbeat,

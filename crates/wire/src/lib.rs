@@ -59,7 +59,7 @@ pub use ops::{
 /// | 2 | scope rack: remote references, forwards and pulls between target hosts, the index |
 /// | 3 | sharing: pages that share their frames, how many were mapped, a note about what cannot be, files that pages map |
 /// | 4 | post-copy: packages, urgent pages, the switch, how long faults took |
-/// | 5 | an interrupted post-copy goes on: what its QEMUs say to each other, as it is |
+/// | 5 | post-copy with scope rack: waits are hurried before a switch; an interrupted post-copy goes on: what its QEMUs say to each other, as it is |
 pub const PROTOCOL_VERSION: u16 = 5;
 
 /// First bytes of every connection, before the JSON of [`Hello`]: tells a stray client apart.

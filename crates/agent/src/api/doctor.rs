@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use guest::{HostReport, MemoryReading};
+use guest::{FoundVm, HostReport, MemoryReading};
 use page::ByteLen;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -47,10 +47,11 @@ pub fn examine(cow_library: Option<&Path>) -> DoctorReport {
     judge(
         &guest::host_report(),
         &guest::cow_library_places(cow_library),
+        &guest::running_vms(),
     )
 }
 
-fn judge(host: &HostReport, library_places: &[PathBuf]) -> DoctorReport {
+fn judge(host: &HostReport, library_places: &[PathBuf], vms: &[FoundVm]) -> DoctorReport {
     DoctorReport {
         findings: vec![
             qemu(host),
@@ -60,6 +61,7 @@ fn judge(host: &HostReport, library_places: &[PathBuf]) -> DoctorReport {
             ksm(host),
             shared_at_source(host),
             shared_at_target(host, library_places),
+            shared_by(vms),
         ],
     }
 }
@@ -170,6 +172,26 @@ fn shared_at_target(host: &HostReport, places: &[PathBuf]) -> Finding {
     finding(about, Verdict::Limited, &found, Some(advice))
 }
 
+/// Guests that run here and cannot share memory where they go, by their command lines.
+fn shared_by(vms: &[FoundVm]) -> Finding {
+    let about = "guests that share memory";
+    let obstacle = |vm: &FoundVm| {
+        let obstacle = vm.mapping_obstacle.as_ref()?;
+        Some(format!("{} (process {}): {obstacle}", vm.name, vm.pid))
+    };
+    let cannot: Vec<String> = vms.iter().filter_map(obstacle).collect();
+    if cannot.is_empty() {
+        let found = format!(
+            "nothing on the command lines of the {} that run here is in the way",
+            vms.len()
+        );
+        return finding(about, Verdict::Fine, &found, None);
+    }
+    let advice = "their pages arrive as copies of their own, unless their command lines at the target \
+                  (`definition`, `replace`) have no such thing";
+    finding(about, Verdict::Limited, &cannot.join("; "), Some(advice))
+}
+
 fn finding(about: &str, verdict: Verdict, found: &str, advice: Option<&str>) -> Finding {
     Finding {
         about: about.to_owned(),
@@ -197,5 +219,31 @@ mod tests {
         let present = found(&examine(Some(&here)));
         assert_eq!(present.verdict, Verdict::Fine);
         assert!(present.found.starts_with(&here.display().to_string()));
+    }
+
+    #[test]
+    fn guests_that_cannot_share_are_named_with_the_reason() {
+        let vm = |name: &str, argv: &[&str]| FoundVm {
+            pid: 7,
+            name: name.to_owned(),
+            qmp: None,
+            memory: ByteLen(1 << 30),
+            mapping_obstacle: guest::mapping_obstacle(
+                &argv.iter().map(|a| (*a).to_owned()).collect::<Vec<_>>(),
+            ),
+        };
+        let plain = vm("plain", &["qemu", "-m", "1024"]);
+        let locked = vm("locked", &["qemu", "-overcommit", "mem-lock=on"]);
+        assert_eq!(
+            shared_by(std::slice::from_ref(&plain)).verdict,
+            Verdict::Fine
+        );
+        let found = shared_by(&[plain, locked]);
+        assert_eq!(found.verdict, Verdict::Limited);
+        assert!(
+            found
+                .found
+                .starts_with("locked (process 7): -overcommit mem-lock=on: ")
+        );
     }
 }

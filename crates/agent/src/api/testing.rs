@@ -159,6 +159,8 @@ pub fn plan(a: &TestAgent, b: &TestAgent, moves: &[(&str, &str, &str)]) -> Plan 
         ]
         .into(),
         moves: moves.iter().map(one).collect(),
+        seed_from_target: false,
+        residents: Vec::new(),
     }
 }
 

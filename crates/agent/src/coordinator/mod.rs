@@ -31,6 +31,7 @@ mod group;
 mod preflight;
 mod prepare;
 mod saved;
+mod seeds;
 #[cfg(test)]
 mod tests;
 
@@ -44,7 +45,7 @@ use crate::config::Config;
 use crate::plan;
 use crate::types::{
     ActionReport, EvacuationRequest, GroupAccepted, GroupRequest, GroupStatus, Host, Plan,
-    PreparationRequest, Scope,
+    PreparationRequest, Scope, Sharing,
 };
 
 pub(crate) use group::{Action, Group};
@@ -146,9 +147,10 @@ impl Coordinator {
             groups.insert(id.clone(), group.clone());
         }
         lock(&self.preparations).remove(&id);
-        let rack = saved.plan.settings().scope == Scope::Rack;
+        let settings = saved.plan.settings();
+        let needs_it = settings.scope == Scope::Rack || settings.sharing == Sharing::Identical;
         let preparation = || Preparation::of_group(&saved, keys, &self.peers);
-        match (rack && saved.plan.prepare != Some(false)).then(preparation) {
+        match (needs_it && saved.plan.prepare != Some(false)).then(preparation) {
             Some(preparation) => group.start_prepared(Arc::new(preparation)),
             None => {
                 group.start();

@@ -15,12 +15,13 @@ use tokio::task::JoinSet;
 use super::forecast;
 use super::group::Group;
 use super::saved::SavedGroup;
+use super::seeds::{SeededHost, seeded_hosts};
 use super::{Peers, lock};
 use crate::api::mover::{Refusal, RefusalCode};
 use crate::client::{CallError, Client};
 use crate::types::{
-    GroupSurvey, Happening, HostSurvey, Plan, PreparationRequest, PreparationStatus, PrepareSpec,
-    PrepareState, PrepareStatus, PrepareVm, ResolveSpec, Scope,
+    GroupSurvey, Happening, HostSurvey, Plan, PreparationRequest, PreparationStatus, PrepareBounds,
+    PrepareSpec, PrepareState, PrepareStatus, PrepareVm, ResolveSpec, Scope, Sharing,
 };
 
 /// How often an agent is asked how far it is.
@@ -37,6 +38,8 @@ pub(crate) struct Preparation {
     keys: BTreeMap<String, String>,
     survey: bool,
     hosts: Vec<SourceHost>,
+    /// Where VMs stay whose contents are used; empty if none are.
+    pub(super) seeded: Vec<SeededHost>,
     cancelled: AtomicBool,
     begin: Instant,
     state: Mutex<State>,
@@ -86,7 +89,12 @@ impl Preparation {
             // Part of a plan prepared is no preparation of the plan.
             plan.moves = moves;
         }
-        Ok(Self::with_hosts(id, plan, keys, hosts, request.survey))
+        let bounds = request.bounds;
+        let mut one = Self::with_hosts(id, plan, keys, hosts, request.survey);
+        if !one.survey {
+            one.seeded = seeded_hosts(id, &one.plan, &one.keys, (peers, bounds));
+        }
+        Ok(one)
     }
 
     /// Of a group that is about to move.
@@ -95,8 +103,18 @@ impl Preparation {
         keys: BTreeMap<String, String>,
         peers: &Peers,
     ) -> Self {
-        let hosts = source_hosts(&saved.id, &saved.plan, &keys, peers);
-        Self::with_hosts(&saved.id, saved.plan.clone(), keys, hosts, false)
+        let mut hosts = source_hosts(&saved.id, &saved.plan, &keys, peers);
+        let is_rack = saved.plan.settings().scope == Scope::Rack;
+        if !is_rack {
+            // The migration does not ask an index.
+            hosts.iter_mut().for_each(|host| host.spec.index.clear());
+        }
+        let mut one = Self::with_hosts(&saved.id, saved.plan.clone(), keys, hosts, false);
+        if is_rack {
+            let bounds = PrepareBounds::default();
+            one.seeded = seeded_hosts(&saved.id, &one.plan, &one.keys, (peers, bounds));
+        }
+        one
     }
 
     fn with_hosts(
@@ -112,6 +130,7 @@ impl Preparation {
             keys,
             survey,
             hosts,
+            seeded: Vec::new(),
             cancelled: AtomicBool::new(false),
             begin: Instant::now(),
             state: Mutex::default(),
@@ -135,8 +154,11 @@ impl Preparation {
             };
             plan.moves.iter().map(one).collect()
         };
+        let seeds = |plan: &Plan| (plan.seed_from_target, plan.residents.clone());
         !self.survey && !self.is_expired() && self.status().finished && {
-            moves(plan) == moves(&self.plan) && plan.index == self.plan.index
+            moves(plan) == moves(&self.plan)
+                && plan.index == self.plan.index
+                && seeds(plan) == seeds(&self.plan)
         }
     }
 
@@ -177,6 +199,10 @@ impl Preparation {
             // An agent that does not answer forgets it by itself.
             calls.spawn(async move { client.post::<_, ()>(&path, &()).await.is_ok() });
         }
+        for host in &self.seeded {
+            let (client, path) = (host.client.clone(), host.path("/end"));
+            calls.spawn(async move { client.post::<_, ()>(&path, &()).await.is_ok() });
+        }
         calls.join_all().await;
     }
 
@@ -190,7 +216,8 @@ impl Preparation {
             let host = &one.hosts[at];
             host.client.post::<_, ()>("/v1/prepare", &host.spec).await
         });
-        let (found, mut failed) = scanned.await;
+        let ((found, mut failed), unseeded) = tokio::join!(scanned, self.seed());
+        failed.extend(unseeded);
         let reports: Vec<_> = found.iter().map(|(_, report)| report).collect();
         let elsewhere = if self.survey {
             forecast::carried_elsewhere(&reports)
@@ -262,7 +289,11 @@ impl Preparation {
             steps.spawn(async move {
                 let asked = ask(one.clone(), at).await;
                 match asked {
-                    Ok(()) => (at, one.wait(at).await),
+                    Ok(()) => {
+                        let host = &one.hosts[at];
+                        let path = one.path("");
+                        (at, one.wait(&host.name, &host.client, &path).await)
+                    }
                     Err(error) => (at, Err(error.in_full())),
                 }
             });
@@ -285,19 +316,22 @@ impl Preparation {
     }
 
     /// Waits until a host's step has ended.
-    async fn wait(&self, at: usize) -> Result<(HostSurvey, String), String> {
-        let host = &self.hosts[at];
-        let path = self.path("");
+    pub(super) async fn wait(
+        &self,
+        host: &str,
+        client: &Client,
+        path: &str,
+    ) -> Result<(HostSurvey, String), String> {
         let mut silent = 0;
         loop {
             if self.cancelled.load(Ordering::Relaxed) {
                 return Err("cancelled".to_owned());
             }
-            match host.client.get::<PrepareStatus>(&path).await {
+            match client.get::<PrepareStatus>(path).await {
                 Ok(status) => {
                     silent = 0;
                     let pages = (status.pages_done, status.pages_total);
-                    lock(&self.state).pages.insert(host.name.clone(), pages);
+                    lock(&self.state).pages.insert(host.to_owned(), pages);
                     match (status.state, status.report) {
                         (PrepareState::Failed, _) => return Err(status.message),
                         (PrepareState::Registered | PrepareState::Ready, Some(report)) => {
@@ -380,6 +414,7 @@ fn source_hosts(
     keys: &BTreeMap<String, String>,
     peers: &Peers,
 ) -> Vec<SourceHost> {
+    let identical = plan.settings().sharing == Sharing::Identical;
     // The numbers of target hosts and the index are those of a migration with this scope.
     let plan = Plan {
         scope: Some(Scope::Rack),
@@ -409,7 +444,10 @@ fn source_hosts(
                 index: rack.index,
                 // A plan has at most 4096 moves.
                 targets: u16::try_from(rack.peers.len()).unwrap_or(u16::MAX),
-                bounds: crate::types::PrepareBounds::default(),
+                bounds: PrepareBounds::default(),
+                resident: false,
+                seeded: plan.takes_seeds(),
+                identical,
             },
         });
     }

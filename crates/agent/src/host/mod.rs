@@ -20,7 +20,7 @@ use crate::source::{
     Entry, IndexLinks, Input, MoveContext, MoveRun, SessionContext, Sessions, guest_memory,
     shares_memory,
 };
-use crate::target::{self, Arrivals, KsmBoost, Pools, Pressure, TargetContext};
+use crate::target::{self, Arrivals, KsmBoost, Pools, Pressure, RackStores, TargetContext};
 use crate::tls::Tls;
 use crate::types::{
     Happening, HostVm, Inventory, Mode, MoveSpec, Phase, PrepareSpec, PrepareStatus, ResolveSpec,
@@ -90,9 +90,11 @@ impl HostMover {
             pressure,
             cow_library: config.cow_library.clone(),
         })?;
+        let racks = Arc::<RackStores>::default();
         target::listen(
             config.bulk,
             Arc::clone(&arrivals),
+            Arc::clone(&racks),
             IndexHost::start(0, index::MAX_ENTRIES)?,
             Terms {
                 security: security.clone(),
@@ -112,7 +114,8 @@ impl HostMover {
             links: Arc::clone(&indexes),
             session: session.clone(),
         });
-        let preparations = Arc::new(Preparations::new(&config.name, window_log, Some(index)));
+        let preparations = Preparations::new(&config.name, window_log, Some(index));
+        let preparations = Arc::new(preparations.with_stores(racks));
         let context = MoveContext {
             sessions: Arc::new(Sessions::default()),
             indexes: Arc::clone(&indexes),
@@ -259,8 +262,9 @@ impl Mover for HostMover {
         let (major, minor, micro) = guest.version();
         let shares = || guest_memory(&guest).is_ok_and(|memory| shares_memory(&memory));
         let held = match spec.settings.sharing {
-            Sharing::Preserve if shares() => guest.held_memory(),
-            Sharing::Preserve | Sharing::Off => None,
+            // What more is found to be the same comes on top; it is not known yet.
+            Sharing::Preserve | Sharing::Identical if shares() => guest.held_memory(),
+            Sharing::Preserve | Sharing::Identical | Sharing::Off => None,
         };
         Ok(MoveCheck {
             vm: spec.vm.clone(),

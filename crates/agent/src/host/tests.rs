@@ -554,6 +554,9 @@ fn real_a_prepared_vm_is_in_the_index_of_another_agent() {
         index: vec![agents.target_bulk.to_string()],
         targets: 2,
         bounds: crate::types::PrepareBounds::default(),
+        resident: false,
+        seeded: false,
+        identical: false,
     };
     let settled = || {
         let deadline = Instant::now() + Duration::from_secs(30);

@@ -52,6 +52,15 @@ impl Registrar for OverLink {
         Ok(entries)
     }
 
+    fn seed(
+        &mut self,
+        target: HostNo,
+        batch: &[ContentId],
+    ) -> Result<Vec<Option<EntryId>>, RegisterError> {
+        let entries = self.0.seed(target, batch.to_vec());
+        entries.ok_or_else(|| RegisterError("it is gone".to_owned()))
+    }
+
     fn shared(
         &mut self,
         target: HostNo,

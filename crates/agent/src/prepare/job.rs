@@ -7,14 +7,18 @@ use std::time::{Duration, Instant};
 
 use guest::scan::{Bounds, ContentNo, Distinct, Examined, Pace, Scan, ScanError, VmMemory};
 use guest::{GuestError, SourceGuest};
-use page::{ContentKey, EntryId, HostNo, HostSet, PAGE_SIZE};
+use page::{BlockIndex, ContentId, ContentKey, EntryId, HostNo, HostSet, PAGE_SIZE};
+use sys::ProcessMemory;
 use wire::WireCompression;
 
+use super::identical::{self, SharedAlike};
 use super::registrar::BATCH;
 use super::report::{goes_to, ids_of, leading_bits, of_host};
 use super::{Connect, Need, Outcome, Preparation, Prepared, RegisterError, Registrar, Secret};
 use crate::api::mover::{Refusal, RefusalCode};
 use crate::link::{Compressor, SqueezeError};
+use crate::source::RUNS_MAX;
+use crate::target::{GuestMemory, RackStores, Seed, store_name};
 use crate::types::{HostSurvey, PrepareSpec, PrepareState, PrepareVm, ResolveSpec};
 
 /// Pages compressed before zstd is flushed: the agents' frames of 1 MiB.
@@ -85,13 +89,19 @@ pub(super) fn keys_of(spec: &PrepareSpec) -> Result<Vec<Secret>, Refusal> {
     spec.vms.iter().map(key).collect()
 }
 
+/// What a scan needs of its agent.
+pub(super) struct With<'a> {
+    pub(super) host: &'a str,
+    pub(super) index: Option<&'a dyn Connect>,
+    pub(super) stores: Option<&'a RackStores>,
+}
+
 /// Hashes the memory of the VMs and registers what they have.
 pub(super) fn scan(
     one: &Preparation,
     domains: &mut BTreeMap<Secret, Domain>,
     keys: Vec<Secret>,
-    host: &str,
-    index: Option<&dyn Connect>,
+    with: &With<'_>,
 ) -> Result<Outcome, JobError> {
     let spec = &one.spec;
     let (begin, cpu) = (Instant::now(), sys::thread_cpu_time());
@@ -131,12 +141,16 @@ pub(super) fn scan(
         return Err(JobError::NoVm(problems.join("; ")));
     }
     for domain in domains.values_mut() {
-        if let Err(error) = register(spec, domain, index) {
+        let told = match with.stores.filter(|_| spec.resident) {
+            Some(stores) => seed(spec, domain, with.index, stores),
+            None => register(spec, domain, with.index),
+        };
+        if let Err(error) = told {
             problems.push(error.to_string());
             break;
         }
     }
-    let mut report = of_host(host, spec, domains);
+    let mut report = of_host(with.host, spec, domains);
     report.pages_read = one.progress.read();
     report.seconds = begin.elapsed().as_secs_f64();
     report.cpu_seconds = sys::thread_cpu_time().saturating_sub(cpu).as_secs_f64();
@@ -226,6 +240,56 @@ fn register(
     Ok(())
 }
 
+/// Tells the index what VMs have that stay on this host, and keeps for those that come where it is.
+fn seed(
+    spec: &PrepareSpec,
+    domain: &Domain,
+    index: Option<&dyn Connect>,
+    stores: &RackStores,
+) -> Result<(), RegisterError> {
+    let Some(mut index) = connect(spec, &domain.key, index)? else {
+        return Ok(());
+    };
+    let Some(target) = spec.vms.first().map(|vm| HostNo(vm.target)) else {
+        return Ok(());
+    };
+    let contents = domain.scan.contents();
+    let names: Vec<&str> = domain.scan.names().collect();
+    let mut places: BTreeMap<usize, Vec<_>> = BTreeMap::new();
+    for batch in domain.scan.distinct(|_| true).chunks(BATCH) {
+        let known = batch
+            .iter()
+            .filter_map(|one| Some((one, contents.id(one.no)?)));
+        let (batch, ids): (Vec<&Distinct>, Vec<ContentId>) = known.unzip();
+        let entries = index.seed(target, &ids)?;
+        for ((one, id), entry) in batch.into_iter().zip(ids).zip(entries) {
+            let vm = names.get(one.vm).and_then(|name| domain.memory.get(*name));
+            let at = vm.and_then(|vm| vm.locate(one.addr));
+            if let (Some(entry), Some((region, page))) = (entry, at)
+                && let Ok(block) = u16::try_from(region)
+            {
+                let place = (entry, id, BlockIndex(block), page);
+                places.entry(one.vm).or_default().push(place);
+            }
+        }
+    }
+    let mut seeds = Vec::new();
+    for (vm, places) in places {
+        let Some(vm) = names.get(vm).and_then(|name| domain.memory.get(*name)) else {
+            continue;
+        };
+        // A VM that has ended since has nothing to take from.
+        if let Ok(memory) = ProcessMemory::open(vm.pid()) {
+            let bases = vm.regions.iter().map(|region| Some(region.start));
+            let memory = Arc::new(GuestMemory::new(memory, bases.collect()));
+            seeds.push(Seed { memory, places });
+        }
+    }
+    let store = store_name(&domain.key, &spec.group, index.epoch());
+    stores.keep_seeds(store, &spec.key(), seeds);
+    Ok(())
+}
+
 fn connect(
     spec: &PrepareSpec,
     key: &ContentKey,
@@ -263,7 +327,8 @@ pub(super) fn resolve(
         match needs(&one.spec, domain, index) {
             Ok(needs) => {
                 let contents = Arc::clone(domain.scan.contents());
-                prepared.insert(*secret, Arc::new(Prepared::new(contents, needs)));
+                let alike = alike(&one.spec, &domain.scan);
+                prepared.insert(*secret, Arc::new(Prepared::new(contents, needs, alike)));
             }
             Err(error) => message = error.to_string(),
         }
@@ -287,6 +352,19 @@ pub(super) fn resolve(
     })
 }
 
+/// What shares at each target host for what it holds, if that is asked for.
+fn alike(spec: &PrepareSpec, scan: &Scan) -> BTreeMap<u16, Arc<SharedAlike>> {
+    let of_target = |target: u16| {
+        let names = scan.names().filter(|name| goes_to(spec, name, target));
+        let names: Vec<&str> = names.collect();
+        let chosen = identical::choose(scan, &names, RUNS_MAX);
+        tracing::debug!(target, contents = chosen.contents.len(), "identical");
+        (target, Arc::new(chosen))
+    };
+    let targets = spec.identical.then(|| targets(spec));
+    targets.into_iter().flatten().map(of_target).collect()
+}
+
 fn add_time(report: &mut HostSurvey, wall: Duration, cpu: Duration) {
     report.seconds += wall.as_secs_f64();
     report.cpu_seconds += cpu.as_secs_f64();
@@ -300,7 +378,7 @@ fn needs(
 ) -> Result<Vec<Option<Need>>, RegisterError> {
     let contents = domain.scan.contents();
     let mut needs = vec![None; contents.len()];
-    if spec.targets == 1 {
+    if spec.targets == 1 && !spec.seeded {
         for one in domain.scan.distinct(|_| true) {
             needs[one.no.0 as usize] = Some(Need::One(HostNo(0)));
         }

@@ -23,6 +23,7 @@
 //! ends, or when nobody has asked for it for [`LEASE`].
 
 mod connection;
+mod identical;
 mod job;
 mod prepared;
 mod registrar;
@@ -38,11 +39,13 @@ use std::time::{Duration, Instant};
 use guest::scan::ScanProgress;
 
 pub(crate) use connection::OverLinks;
+pub(crate) use identical::SharedAlike;
 pub use prepared::{Need, Prepared};
 pub use registrar::{Connect, RegisterError, Registrar};
 pub(crate) use report::ids_of;
 
 use crate::api::mover::{Refusal, RefusalCode};
+use crate::target::RackStores;
 use crate::types::{HostSurvey, PrepareSpec, PrepareState, PrepareStatus, ResolveSpec};
 use job::Domain;
 
@@ -64,6 +67,8 @@ pub struct Preparations {
     host: String,
     window_log: u8,
     index: Option<Arc<dyn Connect>>,
+    /// Where contents of VMs that stay here are kept for those that come.
+    stores: Option<Arc<RackStores>>,
     table: Mutex<HashMap<String, Arc<Preparation>>>,
 }
 
@@ -95,7 +100,16 @@ impl Preparations {
             host: host.to_owned(),
             window_log,
             index,
+            stores: None,
             table: Mutex::default(),
+        }
+    }
+
+    /// With the stores of the VMs that come to this host.
+    pub(crate) fn with_stores(self, stores: Arc<RackStores>) -> Self {
+        Self {
+            stores: Some(stores),
+            ..self
         }
     }
 
@@ -107,7 +121,7 @@ impl Preparations {
         let keys = job::keys_of(&spec)?;
         let mut table = lock(&self.table);
         table.retain(|_, one| !one.is_expired());
-        let known = table.get(&spec.group).cloned();
+        let known = table.get(&spec.key()).cloned();
         if known.is_none() && table.len() >= PREPARATIONS_MAX {
             let message = format!("this agent holds {PREPARATIONS_MAX} preparations, its most");
             return Err(Refusal::new(RefusalCode::Busy, message));
@@ -116,13 +130,19 @@ impl Preparations {
             None => BTreeMap::new(),
             Some(known) => known.take_domains()?,
         };
-        let group = spec.group.clone();
+        let key = spec.key();
         let preparation = Arc::new(Preparation::new(spec, domains));
-        table.insert(group, Arc::clone(&preparation));
+        table.insert(key, Arc::clone(&preparation));
         drop(table);
         let (host, index) = (self.host.clone(), self.index.clone());
+        let stores = self.stores.clone();
         preparation.spawn("prepare", move |one, domains| {
-            job::scan(one, domains, keys, &host, index.as_deref())
+            let with = job::With {
+                host: &host,
+                index: index.as_deref(),
+                stores: stores.as_deref(),
+            };
+            job::scan(one, domains, keys, &with)
         })
     }
 
@@ -155,6 +175,9 @@ impl Preparations {
         let preparation = self.find(group)?;
         preparation.cancelled.store(true, Ordering::Relaxed);
         lock(&self.table).remove(group);
+        if let Some(stores) = self.stores.as_ref().filter(|_| preparation.spec.resident) {
+            stores.forget_seeds(group);
+        }
         Ok(())
     }
 
@@ -165,6 +188,15 @@ impl Preparations {
         let mut inner = lock(&preparation.inner);
         inner.used = Instant::now();
         inner.prepared.get(secret).cloned()
+    }
+
+    /// What shares for what it holds where a VM of the group goes; none unless that is ready.
+    pub(crate) fn alike(&self, group: &str, secret: &Secret, vm: &str) -> Option<Arc<SharedAlike>> {
+        let prepared = self.prepared(group, secret)?;
+        let preparation = self.find(group).ok()?;
+        let vm = preparation.spec.vms.iter().find(|one| one.vm == vm)?;
+        let alike = prepared.alike(vm.target)?;
+        alike.vms.contains_key(&vm.vm).then(|| Arc::clone(alike))
     }
 
     fn find(&self, group: &str) -> Result<Arc<Preparation>, Refusal> {

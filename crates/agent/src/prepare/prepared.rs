@@ -1,9 +1,12 @@
 //! What the moves ask of a preparation.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use guest::scan::Contents;
 use page::{ContentId, EntryId, HostNo};
+
+use super::identical::SharedAlike;
 
 /// Which target hosts need a content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,11 +24,26 @@ pub struct Prepared {
     contents: Arc<Contents>,
     /// By content; none if the index did not tell.
     needs: Vec<Option<Need>>,
+    /// By target host.
+    alike: BTreeMap<u16, Arc<SharedAlike>>,
 }
 
 impl Prepared {
-    pub(super) fn new(contents: Arc<Contents>, needs: Vec<Option<Need>>) -> Self {
-        Self { contents, needs }
+    pub(super) fn new(
+        contents: Arc<Contents>,
+        needs: Vec<Option<Need>>,
+        alike: BTreeMap<u16, Arc<SharedAlike>>,
+    ) -> Self {
+        Self {
+            contents,
+            needs,
+            alike,
+        }
+    }
+
+    /// What shares at a target host for what it holds; none if that was not asked for.
+    pub(crate) fn alike(&self, target: u16) -> Option<&Arc<SharedAlike>> {
+        self.alike.get(&target)
     }
 
     /// Who needs a content; none if preparation has not seen it.

@@ -26,7 +26,18 @@ pub trait Registrar: Send {
         batch: &[(ContentId, u32)],
     ) -> Result<Vec<Option<EntryId>>, RegisterError>;
 
-    /// The entry of each of these contents that other target hosts than `target` are registered
+    /// VMs that run on `target` and stay there have these contents. Returns their entries; none where
+    /// the table is full.
+    ///
+    /// # Errors
+    /// If the index does not answer.
+    fn seed(
+        &mut self,
+        target: HostNo,
+        batch: &[ContentId],
+    ) -> Result<Vec<Option<EntryId>>, RegisterError>;
+
+    /// The entry of each of these contents that are at a target host already, or that other target hosts than `target` are registered
     /// to need.
     ///
     /// # Errors

@@ -8,6 +8,7 @@ use page::{ContentId, ContentKey, EntryId, HostNo};
 
 use super::report::sample;
 use super::*;
+use crate::target::{RackStores, store_name};
 use crate::types::{PrepareBounds, PrepareVm};
 
 /// The index in memory: one table, whatever the group.
@@ -47,6 +48,16 @@ impl Registrar for InMemory {
             .collect();
         let mut entries = Vec::new();
         lock(&self.0).register(target, &items, &mut entries);
+        Ok(entries)
+    }
+
+    fn seed(
+        &mut self,
+        target: HostNo,
+        batch: &[ContentId],
+    ) -> Result<Vec<Option<EntryId>>, RegisterError> {
+        let mut entries = Vec::new();
+        lock(&self.0).seed(target, batch, &mut entries);
         Ok(entries)
     }
 
@@ -114,6 +125,9 @@ fn spec(group: &str, vms: &[(&str, &Vm, u16)], targets: u16) -> PrepareSpec {
         index: vec!["index:1".to_owned()],
         targets,
         bounds: PrepareBounds::default(),
+        resident: false,
+        seeded: false,
+        identical: false,
     }
 }
 
@@ -187,6 +201,46 @@ fn real_hosts_learn_which_contents_other_targets_need_and_prepare_again_cheaply(
 }
 
 #[test]
+fn real_contents_of_a_vm_that_stays_at_the_only_target_are_to_be_claimed_and_are_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let (stays, moves) = (vm(dir.path(), "stays", 7), vm(dir.path(), "moves", 8));
+    let index = InMemory::new(3);
+    let stores = Arc::<RackStores>::default();
+    let host = |name| Preparations::new(name, 23, Some(Arc::new(index.clone())));
+    let (target, source) = (host("t").with_stores(Arc::clone(&stores)), host("s"));
+    let resident = PrepareSpec {
+        resident: true,
+        seeded: true,
+        ..spec("g", &[("stays", &stays, 0)], 1)
+    };
+    let moving = PrepareSpec {
+        seeded: true,
+        ..spec("g", &[("moves", &moves, 0)], 1)
+    };
+    target.start(resident).unwrap();
+    let status = settled(&target, "g.resident");
+    assert_eq!(status.state, PrepareState::Registered, "{status:?}");
+    source.start(moving).unwrap();
+    settled(&source, "g");
+    source.resolve("g", ResolveSpec::default()).unwrap();
+    settled(&source, "g");
+
+    let prepared = source.prepared("g", &[0x42; 32]).unwrap();
+    let both_have = prepared.lookup(id(100, 1));
+    assert!(matches!(both_have, Some(Need::Several(_))), "{both_have:?}");
+    assert_eq!(prepared.lookup(id(210, 8)), Some(Need::One(HostNo(0))));
+
+    let key = ContentKey::new([0x42; 32]);
+    let kept = || stores.seeds_of(&store_name(&key, "g", 3));
+    let Some(Need::Several(entry)) = both_have else {
+        unreachable!()
+    };
+    assert!(kept().contains(&(entry, id(100, 1))));
+    target.end("g.resident").unwrap();
+    assert!(kept().is_empty());
+}
+
+#[test]
 fn real_an_index_that_lost_everything_is_told_again() {
     let dir = tempfile::tempdir().unwrap();
     let one = vm(dir.path(), "one", 7);
@@ -218,6 +272,54 @@ fn real_an_index_that_lost_everything_is_told_again() {
     );
 }
 
+/// Three VMs that are the same, the third in a trust domain of its own.
+#[test]
+fn real_vms_share_what_they_hold_in_common_inside_their_trust_domain_and_only_if_that_is_wanted() {
+    let dir = tempfile::tempdir().unwrap();
+    let names = ["one", "two", "three"];
+    let vms = names.map(|name| vm(dir.path(), name, 7));
+    let host = Preparations::new("a", 23, None);
+    let mut spec = spec(
+        "g",
+        &[
+            ("one", &vms[0], 0),
+            ("two", &vms[1], 0),
+            ("three", &vms[2], 0),
+        ],
+        1,
+    );
+    spec.index.clear();
+    spec.vms[2].domain_key = "43".repeat(32);
+    let alike = |identical, secret, vm| {
+        let spec = PrepareSpec {
+            identical,
+            ..spec.clone()
+        };
+        host.start(spec).unwrap();
+        settled(&host, "g");
+        host.resolve("g", ResolveSpec::default()).unwrap();
+        settled(&host, "g");
+        host.alike("g", &[secret; 32], vm)
+    };
+    assert!(alike(false, 0x42, "one").is_none());
+    let shared = alike(true, 0x42, "one").unwrap();
+    // The page whose first byte is 1, too, has one byte all over.
+    let common = || (0..200).filter(|n| *n != 1);
+    assert!(common().all(|n| shared.contents.has(id(n, 1))));
+    assert!(shared.contents.has(id(210, 7)));
+    assert!(shared.vms["one"].pages >= 300 && !shared.vms.contains_key("three"));
+    // Of the contents that it has once, none: those of the other domain do not count.
+    let alone = host.alike("g", &[0x43; 32], "three").unwrap();
+    assert!(alone.vms["three"].pages < 200, "{:?}", alone.vms);
+    let other = |n| {
+        let mut page = [1; 4096];
+        page[0] = n;
+        ContentKey::new([0x43; 32]).id_of(&page)
+    };
+    assert!(common().all(|n| !alone.contents.has(other(n))));
+    assert!(host.alike("g", &[0x43; 32], "one").is_none());
+}
+
 #[test]
 fn a_vm_that_is_gone_fails_the_preparation_and_says_which() {
     let host = Preparations::new("a", 23, None);
@@ -233,6 +335,9 @@ fn a_vm_that_is_gone_fails_the_preparation_and_says_which() {
         index: Vec::new(),
         targets: 1,
         bounds: PrepareBounds::default(),
+        resident: false,
+        seeded: false,
+        identical: false,
     };
     host.start(spec.clone()).unwrap();
     let status = settled(&host, "g");

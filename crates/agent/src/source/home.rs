@@ -335,7 +335,7 @@ pub(crate) fn guest_memory(guest: &SourceGuest) -> anyhow::Result<GuestMemory> {
 }
 
 /// Fewer pages that a VM shares are not worth what sharing costs its target QEMU: huge pages.
-const SHARED_MIN_PAGES: u64 = 1024;
+pub(crate) const SHARED_MIN_PAGES: u64 = 1024;
 
 /// Whether a VM shares memory here, with whomever. Not asked of the VMs of its session: those that join
 /// later would be missed.

@@ -95,6 +95,7 @@ pub(crate) struct IndexLink {
 enum Request {
     Claim(HostNo, Vec<ContentId>, Sender<Vec<Verdict>>),
     Register(HostNo, Vec<Item>, Sender<Vec<Option<EntryId>>>),
+    Seed(HostNo, Vec<ContentId>, Sender<Vec<Option<EntryId>>>),
     Shared(HostNo, Vec<ContentId>, Sender<Vec<Option<EntryId>>>),
     Carried(Vec<EntryId>),
     Lost(HostNo, Vec<EntryId>),
@@ -222,7 +223,15 @@ impl IndexLink {
         entries
     }
 
-    /// The entry of each of these contents that other target hosts than `target` need; nothing if
+    /// VMs that stay on `target` have these contents; the entry of each, none if the index is full.
+    /// Nothing if it does not answer.
+    pub(crate) fn seed(&self, target: HostNo, ids: Vec<ContentId>) -> Option<Vec<Option<EntryId>>> {
+        let (sender, entries) = bounded(1);
+        self.send(Request::Seed(target, ids, sender));
+        entries.recv_timeout(REGISTER_PATIENCE).ok()
+    }
+
+    /// The entry of each of these contents that are at a target host, or that other target hosts than `target` need; nothing if
     /// the index does not answer.
     pub(crate) fn shared(
         &self,
@@ -307,6 +316,10 @@ impl Talk {
             }
             Request::Register(target, items, asker) => {
                 shards.register(target, &items);
+                self.askers.push_back(Asker::Register(asker));
+            }
+            Request::Seed(target, ids, asker) => {
+                shards.seed(target, &ids);
                 self.askers.push_back(Asker::Register(asker));
             }
             Request::Shared(target, ids, asker) => {

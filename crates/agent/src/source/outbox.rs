@@ -17,6 +17,10 @@ use crate::link::Buffer;
 
 use super::stream::Stream;
 
+/// Frames of fewer bytes say little about what compression achieves. Those of post-copy have about
+/// twice as many.
+const RATIO_FROM: usize = 16 << 10;
+
 /// A frame on its way to the sender.
 pub(crate) struct OutFrame {
     pub(crate) kind: FrameKind,
@@ -139,9 +143,20 @@ impl Outbox {
         Ok(urgent.or_else(|| inner.frames.pop_front()))
     }
 
+    /// What the VM's pages wait for at the target is wanted at once, by the pages of the frames that are
+    /// queued.
+    pub(crate) fn hurry(&self, stream: &Arc<Stream>) {
+        self.push(OutFrame {
+            kind: FrameKind::Hurry,
+            stream: Arc::clone(stream),
+            packed: Packed::default(),
+            buffer: None,
+        });
+    }
+
     /// Learns what a frame took on the wire.
     pub(crate) fn learn_ratio(&self, raw: usize, wire: usize) {
-        if raw < 64 << 10 {
+        if raw < RATIO_FROM {
             return;
         }
         let mut inner = self.lock();

@@ -137,6 +137,7 @@ pub(crate) fn run(
                 (Some(asked), Some(rack)) => {
                     let claim = ask(stream, way, rack, (&scan, packer.milestones()));
                     let buffer = done;
+                    stream.unresolved();
                     // A resolver that is gone was told that the stream is over.
                     let _ = asked.send(Asked {
                         scan,
@@ -150,10 +151,11 @@ pub(crate) fn run(
             pace(stream);
         } else if switches {
             hold.at("switch-over", &stream.name);
-            if !stream.wait_complete() {
+            if !complete(stream, way) {
                 return Ok(());
             }
             packer.pass_switch();
+            stream.pass_switch();
             scanned = packer.scan(&buffer[..filled], scanned)?;
         } else if full && scanned > 0 {
             // Only empty sections so far: what they took is free again.
@@ -166,6 +168,15 @@ pub(crate) fn run(
             buffer = next;
         }
     }
+}
+
+/// Waits until all that was read is complete at the target, for a guest that is stopped. False: the
+/// stream is closed.
+fn complete(stream: &Arc<Stream>, way: &Way) -> bool {
+    if way.rack.is_some() && stream.wait_resolved() && !stream.is_complete() {
+        way.outbox.hurry(stream);
+    }
+    stream.wait_complete()
 }
 
 /// After a failure: QEMU may have to be brought to the end of a migration in post-copy.
@@ -191,14 +202,14 @@ fn drain(socket: &UnixStream) -> Result<(), ReadError> {
 /// Asks the index for contents that the target was not told of. Not for those that nobody else
 /// needs, as preparation has found. Not once memory was sent, when
 /// contents are those of written pages, which other VMs hardly have; and not for a stopped guest,
-/// which would wait.
+/// which would wait: before a switch to post-copy, and at the end.
 fn ask(
     stream: &Stream,
     way: &Way,
     rack: &RackWay,
     (scan, milestones): (&Scan, Milestones),
 ) -> Option<Claim> {
-    if stream.is_late_round() || milestones.end_begun {
+    if stream.is_late_round() || stream.is_switching() || milestones.end_begun {
         return None;
     }
     let mut unknown = way.outbox.unknown(scan);
@@ -221,6 +232,7 @@ fn start_resolver(stream: &Arc<Stream>, way: &Way) -> io::Result<Sender<Asked>> 
         {
             let answers = claim.map(Claim::wait).unwrap_or_default();
             outbox.submit(&stream, scan, buffer, &answers);
+            stream.resolved();
         }
     })?;
     Ok(sender)

@@ -8,13 +8,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow};
 use guest::{MigrationParameters, QmpEvent, SavedSettings};
 use migrate::handover::{SourceAction, SourceEvent, SourceJournal, SourceMove, SourceState};
-use migrate::pack::Packer;
 use serde::{Deserialize, Serialize};
 
 use crate::api::mover::EventSink;
 use crate::journal::Journal;
 use crate::prepare::Preparations;
-use crate::types::{Happening, Mode, MoveSpec, Phase, Scope, Sharing};
+use crate::types::{Happening, Mode, MoveSpec, Phase};
 
 use super::approach::Approach;
 use super::control::Control;
@@ -31,7 +30,6 @@ mod resume;
 mod show;
 mod switch;
 
-use prepare::content_key;
 use resume::Resume;
 
 /// How often progress is reported.
@@ -364,7 +362,10 @@ impl Run {
         };
         if let Some(info) = &info {
             let round = info.dirty_sync_count;
-            stream.set_round(round);
+            if !self.switched {
+                // After it comes what was left then: memory that was never sent, or was written.
+                stream.set_round(round);
+            }
             self.approach.observe(round, info.remaining, Instant::now());
             stream.set_near_end(self.approach.is_near());
             if round <= 1
@@ -498,15 +499,7 @@ impl Run {
         let path = self.context.run_dir.join(socket_name);
         let socket = self.home.migrate(&path, &parameters(&self.spec))?;
         stream.attach(socket.try_clone()?);
-        let settings = self.spec.settings;
-        let key = match (settings.scope, settings.sharing) {
-            (Scope::None, Sharing::Off) => None,
-            _ => Some(content_key(&self.spec.domain_key)?),
-        };
-        let mut packer = Packer::new(key, stream.memory.addresses.keys().cloned().collect());
-        if settings.scope == Scope::None {
-            packer = packer.shared_only();
-        }
+        let packer = self.packer(stream)?;
         let way = Way {
             outbox: Arc::clone(&session.outbox),
             rack: session.rack.clone(),

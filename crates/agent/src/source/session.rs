@@ -15,6 +15,7 @@ use wire::{
 
 use crate::link::{Bucket, Compressor, Hold, Link, LinkError, Pool, Security, keep_short};
 
+use crate::target::store_name;
 use crate::types::RackSpec;
 
 use super::index_link::IndexLink;
@@ -89,10 +90,10 @@ impl SessionRack {
         secret: &ContentKey,
         index: Arc<IndexLink>,
     ) -> Self {
-        let store = secret.name("store", &[group.as_bytes(), &index.epoch.to_le_bytes()]);
+        let store = store_name(secret, group, index.epoch);
         let peers = spec.peers.iter().map(|p| (p.host, p.bulk.clone()));
         let hello = RackHello {
-            store: hex::encode(store),
+            store,
             host: spec.target,
             peers: peers.collect(),
         };
@@ -344,10 +345,13 @@ impl Sender {
                 continue;
             };
             let raw = frame.packed.raw_len();
+            // A processor waits for an urgent page: it goes as it is, and leaves what the compressor
+            // knows as it was.
+            let is_urgent = frame.kind == FrameKind::Urgent;
             let sent = self.link.send_frame(
                 (frame.kind, frame.stream.vm),
                 pieces(&frame),
-                self.compressor.as_mut(),
+                self.compressor.as_mut().filter(|_| !is_urgent),
                 &mut self.packed,
             )?;
             outbox.learn_ratio(raw, sent);

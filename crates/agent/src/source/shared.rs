@@ -10,7 +10,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use content::pool::{Candidate, PoolPage, VmCandidates, plan_runs};
+use content::pool::{Candidate, PoolPage, VmCandidates, plan_runs, runs_in};
 use guest::{ClassNo, SharedFrames};
 use migrate::pack::SharedPages;
 use page::{FileRange, FrameSharing, PageNo};
@@ -26,7 +26,7 @@ const LOAD: u32 = 20;
 
 /// Most runs of shared pages of a VM that are marked: what a target QEMU can have mapped with the
 /// kernel's usual limit of 65 530 mappings, at two a run, and some left for QEMU itself.
-const RUNS_MAX: usize = 30_000;
+pub(crate) const RUNS_MAX: usize = 30_000;
 
 /// Looks for shared frames among the VMs of a session.
 #[derive(Default)]
@@ -138,7 +138,7 @@ impl Inner {
     /// order.
     fn left_out(&self) -> Vec<Vec<Candidate>> {
         let vms = || (0..).zip(&self.streams).map(|(vm, _)| vm);
-        if vms().all(|vm| self.runs_of(vm) <= RUNS_MAX) {
+        if vms().all(|vm| runs_in(self.candidates(vm)) <= RUNS_MAX) {
             return Vec::new();
         }
         let lists: Vec<Vec<Candidate>> = vms().map(|vm| self.candidates(vm).collect()).collect();
@@ -146,17 +146,6 @@ impl Inner {
         let vms = lists.iter().map(|pages| VmCandidates { pages, runs_max });
         let plans = plan_runs(&vms.collect::<Vec<_>>());
         plans.into_iter().map(|plan| plan.plain).collect()
-    }
-
-    fn runs_of(&self, vm: u16) -> usize {
-        let mut last: Option<Candidate> = None;
-        let begins_run = |next: &Candidate| {
-            let before = last.replace(*next);
-            before.is_none_or(|last| {
-                (last.block, last.page.0 + 1, last.at.0 + 1) != (next.block, next.page.0, next.at.0)
-            })
-        };
-        self.candidates(vm).filter(begins_run).count()
     }
 
     fn candidates(&self, vm: u16) -> impl Iterator<Item = Candidate> {

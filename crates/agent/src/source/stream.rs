@@ -89,8 +89,8 @@ pub(crate) struct Stream {
     pub(crate) wire_bytes: AtomicU64,
     /// Pages that the target has mapped.
     pub(crate) mapped: AtomicU64,
-    /// What is known of shared frames, until the reader takes it.
-    shared: Mutex<Option<Arc<SharedPages>>>,
+    /// What is known of shared frames, and whether the reader has taken it.
+    shared: Mutex<(Arc<SharedPages>, bool)>,
     counts: Mutex<PackCounts>,
     repaired: AtomicU64,
     /// Entries of the rack in frames that are not acknowledged, with the frames' ends.
@@ -99,6 +99,8 @@ pub(crate) struct Stream {
     is_late_round: AtomicBool,
     /// The last section of its memory has begun.
     is_ending: AtomicBool,
+    /// A switch to post-copy was ordered and is not read yet.
+    is_switching: AtomicBool,
     /// QEMU was told that everything has arrived.
     is_told: AtomicBool,
     postcopy: Mutex<Postcopy>,
@@ -106,6 +108,8 @@ pub(crate) struct Stream {
 
 struct Flow {
     window: Window,
+    /// Scans that wait for the index: they are not in the window yet.
+    unresolved: usize,
     /// Set once the stream is over; everybody who waits goes home.
     closed: bool,
     /// What QEMU still writes goes nowhere: it is to complete, and to run on here.
@@ -117,6 +121,10 @@ struct Flow {
 }
 
 impl Flow {
+    fn is_complete(&self) -> bool {
+        self.unresolved == 0 && self.window.backlog() == 0
+    }
+
     fn is_held(&self) -> bool {
         self.held_until.is_some_and(|until| Instant::now() < until)
     }
@@ -141,6 +149,7 @@ impl Stream {
             started,
             window: Mutex::new(Flow {
                 window: Window::new(limit),
+                unresolved: 0,
                 closed: false,
                 drained: false,
                 held_until: None,
@@ -158,6 +167,7 @@ impl Stream {
             carried: Mutex::default(),
             is_late_round: AtomicBool::new(false),
             is_ending: AtomicBool::new(false),
+            is_switching: AtomicBool::new(false),
             is_told: AtomicBool::new(false),
             postcopy: Mutex::default(),
         }
@@ -257,17 +267,60 @@ impl Stream {
         lock(&self.window).is_held()
     }
 
+    /// A scan waits for the index.
+    pub(crate) fn unresolved(&self) {
+        lock(&self.window).unresolved += 1;
+    }
+
+    /// A scan that waited for the index is on its way.
+    pub(crate) fn resolved(&self) {
+        let mut flow = lock(&self.window);
+        flow.unresolved = flow.unresolved.saturating_sub(1);
+        drop(flow);
+        self.moved.notify_all();
+    }
+
+    /// Waits until nothing that was read waits for the index any more. False: the stream is closed.
+    pub(crate) fn wait_resolved(&self) -> bool {
+        self.wait_while(|flow| flow.unresolved > 0)
+    }
+
     /// Waits until all that was read is complete at the target. False: the stream is closed.
     pub(crate) fn wait_complete(&self) -> bool {
+        self.wait_while(|flow| !flow.is_complete())
+    }
+
+    fn wait_while(&self, waits: impl Fn(&Flow) -> bool) -> bool {
         let mut flow = lock(&self.window);
-        while !flow.closed && !flow.drained && flow.window.backlog() > 0 {
+        while !flow.closed && !flow.drained && waits(&flow) {
             flow = self
                 .moved
-                .wait_timeout(flow, Duration::from_millis(200))
+                .wait_timeout(flow, WINDOW_POLL)
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
         !flow.closed
+    }
+
+    /// Whether all that was read is complete at the target.
+    pub(crate) fn is_complete(&self) -> bool {
+        lock(&self.window).is_complete()
+    }
+
+    /// A switch to post-copy is ordered: what is read before it must be complete soon.
+    pub(crate) fn set_switching(&self) {
+        self.is_switching.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a switch to post-copy is ordered and not passed yet.
+    pub(crate) fn is_switching(&self) -> bool {
+        self.is_switching.load(Ordering::Relaxed)
+    }
+
+    /// The switch to post-copy is passed: the guest goes ahead of its memory.
+    pub(crate) fn pass_switch(&self) {
+        lock(&self.window).window.set_guest_ahead();
+        self.is_switching.store(false, Ordering::Relaxed);
     }
 
     /// From here on nothing is sent of what QEMU writes.
@@ -443,12 +496,23 @@ impl Stream {
 
     /// Has the reader know what is known of shared frames.
     pub(crate) fn set_shared(&self, pages: SharedPages) {
-        *lock(&self.shared) = Some(Arc::new(pages));
+        *lock(&self.shared) = (Arc::new(pages), false);
     }
 
     /// What has become known of shared frames since the last call.
     pub(crate) fn take_shared(&self) -> Option<Arc<SharedPages>> {
-        lock(&self.shared).take()
+        let (pages, is_taken) = &mut *lock(&self.shared);
+        (!std::mem::replace(is_taken, true)).then(|| Arc::clone(pages))
+    }
+
+    /// What is known of shared frames, and the name of a block.
+    pub(crate) fn shared_in(&self, block: BlockIndex) -> Option<(Arc<SharedPages>, String)> {
+        let name = lock(&self.postcopy)
+            .blocks
+            .get(usize::from(block.0))
+            .cloned()?;
+        let pages = Arc::clone(&lock(&self.shared).0);
+        Some((pages, name))
     }
 
     pub(crate) fn count_repaired(&self, pages: u64) {

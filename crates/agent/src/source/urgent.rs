@@ -7,8 +7,8 @@
 
 use std::sync::Arc;
 
-use migrate::pack::{Packed, repair_front};
-use page::{BlockIndex, HostAddr, PAGE_SIZE, PageNo, PageRun};
+use migrate::pack::{Packed, urgent_front};
+use page::{BlockIndex, FrameSharing, HostAddr, PAGE_SIZE, PageNo, PageRun};
 use qstream::{ReturnDecoder, ReturnMessage, ReturnStep};
 use wire::FrameKind;
 
@@ -101,7 +101,7 @@ pub(crate) fn serve(stream: &Arc<Stream>, message: &[u8], outbox: &Outbox, pool:
     )]
     let offsets = (0..pages.len()).map(|i| (i * PAGE_SIZE) as u32).collect();
     let packed = Packed {
-        front: repair_front(as_of, block, &pages),
+        front: front(stream, as_of, (block, &pages)),
         pages: offsets,
         ..Packed::default()
     };
@@ -113,6 +113,15 @@ pub(crate) fn serve(stream: &Arc<Stream>, message: &[u8], outbox: &Outbox, pool:
     });
     // Only now: what is left out of the stream must be on its way.
     stream.went_ahead(pages.into_iter().map(|page| (block, page)));
+}
+
+/// Says which pages follow, and how they share their frames.
+fn front(stream: &Stream, as_of: u64, (block, pages): (BlockIndex, &[PageNo])) -> Vec<u8> {
+    let shared = stream.shared_in(block);
+    let of_block = shared.as_ref().map(|(shared, name)| shared.of_block(name));
+    let sharing = |page| of_block.as_ref().map_or(FrameSharing::No, |of| of(page));
+    let pages = pages.iter().map(|page| (*page, sharing(*page)));
+    urgent_front(as_of, block, pages)
 }
 
 #[cfg(test)]

@@ -36,6 +36,7 @@ struct Listener {
 pub(crate) fn listen(
     address: SocketAddr,
     arrivals: Arc<Arrivals>,
+    racks: Arc<RackStores>,
     index: Arc<IndexHost>,
     terms: Terms,
 ) -> anyhow::Result<()> {
@@ -43,7 +44,7 @@ pub(crate) fn listen(
         arrivals,
         terms: terms.clone(),
         sessions: Mutex::default(),
-        racks: Arc::default(),
+        racks,
         index,
     };
     crate::link::listen(address, terms, listener).context("waiting for moves (`bulk`)")?;

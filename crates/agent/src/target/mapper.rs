@@ -13,8 +13,7 @@ use anyhow::Context;
 use content::pool::{PoolSpace, PoolSpot, PoolUser, PoolVm, SPACE_PAGES, mapping_budget};
 use cow_abi::{BLOCKS_MAX, MapRun, Outcome};
 use guest::{CowError, CowLibrary, CowListener, TargetGuest, mapping_obstacle};
-use migrate::unpack::SharedPage;
-use page::{BlockIndex, ByteLen, ContentId, ContentKey, HostAddr, PageBytes, PageNo};
+use page::{BlockIndex, ByteLen, ContentId, ContentKey, FrameSharing, HostAddr, PageBytes, PageNo};
 use qstream::BlockList;
 use wire::OpenMove;
 
@@ -227,7 +226,7 @@ impl Mapper {
         }
     }
 
-    /// Pages that are mapped.
+    /// Pages that are mapped, or will be when QEMU places them.
     pub(crate) fn mapped(&self) -> u64 {
         self.mapped
     }
@@ -241,10 +240,17 @@ impl Mapper {
         if self.library.is_none() {
             return Ok(is_mapped);
         }
-        let runs = self.runs_of(wanted);
-        let (chosen, left_out): (Vec<_>, Vec<_>) =
-            runs.into_iter().partition(|run| self.affords(run));
-        let outcomes = self.ask(&chosen)?;
+        let (chosen, left_out) = self.choose(wanted);
+        let outcomes = match self.ask(&chosen, |library, maps| library.map(maps, false)) {
+            Err(CowError::Closed) => {
+                // It maps nothing any more, so that plain copies are safe; if its QEMU has ended,
+                // they will not be taken.
+                self.library = None;
+                self.say(Trouble::Closed);
+                vec![Outcome::Refused(0); chosen.len()]
+            }
+            other => other?,
+        };
         for (run, outcome) in chosen.iter().zip(outcomes) {
             let pages = run.first..run.first + run.map.pages as usize;
             match outcome {
@@ -254,7 +260,7 @@ impl Mapper {
                     self.release(run, wanted);
                     self.say(Trouble::NoMappings);
                 }
-                Outcome::Refused(_) => {
+                Outcome::Refused(_) | Outcome::Expected => {
                     self.release(run, wanted);
                     if self.library.is_some() {
                         self.say(Trouble::Refused);
@@ -268,6 +274,43 @@ impl Mapper {
             self.release(run, wanted);
         }
         Ok(is_mapped)
+    }
+
+    /// Has pages mapped when QEMU places them, in post-copy: it must know of each, so they are written
+    /// to it all the same, after this. Whatever goes wrong, they are copied then.
+    pub(crate) fn expect(&mut self, wanted: &[Wanted<'_>]) {
+        if self.library.is_none() {
+            return;
+        }
+        let (chosen, left_out) = self.choose(wanted);
+        for run in &left_out {
+            self.release(run, wanted);
+        }
+        let outcomes = match self.ask(&chosen, CowLibrary::expect) {
+            Ok(outcomes) => outcomes,
+            Err(error) => {
+                // It may have heard of them: their contents stay in the pool until it is seen what
+                // became of the pages.
+                tracing::debug!(%error, "the mapping library does not say what it expects");
+                self.library = None;
+                self.say(Trouble::Closed);
+                return;
+            }
+        };
+        for (run, outcome) in chosen.iter().zip(outcomes) {
+            if outcome == Outcome::Expected {
+                self.mapped += u64::from(run.map.pages);
+            } else {
+                self.release(run, wanted);
+                self.say(Trouble::Refused);
+            }
+        }
+    }
+
+    /// What is to be mapped, in the pool, as runs; and those that the process cannot have.
+    fn choose(&mut self, wanted: &[Wanted<'_>]) -> (Vec<Run>, Vec<Run>) {
+        let runs = self.runs_of(wanted);
+        runs.into_iter().partition(|run| self.affords(run))
     }
 
     /// Places the contents in the pool, and joins neighbours.
@@ -325,24 +368,19 @@ impl Mapper {
         true
     }
 
-    fn ask(&mut self, runs: &[Run]) -> Result<Vec<Outcome>, CowError> {
+    fn ask(
+        &mut self,
+        runs: &[Run],
+        question: impl FnOnce(&mut CowLibrary, &[MapRun]) -> Result<Vec<Outcome>, CowError>,
+    ) -> Result<Vec<Outcome>, CowError> {
         let maps: Vec<MapRun> = runs.iter().map(|run| run.map).collect();
         let Some(library) = self.library.as_mut().filter(|_| !maps.is_empty()) else {
             return Ok(Vec::new());
         };
         let begin = Instant::now();
-        let answer = library.map(&maps, false);
+        let answer = question(library, &maps);
         self.asked += begin.elapsed();
-        match answer {
-            Err(CowError::Closed) => {
-                // It maps nothing any more, so that plain copies are safe; if its QEMU has ended,
-                // they will not be taken.
-                self.library = None;
-                self.say(Trouble::Closed);
-                Ok(vec![Outcome::Refused(0); maps.len()])
-            }
-            other => other,
-        }
+        answer
     }
 
     /// All memory is through: QEMU's advice about it is given again, and the library is let go.
@@ -387,8 +425,12 @@ impl Mapper {
 }
 
 /// Where a page is to lie in the pool, if it does not depend on who brings it.
-pub(crate) fn spot<B>(session: u64, shared: &SharedPage<B>, fill: Option<u8>) -> Option<PoolSpot> {
-    if let Some((file, at)) = shared.sharing.file_page(shared.page) {
+pub(crate) fn spot(
+    session: u64,
+    (sharing, page): (FrameSharing, PageNo),
+    fill: Option<u8>,
+) -> Option<PoolSpot> {
+    if let Some((file, at)) = sharing.file_page(page) {
         let (part, page) = (at / SPACE_PAGES, at % SPACE_PAGES);
         let number = u64::from(file) << 48 | part;
         let owner = session;
@@ -401,7 +443,7 @@ pub(crate) fn spot<B>(session: u64, shared: &SharedPage<B>, fill: Option<u8>) ->
             owner: 0,
             number: 0,
         },
-        page: row + u64::from(shared.page.0 % FILL_ROW),
+        page: row + u64::from(page.0 % FILL_ROW),
     })
 }
 

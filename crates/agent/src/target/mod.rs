@@ -31,3 +31,5 @@ pub(crate) use ksm::{KsmBoost, restore_leftover};
 pub(crate) use listener::listen;
 pub(crate) use pool::Pools;
 pub(crate) use pressure::Pressure;
+pub(crate) use rack::{RackStores, Seed, store_name};
+pub(crate) use session::GuestMemory;

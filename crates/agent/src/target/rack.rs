@@ -52,6 +52,19 @@ struct Inner {
 #[derive(Default)]
 pub(crate) struct RackStores {
     stores: Mutex<HashMap<String, Arc<RackStore>>>,
+    /// What VMs that stay here have, by the store's name; with the preparation that found it.
+    seeds: Mutex<HashMap<String, (String, Vec<Seed>)>>,
+}
+
+/// Contents of a VM that runs here and stays.
+pub(crate) struct Seed {
+    pub(crate) memory: Arc<GuestMemory>,
+    pub(crate) places: Vec<(EntryId, ContentId, BlockIndex, PageNo)>,
+}
+
+/// The name of a group's and trust domain's store in the life of its index.
+pub(crate) fn store_name(secret: &ContentKey, group: &str, epoch: u64) -> String {
+    hex::encode(secret.name("store", &[group.as_bytes(), &epoch.to_le_bytes()]))
 }
 
 impl RackStores {
@@ -69,12 +82,35 @@ impl RackStores {
             return Ok(Arc::clone(store));
         }
         let store = RackStore::new(hello, key, context, store_bytes);
+        if let Some((_, seeds)) = lock(&self.seeds).get(&hello.store) {
+            seeds.iter().for_each(|seed| store.add_seed(seed));
+        }
         stores.insert(hello.store.clone(), Arc::clone(&store));
         let (stores, watched) = (Arc::downgrade(self), Arc::downgrade(&store));
         std::thread::Builder::new()
             .name("gw-exchange".into())
             .spawn(move || watch(&stores, &watched))?;
         Ok(store)
+    }
+
+    /// Keeps what VMs that stay here have for the store of this name, for as long as the preparation is
+    /// not forgotten. What was kept for it before is replaced.
+    pub(crate) fn keep_seeds(&self, store: String, preparation: &str, seeds: Vec<Seed>) {
+        lock(&self.seeds).insert(store, (preparation.to_owned(), seeds));
+    }
+
+    /// Forgets what a preparation has found; stores that have it keep it.
+    pub(crate) fn forget_seeds(&self, preparation: &str) {
+        lock(&self.seeds).retain(|_, (of, _)| of != preparation);
+    }
+
+    /// What is kept for the store of this name.
+    #[cfg(test)]
+    pub(crate) fn seeds_of(&self, store: &str) -> Vec<(EntryId, ContentId)> {
+        let seeds = lock(&self.seeds);
+        let kept = seeds.get(store).into_iter().flat_map(|(_, seeds)| seeds);
+        kept.flat_map(|seed| seed.places.iter().map(|(entry, id, ..)| (*entry, *id)))
+            .collect()
     }
 
     /// The store of this name, for another target host.
@@ -133,6 +169,27 @@ impl RackStore {
                 clock: Instant::now(),
             }
         })
+    }
+
+    /// Takes in what a VM has that stays here.
+    fn add_seed(&self, seed: &Seed) {
+        let number = {
+            let mut inner = lock(&self.inner);
+            let Some(number) = u16::try_from(inner.next_member)
+                .ok()
+                .filter(|number| u32::from(*number) < MAX_MEMBERS)
+            else {
+                return;
+            };
+            inner.next_member += 1;
+            inner.memories.insert(number, Arc::clone(&seed.memory));
+            number
+        };
+        let places = seed.places.iter();
+        self.place(
+            number,
+            places.map(|&(entry, id, block, page)| (entry, Some(id), block, page)),
+        );
     }
 
     /// A session does not use the store any more.

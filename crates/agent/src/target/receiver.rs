@@ -44,6 +44,11 @@ pub(crate) fn run(
                     sink.push_urgent(Arc::new(body));
                 }
             }
+            FrameKind::Hurry => {
+                if let Some(sink) = session.sink(header.vm()) {
+                    sink.push(SinkFrame::Hurry);
+                }
+            }
             FrameKind::Relay => {
                 if let Some(sink) = session.sink(header.vm()) {
                     sink.push(SinkFrame::Relay(Arc::new(body)));

@@ -3,8 +3,8 @@
 use std::collections::{HashMap, VecDeque};
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
-use std::sync::Mutex;
-use std::time::Instant;
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use migrate::unpack::Unpacker;
 use page::{BlockIndex, PageNo};
@@ -33,6 +33,19 @@ pub(crate) struct Ping {
 pub(crate) struct Returns {
     pings: Mutex<VecDeque<Ping>>,
     faults: Mutex<Faults>,
+    heard: Mutex<Heard>,
+    news: Condvar,
+}
+
+/// What was heard of QEMU.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Heard {
+    #[default]
+    Nothing,
+    /// A ping of ours was answered, and so were all before it.
+    Answer,
+    /// Nothing more comes.
+    End,
 }
 
 /// Pages that QEMU has asked for.
@@ -51,6 +64,22 @@ impl Returns {
     /// A ping is about to be written.
     pub(crate) fn expect(&self, ping: Ping) {
         lock(&self.pings).push_back(ping);
+    }
+
+    /// Waits until QEMU has answered a ping of ours, the first or a later one. False: it does not.
+    pub(crate) fn wait_answer(&self, patience: Duration) -> bool {
+        let heard = lock(&self.heard);
+        let waits = |heard: &mut Heard| *heard == Heard::Nothing;
+        let (heard, _) = self
+            .news
+            .wait_timeout_while(heard, patience, waits)
+            .unwrap_or_else(PoisonError::into_inner);
+        *heard == Heard::Answer
+    }
+
+    fn hears(&self, news: Heard) {
+        *lock(&self.heard) = news;
+        self.news.notify_all();
     }
 
     /// The stream's blocks are known.
@@ -126,6 +155,7 @@ impl Returns {
             memory.has(&given);
         }
         if let Some(reached) = reached {
+            self.hears(Heard::Answer);
             session.say(vm, BackMessage::Ack(reached));
         }
     }
@@ -144,6 +174,17 @@ pub(crate) enum ReturnEnd {
 
 /// Reads a target QEMU's return path to its end; own pongs become acknowledgements.
 pub(crate) fn read_return_path(
+    socket: UnixStream,
+    session: &TargetSession,
+    vm: u16,
+    returns: &Returns,
+) -> ReturnEnd {
+    let end = read_to_end(socket, session, vm, returns);
+    returns.hears(Heard::End);
+    end
+}
+
+fn read_to_end(
     mut socket: UnixStream,
     session: &TargetSession,
     vm: u16,

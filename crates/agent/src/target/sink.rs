@@ -5,11 +5,14 @@ use std::io::{self, IoSlice, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, select_biased, unbounded};
 use guest::CowError;
 use migrate::unpack::{Ack, Arrived, Batch, Segment, UnpackError, Unpacker};
-use page::{BlockIndex, ContentId, EntryId, HostNo, PAGE_SIZE, PageBytes, PageNo};
+use page::{
+    BlockIndex, ContentId, EntryId, FrameSharing, HostNo, PAGE_SIZE, PageBytes, PageNo, fill_byte,
+};
 use wire::{BackMessage, MAX_ENTRIES};
 
 use crate::link::Buffer;
@@ -26,6 +29,10 @@ pub(super) const MAX_QUEUED: usize = 128 << 20;
 
 /// Slices of one write: the kernel's limit for one call.
 const MAX_SLICES: usize = 1024;
+
+/// How long a QEMU that is told that post-copy may follow may take to empty its memory, before pages
+/// are copied: it takes milliseconds, on a host without memory perhaps a second.
+const EMPTIED: Duration = Duration::from_secs(10);
 
 /// The source hears of so many more pages that were mapped: 16 MiB.
 const SAY_MAPPED: u64 = 4096;
@@ -45,6 +52,8 @@ pub(crate) enum SinkFrame {
         carrier: HostNo,
         entries: Vec<EntryId>,
     },
+    /// What it waits for is to come at once, or not at all.
+    Hurry,
 }
 
 impl SinkFrame {
@@ -52,7 +61,7 @@ impl SinkFrame {
     pub(super) fn counted(&self) -> usize {
         match self {
             Self::Frame { body, .. } | Self::Urgent(body) | Self::Relay(body) => body.len(),
-            Self::Arrived(_) | Self::NotComing { .. } => 0,
+            Self::Arrived(_) | Self::NotComing { .. } | Self::Hurry => 0,
         }
     }
 }
@@ -216,6 +225,10 @@ impl Sink {
             }
             self.feed(&mut unpacker, &frame, &mut batch)?;
         }
+        // In post-copy QEMU has placed everything only when the source has heard so, and says no more.
+        if let Some(mapper) = self.mapper.as_mut().filter(|_| unpacker.has_switched()) {
+            mapper.finish();
+        }
         Ok(())
     }
 
@@ -261,13 +274,21 @@ impl Sink {
         self.returns.given(&batch.given);
         self.tell(unpacker, batch);
         self.remember(batch, body);
-        if let Some((rack, _)) = self.session.member(self.vm) {
-            let mut last = unpacker.last_wanted().peekable();
-            if last.peek().is_some() {
-                rack.hurry(last);
-            }
+        self.hurry(unpacker.last_wanted());
+        if matches!(frame, SinkFrame::Hurry) {
+            self.hurry(unpacker.wanted());
         }
         Ok(())
+    }
+
+    /// What is on its way, or quicker read again from the source: a guest stands still, or soon will.
+    fn hurry(&self, entries: impl Iterator<Item = EntryId>) {
+        let mut entries = entries.peekable();
+        if let Some((rack, _)) = self.session.member(self.vm)
+            && entries.peek().is_some()
+        {
+            rack.hurry(entries);
+        }
     }
 
     /// Waits a little if memory is scarce: what is not acknowledged slows the source.
@@ -284,7 +305,8 @@ impl Sink {
     /// Says what a batch that was written means.
     fn tell(&mut self, unpacker: &Unpacker, batch: &Batch<Arc<Buffer>>) {
         // While QEMU loads its devices: every mapping is through, and the guest waits.
-        if let Some(mapper) = self.mapper.as_mut().filter(|_| unpacker.is_past_memory()) {
+        let is_over = unpacker.is_past_memory() && !unpacker.has_switched();
+        if let Some(mapper) = self.mapper.as_mut().filter(|_| is_over) {
             mapper.finish();
         }
         if unpacker.has_switched()
@@ -339,6 +361,7 @@ impl Sink {
                 }
                 Ok(&[])
             }
+            SinkFrame::Hurry => Ok(&[]),
         }
     }
 
@@ -375,9 +398,35 @@ impl Sink {
         let Some(mut mapper) = self.mapper.take() else {
             return Ok(());
         };
+        if !batch.expected.is_empty() {
+            let pages = batch.expected.iter().map(|page| {
+                let place = (page.block, page.page, page.sharing);
+                (page.entry, place, &batch.segments[page.segment])
+            });
+            // A page that was sent ahead may have become zero since its frame was looked at.
+            let pages = pages.filter(|(_, _, segment)| {
+                let bytes = bytes_of(segment, batch, body).try_into();
+                bytes.is_ok_and(|bytes: &PageBytes| fill_byte(bytes) != Some(0))
+            });
+            mapper.expect(&wanted(
+                &self.session,
+                &mut self.fills,
+                pages,
+                (batch, body),
+            ));
+        }
         if !batch.shared.is_empty() {
-            let wanted = wanted(&self.session, &mut self.fills, batch, body);
-            let is_mapped = mapper.map(&wanted).map_err(SinkError::Mapping)?;
+            let pages = batch.shared.iter().map(|page| {
+                let place = (page.block, page.page, page.sharing);
+                (page.entry, place, &page.bytes)
+            });
+            let wanted = wanted(&self.session, &mut self.fills, pages, (batch, body));
+            let is_empty = unpacker.maps_after().is_none() || self.returns.wait_answer(EMPTIED);
+            let is_mapped = if is_empty {
+                mapper.map(&wanted).map_err(SinkError::Mapping)?
+            } else {
+                vec![false; wanted.len()]
+            };
             let pages = batch.shared.iter().zip(&wanted);
             let entries = pages.filter(|(_, wanted)| self.is_findable(wanted.block));
             let placed = entries.filter_map(|(shared, wanted)| {
@@ -444,33 +493,42 @@ fn losses(carrier: HostNo, entries: &[EntryId]) -> impl Iterator<Item = BackMess
     entries.chunks(MAX_ENTRIES).map(lost)
 }
 
-/// The pages of a batch that are to be mapped, with the ids of their contents.
+/// A page of a batch that is to be mapped: the entry of its content, where it is and how it shares, and
+/// its bytes.
+type ToMap<'a> = (
+    Option<EntryId>,
+    (BlockIndex, PageNo, FrameSharing),
+    &'a Segment<Arc<Buffer>>,
+);
+
+/// Pages of a batch that are to be mapped, with the ids of their contents.
 fn wanted<'a>(
     session: &TargetSession,
     fills: &mut HashMap<u8, ContentId>,
-    batch: &'a Batch<Arc<Buffer>>,
-    body: &'a [u8],
+    pages: impl Iterator<Item = ToMap<'a>>,
+    (batch, body): (&'a Batch<Arc<Buffer>>, &'a [u8]),
 ) -> Vec<Wanted<'a>> {
-    let pages = batch.shared.iter().filter_map(|shared| {
-        let bytes = bytes_of(&shared.bytes, batch, body);
+    let pages = pages.filter_map(|(entry, (block, page, sharing), segment)| {
+        let bytes = bytes_of(segment, batch, body);
         let bytes: &PageBytes = bytes.try_into().ok()?;
         // What somebody else could map must be hashed here: the source's word is not enough.
-        let (content, fill) = match shared.entry {
-            None => {
-                let id = fills.entry(bytes[0]);
-                (
-                    *id.or_insert_with(|| session.key.id_of(bytes)),
-                    Some(bytes[0]),
-                )
+        let fill = match entry {
+            None => fill_byte(bytes),
+            Some(_) => None,
+        };
+        let content = match fill {
+            Some(byte) => {
+                let id = fills.entry(byte);
+                *id.or_insert_with(|| session.key.id_of(bytes))
             }
-            Some(_) => (session.key.id_of(bytes), None),
+            None => session.key.id_of(bytes),
         };
         Some(Wanted {
-            block: shared.block,
-            page: shared.page,
+            block,
+            page,
             content,
             bytes,
-            spot: spot(session.number, shared, fill),
+            spot: spot(session.number, (sharing, page), fill),
         })
     });
     pages.collect()

@@ -54,6 +54,28 @@ pub struct PrepareSpec {
     /// What hashing may take.
     #[serde(default)]
     pub bounds: PrepareBounds,
+    /// Asks a target agent: these VMs run there and stay, and what they have need not be sent.
+    #[serde(default)]
+    pub resident: bool,
+    /// Whether VMs that stay at target hosts are hashed, too.
+    #[serde(default)]
+    pub seeded: bool,
+    /// Whether it is found out, too, what the VMs that go to a target host have in common: with
+    /// sharing `identical`.
+    #[serde(default)]
+    pub identical: bool,
+}
+
+impl PrepareSpec {
+    /// Under what name an agent knows the preparation: a host may be source and target.
+    #[must_use]
+    pub fn key(&self) -> String {
+        if self.resident {
+            format!("{}.resident", self.group)
+        } else {
+            self.group.clone()
+        }
+    }
 }
 
 /// A VM to hash.

@@ -25,7 +25,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use page::{BlockIndex, ByteLen, ContentId, PAGE_SIZE, PageNo};
 
-pub use plan::{Candidate, VmCandidates, VmPlan, mapping_budget, plan_runs};
+pub use plan::{Candidate, VmCandidates, VmPlan, mapping_budget, plan_runs, runs_in};
 
 /// Number of a page of the pool's file.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]

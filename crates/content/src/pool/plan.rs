@@ -51,6 +51,22 @@ pub fn mapping_budget(max_map_count: u64, mappings: u64) -> usize {
     usize::try_from(free.saturating_sub(MAPPINGS_RESERVED) / 2).unwrap_or(usize::MAX)
 }
 
+/// How many runs these candidates of one VM make, which come in order.
+pub fn runs_in(candidates: impl Iterator<Item = Candidate>) -> usize {
+    let mut last: Option<Candidate> = None;
+    let begins_run = |next: &Candidate| {
+        let before = last.replace(*next);
+        before.is_none_or(|last| !follows(&last, next))
+    };
+    candidates.filter(begins_run).count()
+}
+
+fn follows(last: &Candidate, next: &Candidate) -> bool {
+    last.block == next.block
+        && last.page.0.checked_add(1) == Some(next.page.0)
+        && last.at.0.checked_add(1) == Some(next.at.0)
+}
+
 /// Chooses the runs that are mapped: the longest of each VM, within its limit.
 ///
 /// Decided for each content, not for each page: KSM can merge the pages of a content that is not

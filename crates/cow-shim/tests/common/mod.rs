@@ -4,6 +4,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use guest::{CowLibrary, CowListener, RamBlock};
@@ -159,6 +160,7 @@ pub(crate) fn be_a_puppet() {
         assert_eq!(unsafe { libc::madvise(base, len, advice) }, 0);
     }
     println!("\npuppet: {}", base.addr());
+    let mut watch = Watch::default();
     for line in std::io::stdin().lines() {
         let line = line.unwrap();
         let words: Vec<&str> = line.split(' ').collect();
@@ -178,9 +180,75 @@ pub(crate) fn be_a_puppet() {
                 i64::from(unsafe { libc::madvise(addr, len, libc::MADV_DONTNEED) })
             }
             "bench" => bench(number(1)),
+            "watch" => watch.begin(base, len),
+            "wait" => watch.wait(place(1)),
+            "woken" => watch.woken(),
+            "place" => watch.place(place(1), u8::try_from(number(2)).unwrap()),
             other => panic!("no such command: {other}"),
         };
         println!("puppet: {answer}");
+    }
+}
+
+/// The puppet's memory as a QEMU in post-copy has it: pages that are not there are waited for.
+#[derive(Default)]
+struct Watch {
+    fd: libc::c_int,
+    waiting: Option<Receiver<u8>>,
+}
+
+impl Watch {
+    fn begin(&mut self, base: *mut libc::c_void, len: usize) -> i64 {
+        const API: libc::c_ulong = 0xc018_aa3f;
+        const REGISTER: libc::c_ulong = 0xc020_aa00;
+        let mut api = [0xaa_u64, 0, 0];
+        // Start, length, missing pages, what the kernel allows.
+        let mut range = [base.addr() as u64, len as u64, 1, 0];
+        // SAFETY: the arguments are of the sizes that the numbers tell; the memory is the puppet's.
+        unsafe {
+            let fd = libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK);
+            self.fd = libc::c_int::try_from(fd).unwrap();
+            assert_eq!(libc::ioctl(self.fd, API, api.as_mut_ptr()), 0);
+            i64::from(libc::ioctl(self.fd, REGISTER, range.as_mut_ptr()))
+        }
+    }
+
+    /// Somebody reads the page, and has to wait for it.
+    fn wait(&mut self, page: *mut u8) -> i64 {
+        let (sender, receiver) = channel();
+        let addr = page.expose_provenance();
+        std::thread::spawn(move || {
+            let page = std::ptr::with_exposed_provenance::<u8>(addr);
+            // SAFETY: a page of the puppet's memory.
+            let _ = sender.send(unsafe { page.read_volatile() });
+        });
+        let is_there = receiver.recv_timeout(Duration::from_millis(100)).is_ok();
+        self.waiting = Some(receiver);
+        i64::from(is_there)
+    }
+
+    /// What was read, once it is there; -1 if it does not come.
+    fn woken(&mut self) -> i64 {
+        let read = self.waiting.take().unwrap();
+        read.recv_timeout(Duration::from_secs(10))
+            .map_or(-1, i64::from)
+    }
+
+    /// As QEMU places a page of these bytes: how much was copied, or an error number, negative.
+    fn place(&self, page: *mut u8, byte: u8) -> i64 {
+        const COPY: libc::c_ulong = 0xc028_aa03;
+        let bytes = page_of(byte);
+        let (to, from) = (
+            page.addr() as u64,
+            bytes.as_ptr().expose_provenance() as u64,
+        );
+        let mut copy = [to, from, PAGE_SIZE as u64, 0, 0];
+        // SAFETY: the argument is of the size that the number tells; both pages are the puppet's.
+        let result = unsafe { libc::ioctl(self.fd, COPY, copy.as_mut_ptr()) };
+        match result {
+            0 => copy[4].cast_signed(),
+            _ => -i64::from(std::io::Error::last_os_error().raw_os_error().unwrap()),
+        }
     }
 }
 

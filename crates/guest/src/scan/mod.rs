@@ -381,6 +381,19 @@ impl Scan {
         self.vms.iter().map(|vm| vm.name.as_str())
     }
 
+    /// What each page of a VM holds, in the order of its regions, which are numbered; nothing if it was
+    /// not scanned.
+    pub fn pages_of(&self, name: &str) -> impl Iterator<Item = (u16, PageNo, PageKind)> {
+        let vm = self.vms.iter().find(|vm| vm.name == name);
+        let regions = vm.into_iter().flat_map(|vm| (0..).zip(&vm.regions));
+        let places = regions
+            .flat_map(|(number, region)| (0..region.pages).map(move |page| (number, PageNo(page))));
+        let states = vm.into_iter().flat_map(|vm| &vm.pages);
+        places
+            .zip(states)
+            .map(|((region, page), state)| (region, page, state.kind()))
+    }
+
     /// Pages of those of the scanned VMs that `which` names, by kind.
     #[must_use]
     pub fn tally(&self, which: impl Fn(&str) -> bool) -> Tally {

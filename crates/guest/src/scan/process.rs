@@ -2,7 +2,7 @@
 
 use std::io;
 
-use page::{HostAddr, PAGE_SIZE};
+use page::{HostAddr, PAGE_SIZE, PageNo};
 use sys::{Pagemap, PagemapEntry, Process, ProcessMemory};
 
 use super::{Region, VmMemory};
@@ -61,6 +61,29 @@ impl SourceGuest {
         })
     }
 }
+
+impl Examined {
+    /// The process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        (self.process & PID_MASK) as u32
+    }
+
+    /// Where an address is: the place of its region, and the page there.
+    #[must_use]
+    pub fn locate(&self, addr: HostAddr) -> Option<(usize, PageNo)> {
+        let page = |region: &Region| {
+            let at = addr.0.checked_sub(region.start.0)? / PAGE_SIZE as u64;
+            let at = u32::try_from(at).ok()?;
+            (at < region.pages).then_some(PageNo(at))
+        };
+        let mut found = self.regions.iter().map(page).enumerate();
+        found.find_map(|(at, page)| Some((at, page?)))
+    }
+}
+
+/// The pid's part of a process's number.
+const PID_MASK: u64 = (1 << 22) - 1;
 
 /// Ticks since boot fill 42 bits in 1400 years, a pid has at most 22.
 fn unique_number(process: &Process) -> io::Result<u64> {

@@ -148,6 +148,16 @@ fn a_seed_is_present_where_it_is_and_nobody_is_told_to_forward_it() {
 }
 
 #[test]
+fn what_is_at_a_target_host_counts_as_needed_elsewhere() {
+    let mut table = Table::new(1, 0);
+    register(&mut table, A, &[1, 2]);
+    table.seed(A, &[id(1)], &mut Vec::new());
+    let mut entries = Vec::new();
+    table.shared(A, &[id(1), id(2)], &mut entries);
+    assert_eq!(entries, [Some(EntryId(0)), None]);
+}
+
+#[test]
 fn preparing_again_replaces_what_was_registered_for_that_host_only() {
     let mut table = Table::new(1, 0);
     register(&mut table, A, &[1, 2, 3]);

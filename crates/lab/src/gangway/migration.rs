@@ -25,7 +25,7 @@ use crate::outcome::{EventLog, Hold, Moved, Outcome, PREPARE_TIME};
 use crate::postcopy;
 use crate::scenario::Preset;
 use crate::shell::say;
-use crate::technique::Mode;
+use crate::technique::{Extras, Mode};
 
 /// Longest answer of the control API to `continue`; it answers when the request is accepted.
 const CONTINUE_PATIENCE: Duration = Duration::from_secs(20);
@@ -36,13 +36,13 @@ const CLI_LOG: &str = "migrate.log";
 pub fn migrate(
     agents: &Agents,
     bench: &Bench<'_>,
-    (preset, zstd, mode): (Preset, bool, Mode),
+    (preset, extras, mode): (Preset, Extras, Mode),
     log: &EventLog,
 ) -> anyhow::Result<Outcome> {
     let cpu_before = agents.processor_s();
     let settings = Settings {
         preset,
-        zstd,
+        extras,
         mode,
         confirm_handover: bench.scenario.compare && !matches!(mode, Mode::PostCopy | Mode::Hybrid),
         stale: bench.scenario.stale_s.is_some(),
@@ -93,13 +93,13 @@ pub fn migrate(
 /// Moves the VMs once more, on the ways that they have now.
 pub fn move_again(
     (agents, bench): (&Agents, &Bench<'_>),
-    (preset, zstd): (Preset, bool),
+    (preset, extras): (Preset, Extras),
     vms: &[Vm],
     log: &EventLog,
 ) -> anyhow::Result<Vec<Moved>> {
     let settings = Settings {
         preset,
-        zstd,
+        extras,
         mode: Mode::PreCopy,
         confirm_handover: true,
         stale: false,

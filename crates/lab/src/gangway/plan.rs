@@ -12,14 +12,14 @@ use crate::bench::Bench;
 use crate::guest::{Host, Vm};
 use crate::net::Rack;
 use crate::scenario::Preset;
-use crate::technique::Mode;
+use crate::technique::{Extras, Mode};
 use crate::template;
 
 /// What the plan says beside the moves.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Settings {
     pub(super) preset: Preset,
-    pub(super) zstd: bool,
+    pub(super) extras: Extras,
     pub(super) mode: Mode,
     /// VMs wait, stopped at both ends, until the lab has compared their memory.
     pub(super) confirm_handover: bool,
@@ -48,6 +48,14 @@ pub(super) fn text(bench: &Bench<'_>, vms: &[&Vm], settings: Settings) -> anyhow
         "hosts": hosts,
         "move": moves,
     });
+    if settings.preset.has_index() && bench.scenario.seeds && !bench.residents.is_empty() {
+        let resident = |vm: &Vm| {
+            let qmp = vm.agent_socket(&vm.source);
+            json!({"vm": vm.name, "host": vm.source.name(), "qmp": qmp})
+        };
+        let residents = bench.residents.iter().map(resident);
+        plan["resident"] = residents.collect();
+    }
     if settings.preset.has_index() && bench.scenario.index > 0 {
         plan["index"] = json!(index::addresses(bench));
     }
@@ -58,8 +66,11 @@ pub(super) fn text(bench: &Bench<'_>, vms: &[&Vm], settings: Settings) -> anyhow
         plan["prepare"] = false.into();
     }
     // What the preset says already is not said again: users do not either.
-    if settings.zstd {
+    if settings.extras.zstd {
         plan["compression"] = "zstd".into();
+    }
+    if settings.extras.identical {
+        plan["sharing"] = "identical".into();
     }
     toml::to_string(&plan).context("writing the plan")
 }
@@ -81,6 +92,7 @@ fn one(bench: &Bench<'_>, vm: &Vm) -> Value {
     }
     json!({
         "vm": vm.name,
+        "domain": format!("domain-{}", vm.number % bench.scenario.vm.domains.max(1)),
         "from": vm.source.name(),
         "to": vm.target.name(),
         "qmp": vm.agent_socket(&vm.source),

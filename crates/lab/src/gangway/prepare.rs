@@ -10,6 +10,7 @@ use crate::bench::Bench;
 use crate::guest::Vm;
 use crate::scenario::Preset;
 use crate::shell::output;
+use crate::technique::{Extras, Mode};
 
 /// A plan of all VMs of a bench, in a file of the coordinator's.
 #[derive(Debug)]
@@ -23,8 +24,8 @@ impl Plan {
         let all: Vec<&Vm> = bench.vms.iter().collect();
         let settings = Settings {
             preset: Preset::Irlm,
-            zstd: false,
-            mode: crate::technique::Mode::PreCopy,
+            extras: Extras::default(),
+            mode: Mode::PreCopy,
             confirm_handover: false,
             stale: false,
         };

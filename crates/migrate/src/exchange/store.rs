@@ -133,6 +133,10 @@ impl<B: Body> Store<B> {
         // It may have come in the meantime; then nobody says so again.
         match self.shelved(entry, true) {
             Some((body, at)) => Lookup::Here(body, at),
+            // It was here and is not any more: nobody will bring it.
+            None if remote.is_some_and(|remote| self.waits.is_own(remote.carrier)) => {
+                Lookup::Missing
+            }
             None => self.wait(entry, stated, waiter, now, actions),
         }
     }

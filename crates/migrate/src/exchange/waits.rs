@@ -125,6 +125,11 @@ impl Waits {
         true
     }
 
+    /// Whether this host is the carrier.
+    pub(super) fn is_own(&self, carrier: HostNo) -> bool {
+        carrier == self.me
+    }
+
     /// One more waits for an entry, if somebody does (and for that content).
     pub(super) fn joins(
         &mut self,

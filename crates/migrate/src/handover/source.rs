@@ -303,6 +303,11 @@ impl SourceMove {
             (S::Recovering { .. }, E::Answer(MoveState::Lost { reason })) => {
                 person(Plight::Killed, reason)
             }
+            // It did run: it has said so. Bringing it back would be a second one, with old memory.
+            (S::Recovering { .. }, E::Answer(MoveState::NeverRan { reason })) => person(
+                Plight::Unknown,
+                format!("the target says now that it never ran there: {reason}"),
+            ),
             (S::Recovering { reason, .. }, E::Answer(answer)) => {
                 let lost = Some(reason);
                 self.answered((Duration::ZERO, lost), answer)

@@ -56,6 +56,12 @@ impl SharedPages {
         }
     }
 
+    /// How pages of the block of this name share their frames.
+    pub fn of_block(&self, name: &str) -> impl Fn(PageNo) -> FrameSharing {
+        let position = self.position_of(name);
+        move |page| position.map_or(FrameSharing::No, |position| self.sharing(position, page))
+    }
+
     /// How a page shares its frame.
     pub(super) fn sharing(&self, position: usize, page: PageNo) -> FrameSharing {
         let Some(block) = self.blocks.get(position) else {

@@ -6,7 +6,7 @@ use std::ops::Range;
 use page::{BlockIndex, EntryId, PageNo, PageRun};
 use wire::{Reached, Remote};
 
-use super::mapping::SharedPage;
+use super::mapping::{ExpectedPage, SharedPage};
 
 /// Where the bytes of an entry are.
 #[derive(Clone, Debug)]
@@ -88,6 +88,8 @@ pub struct Batch<B> {
     /// Pages to be mapped before anything of this batch is written; see
     /// [`shared_done`](super::Unpacker::shared_done).
     pub shared: Vec<SharedPage<B>>,
+    /// Pages that this batch writes to a QEMU in post-copy, which may map them instead of copying.
+    pub expected: Vec<ExpectedPage>,
     /// Pages that the target QEMU is told to forget by this batch. From before it is written until
     /// they are given to it again, reading them would wait for them.
     pub forgotten: Vec<(BlockIndex, PageRun)>,
@@ -127,6 +129,7 @@ impl<B> Default for Batch<B> {
             scratch: Vec::new(),
             placed: Vec::new(),
             shared: Vec::new(),
+            expected: Vec::new(),
             forgotten: Vec::new(),
             given: Vec::new(),
             repair: Vec::new(),
@@ -145,6 +148,7 @@ impl<B> Batch<B> {
         self.scratch.clear();
         self.placed.clear();
         self.shared.clear();
+        self.expected.clear();
         self.forgotten.clear();
         self.given.clear();
         self.repair.clear();

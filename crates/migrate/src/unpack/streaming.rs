@@ -8,7 +8,7 @@ use qstream::{BlockList, Command, Decoder, Encoder, Item, Step, encode_command};
 use wire::Remote;
 
 use super::batch::{Ack, Batch, Contents, Found, Placed, Segment};
-use super::mapping::{SharedPage, Untouched};
+use super::mapping::{ExpectedPage, SharedPage, Untouched};
 use super::owed::Owed;
 use super::waiting::{Cause, Version, Waiting};
 use super::{MAX_HELD_TAIL, MAX_WAITING, OUR_PING, UnpackError};
@@ -23,6 +23,20 @@ pub(super) struct Streaming {
     pub(super) phase: Phase,
     /// Once a switch to post-copy has begun.
     pub(super) owed: Option<Owed>,
+    /// Whether the target QEMU empties its memory, and when it has.
+    pub(super) emptied: Emptied,
+}
+
+/// A QEMU that is told that post-copy may follow empties its memory, when it gets to that: nothing is
+/// mapped before.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Emptied {
+    /// It does not.
+    Never,
+    /// It may not even have been told.
+    NotYet,
+    /// It has, once it answers this ping.
+    Before(u32),
 }
 
 /// Where a frame's pages come from, and how new they are as a position of the source QEMU's
@@ -45,16 +59,16 @@ pub(super) struct Frame {
 }
 
 impl Frame {
-    /// Which version its pages have. What was read again from memory shares nothing here.
+    /// Which version its pages have.
     pub(super) fn version(&self) -> Version {
-        let (position, sharing) = match self.origin {
-            Origin::Stream { position } => (position, self.sharing),
-            Origin::Memory { as_of } => (as_of, FrameSharing::No),
+        let position = match self.origin {
+            Origin::Stream { position } => position,
+            Origin::Memory { as_of } => as_of,
         };
         Version {
             block: self.block,
             position,
-            sharing,
+            sharing: self.sharing,
         }
     }
 }
@@ -75,6 +89,7 @@ pub(super) enum Phase {
 impl Streaming {
     pub(super) fn begin(
         decoder: Decoder,
+        empties: bool,
         mappable: &HashMap<String, u32>,
     ) -> Result<Self, UnpackError> {
         let none = || UnpackError::OutOfPlace {
@@ -92,6 +107,11 @@ impl Streaming {
             waiting: Waiting::default(),
             phase: Phase::Parts,
             owed: None,
+            emptied: if empties {
+                Emptied::NotYet
+            } else {
+                Emptied::Never
+            },
         })
     }
 
@@ -131,6 +151,9 @@ impl Streaming {
                     let ping = *next_ping;
                     encode_command(Command::Ping(ping), &mut batch.head);
                     batch.ack = Some(Ack::OnPong { ping, reached });
+                    if self.emptied == Emptied::NotYet {
+                        self.emptied = Emptied::Before(ping);
+                    }
                     *next_ping = ping.wrapping_add(1) | OUR_PING;
                 }
                 return;
@@ -176,8 +199,8 @@ impl Streaming {
         }
     }
 
-    /// Has a page mapped if it shared its frame and nothing was written to it yet; else writes it.
-    /// False: it is to be mapped.
+    /// Has a page mapped if it shared its frame and nothing was written to it yet; else, and always
+    /// after a switch, writes it. False: it is to be mapped.
     pub(super) fn share_or_put<B>(
         &mut self,
         version: Version,
@@ -186,18 +209,32 @@ impl Streaming {
         batch: &mut Batch<B>,
     ) -> bool {
         let block = version.block;
-        if version.sharing.is_shared() && self.untouched.touch(block, page) {
+        let sharing = version.sharing;
+        // What was read again from memory while the guest ran is not marked.
+        let is_mappable = sharing.is_shared()
+            && self.untouched.touch(block, page)
+            && self.emptied != Emptied::NotYet;
+        if is_mappable && self.owed.is_none() {
             self.waiting.wait(version, page, Cause::Mapping);
             batch.shared.push(SharedPage {
                 entry,
                 block,
                 page,
-                sharing: version.sharing,
+                sharing,
                 bytes,
             });
             return false;
         }
         self.put(block, page, bytes, batch);
+        if is_mappable {
+            batch.expected.push(ExpectedPage {
+                entry,
+                block,
+                page,
+                sharing,
+                segment: batch.segments.len() - 1,
+            });
+        }
         true
     }
 
@@ -290,6 +327,10 @@ impl Streaming {
             let bytes = Segment::Own(at);
             let is_written = match entry {
                 Some(_) => self.share_or_put(frame.version(), page, (entry, bytes), batch),
+                // Sent ahead of the stream.
+                None if self.owed.is_some() => {
+                    self.share_or_put(frame.version(), page, (entry, bytes), batch)
+                }
                 None => {
                     self.put(block, page, bytes, batch);
                     true
@@ -379,7 +420,7 @@ impl Streaming {
             });
         }
         let (blocks, waits) = (&self.blocks, !self.waiting.is_empty());
-        let (owed, mut package) = (&mut self.owed, None);
+        let (owed, untouched, mut package) = (&mut self.owed, &mut self.untouched, None);
         feed(&mut self.decoder, bytes, |item| match item {
             Item::Command { .. } | Item::Opaque(_) => package.is_none(),
             // The source has waited for what comes before.
@@ -388,6 +429,7 @@ impl Streaming {
                 let owed = owed.get_or_insert_with(|| Owed::new(blocks));
                 for run in discard.runs() {
                     owed.add(discard.block, run);
+                    untouched.forget(discard.block, run);
                     batch.forgotten.push((discard.block, run));
                 }
                 true

@@ -28,6 +28,14 @@ pub(crate) struct Asked {
     pub(crate) is_first_round: bool,
 }
 
+/// What a frame of the wire is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Pages,
+    Repair,
+    Urgent,
+}
+
 /// What comes for a VM's thread at the target.
 pub(crate) enum Inbox {
     Frame(Body, bool),
@@ -45,6 +53,8 @@ pub(crate) struct Move {
     pub(crate) requests: VecDeque<(BlockIndex, PageRun)>,
     pub(crate) answers: VecDeque<Vec<u8>>,
     pub(crate) inbox: VecDeque<Inbox>,
+    /// What a processor waits for, at the target: before all that is in the inbox.
+    pub(crate) urgent: VecDeque<Body>,
     pub(crate) unpacker: Unpacker,
     pub(crate) pings: VecDeque<(u32, Reached)>,
     pub(crate) pongs_seen: usize,
@@ -57,7 +67,7 @@ pub(crate) struct Host {
     pub(crate) table: HostTable,
     pub(crate) moves: Vec<Move>,
     pub(crate) targets: Vec<TargetQemu>,
-    pub(crate) wire: VecDeque<(usize, bool, Body)>,
+    pub(crate) wire: VecDeque<(usize, Kind, Body)>,
     pub(crate) recent: Recent<Body>,
     pub(crate) places: Places,
     pub(crate) store: Store<Body>,
@@ -65,8 +75,8 @@ pub(crate) struct Host {
 }
 
 impl Move {
-    fn new(key: &ContentKey, rng: &mut Rng) -> Self {
-        let source = SourceQemu::new(rng);
+    fn new(key: &ContentKey, postcopy: usize, rng: &mut Rng) -> Self {
+        let source = SourceQemu::with_mode(rng.chance(postcopy), rng);
         let blocks = source.layout.blocks.iter();
         let repairable: HashSet<_> = blocks
             .filter(|(index, _)| *index != NOT_REPAIRABLE)
@@ -86,6 +96,7 @@ impl Move {
             requests: VecDeque::new(),
             answers: VecDeque::new(),
             inbox: VecDeque::new(),
+            urgent: VecDeque::new(),
             unpacker: Unpacker::mapping(mappable),
             pings: VecDeque::new(),
             pongs_seen: 0,
@@ -99,6 +110,7 @@ impl Move {
             && self.requests.is_empty()
             && self.answers.is_empty()
             && self.inbox.is_empty()
+            && self.urgent.is_empty()
     }
 }
 
@@ -106,10 +118,10 @@ impl Host {
     pub(crate) fn new(
         no: HostNo,
         vms: usize,
-        (key, shelf): (&ContentKey, usize),
+        (key, shelf, postcopy): (&ContentKey, usize, usize),
         rng: &mut Rng,
     ) -> Self {
-        let moves: Vec<_> = (0..vms).map(|_| Move::new(key, rng)).collect();
+        let moves: Vec<_> = (0..vms).map(|_| Move::new(key, postcopy, rng)).collect();
         let target = |m: &Move| TargetQemu::new(Arc::clone(&m.source.layout));
         Self {
             no,
@@ -139,6 +151,8 @@ impl Host {
             let tail_at = usize::try_from(source.tail_at.unwrap()).unwrap();
             assert_eq!(target.tail, source.stream[tail_at..]);
             assert_eq!((target.unread(), m.unpacker.waiting()), (0, 0));
+            assert_eq!(target.package, source.package);
+            assert!(target.forgotten.is_empty() && m.unpacker.owed() == 0);
         }
     }
 
@@ -166,6 +180,9 @@ impl Host {
             let Some(version) = m.source.version_at(row, position) else {
                 continue;
             };
+            if target.forgotten.contains(&row) && !m.source.has_followed(row, position) {
+                continue;
+            }
             let newer = m.source.versions_from(row, version);
             let is_there = target.content(row).is_some_and(|c| newer.contains(&c));
             // Or it waits for a newer version, which ended its wait for this one.

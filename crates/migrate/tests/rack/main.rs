@@ -28,6 +28,7 @@ const SEEDS: u64 = 10_000;
 #[test]
 fn every_vm_arrives_as_it_was_at_its_stop_whatever_fails_between_hosts() {
     let (mut remote, mut repaired, mut died, mut late) = (0, 0, 0, 0);
+    let (mut behind, mut urgent, mut expected) = (0, 0, 0);
     for seed in 0..SEEDS {
         let mut rng = Rng::new(!seed);
         let faults = Faults::random(&mut rng);
@@ -37,10 +38,22 @@ fn every_vm_arrives_as_it_was_at_its_stop_whatever_fails_between_hosts() {
         repaired += world.repaired_pages;
         died += world.dead_hosts();
         late += world.mapped_late;
+        behind += world.remote_behind;
+        urgent += world.urgent_pages;
+        expected += world.expected;
     }
     assert!(remote > 100_000, "{remote} remote pages prove too little");
     assert!(repaired > 10_000, "{repaired} repairs prove too little");
     assert!(late > 10_000, "{late} late mappings prove too little");
+    assert!(
+        behind > 10_000,
+        "{behind} pages that followed prove too little"
+    );
+    assert!(urgent > 10_000, "{urgent} urgent pages prove too little");
+    assert!(
+        expected > 10_000,
+        "{expected} expected pages prove too little"
+    );
     assert!(died > 500, "{died} dead hosts prove too little");
 }
 

@@ -7,14 +7,14 @@ use std::time::Duration;
 use content::{Place, Recent};
 use index::{ClientNo, Table};
 use migrate::exchange::{Action, Came, Lookup, Store, Waiter};
-use migrate::pack::repair_front;
+use migrate::pack::{repair_front, urgent_front};
 use migrate::unpack::{Ack, Batch, Contents, Found, Segment, literal_runs, remotes};
-use page::{ContentId, ContentKey, EntryId, HostNo, PAGE_SIZE, PageBytes};
+use page::{ContentId, ContentKey, EntryId, FrameSharing, HostNo, PAGE_SIZE, PageBytes};
 use wire::index::{EntryRun, Item, Verdict};
 use wire::{Reached, Remote, split_pages_body};
 
-use crate::guest::{bytes_of, content_of, is_fill, marks};
-use crate::host::{Asked, Body, Crossed, Host, Inbox, bytes_written};
+use crate::guest::{NOT_REPAIRABLE, bytes_of, content_of, is_fill, marks};
+use crate::host::{Asked, Body, Crossed, Host, Inbox, Kind, bytes_written};
 use crate::rng::Rng;
 use crate::target::TargetQemu;
 
@@ -48,6 +48,8 @@ pub(crate) struct Faults {
     marked: usize,
     /// Of those that are to be mapped, so many cannot be.
     unmappable: usize,
+    /// Of 100 VMs, so many go over to post-copy.
+    postcopy: usize,
 }
 
 impl Faults {
@@ -64,6 +66,7 @@ impl Faults {
         step: Duration::from_nanos(1),
         marked: 0,
         unmappable: 0,
+        postcopy: 0,
     };
 
     /// Nothing fails, after a preparation.
@@ -87,6 +90,7 @@ impl Faults {
             step: Duration::from_micros([100, 1000][rng.below(2)]),
             marked: [0, 30, 100][rng.below(3)],
             unmappable: [0, 0, 20][rng.below(3)],
+            postcopy: [0, 50, 100][rng.below(3)],
         }
     }
 }
@@ -106,7 +110,7 @@ struct Claim {
 
 type Step = fn(&mut World, usize, usize);
 
-const STEPS: [Step; 11] = [
+const STEPS: [Step; 12] = [
     World::guest_writes,
     World::qemu_writes,
     World::read_stream,
@@ -115,6 +119,7 @@ const STEPS: [Step; 11] = [
     World::read_memory,
     World::send_repair,
     World::receive,
+    World::guest_waits,
     World::unpack,
     World::load,
     World::peers_talk,
@@ -138,6 +143,12 @@ pub(crate) struct World {
     pub(crate) repaired_pages: u64,
     /// Pages that were mapped when their contents came, after they were named.
     pub(crate) mapped_late: u64,
+    /// Pages named by what others bring, after the VM went ahead.
+    pub(crate) remote_behind: u64,
+    /// Pages that may be mapped when QEMU places them.
+    pub(crate) expected: u64,
+    /// Pages that were sent because a processor waited for them.
+    pub(crate) urgent_pages: u64,
 }
 
 impl World {
@@ -147,7 +158,12 @@ impl World {
         let host = |no: usize, rng: &mut Rng| {
             let vms = 1 + rng.below(2);
             let no = HostNo(u16::try_from(no).unwrap());
-            Host::new(no, vms, (&key, faults.shelf_pages * PAGE_SIZE), rng)
+            Host::new(
+                no,
+                vms,
+                (&key, faults.shelf_pages * PAGE_SIZE, faults.postcopy),
+                rng,
+            )
         };
         let hosts: Vec<_> = (0..hosts).map(|no| host(no, &mut rng)).collect();
         let mut world = Self {
@@ -166,6 +182,9 @@ impl World {
             remote_pages: 0,
             repaired_pages: 0,
             mapped_late: 0,
+            remote_behind: 0,
+            expected: 0,
+            urgent_pages: 0,
         };
         if faults.prepared {
             world.prepare();
@@ -273,15 +292,25 @@ impl World {
         let host_no = host;
         let host = &mut self.hosts[host];
         let m = &mut host.moves[vm];
-        let left = m.source.stream.len() - m.read;
-        if left == 0 || !m.window.is_open() || m.scans.len() >= 4 {
-            return;
+        if m.packer.awaits_switch(&m.buffer, 0) {
+            if m.window.backlog() > 0 || !m.scans.is_empty() {
+                // What others owe is not waited for in full: the guest is stopped.
+                let wanted: Vec<_> = m.unpacker.wanted().collect();
+                return host.store.hurry(wanted.into_iter(), self.now);
+            }
+            m.packer.pass_switch();
+            m.window.set_guest_ahead();
+        } else {
+            let left = m.source.stream.len() - m.read;
+            if left == 0 || !m.window.is_open() || m.scans.len() >= 4 {
+                return;
+            }
+            let most = if self.rng.chance(50) { 40 } else { 40_000 };
+            let count = 1 + self.rng.below(most.min(left));
+            m.buffer
+                .extend_from_slice(&m.source.stream[m.read..m.read + count]);
+            m.read += count;
         }
-        let most = if self.rng.chance(50) { 40 } else { 40_000 };
-        let count = 1 + self.rng.below(most.min(left));
-        m.buffer
-            .extend_from_slice(&m.source.stream[m.read..m.read + count]);
-        m.read += count;
         if self.rng.chance(30) {
             let marks = marks(&m.source, self.faults.marked, &mut self.rng);
             m.packer.set_shared(marks);
@@ -291,9 +320,10 @@ impl World {
         if !m.packer.has_pieces() {
             return;
         }
-        let is_first_round = m.source.is_first_round();
+        let milestones = m.packer.milestones();
+        let is_first_round = m.source.is_first_round() || milestones.switched;
         let scan = m.packer.take();
-        let asks = is_first_round && !m.packer.milestones().end_begun;
+        let asks = is_first_round && !milestones.end_begun;
         let ids: Vec<_> = if asks {
             scan.unknown(&host.table).collect()
         } else {
@@ -348,6 +378,9 @@ impl World {
         m.window.sent(packed.position, body.len() as u64, 0);
         m.carried.push_back((packed.position, packed.carried));
         self.remote_pages += packed.counts.remote;
+        if m.packer.milestones().switched {
+            self.remote_behind += packed.counts.remote;
+        }
         for run in literal_runs(&body).unwrap() {
             for (entry, at) in run.contents() {
                 if !entry.is_local() {
@@ -360,7 +393,7 @@ impl World {
                 }
             }
         }
-        host.wire.push_back((vm, false, Arc::new(body)));
+        host.wire.push_back((vm, Kind::Pages, Arc::new(body)));
     }
 
     fn read_memory(&mut self, host: usize, vm: usize) {
@@ -383,14 +416,46 @@ impl World {
     fn send_repair(&mut self, host: usize, vm: usize) {
         let host = &mut self.hosts[host];
         if let Some(body) = host.moves[vm].answers.pop_front() {
-            host.wire.push_back((vm, true, Arc::new(body)));
+            host.wire.push_back((vm, Kind::Repair, Arc::new(body)));
+        }
+    }
+
+    /// A processor of a VM that went ahead waits for a page: it is read from the source's memory, and
+    /// overtakes everything.
+    fn guest_waits(&mut self, host: usize, vm: usize) {
+        let host = &mut self.hosts[host];
+        let (m, target) = (&mut host.moves[vm], &host.targets[vm]);
+        if !target.has_switched() || target.forgotten.is_empty() {
+            return;
+        }
+        let nth = self.rng.below(target.forgotten.len());
+        let row = *target.forgotten.iter().nth(nth).unwrap();
+        let (block, page) = m.source.layout.address(row);
+        if block == NOT_REPAIRABLE {
+            return;
+        }
+        let as_of = m.window.acked() + m.window.backlog();
+        let sharing = match self.rng.chance(self.faults.marked) {
+            true => FrameSharing::Merged,
+            false => FrameSharing::No,
+        };
+        let mut body = urgent_front(as_of, block, [(page, sharing)].into_iter());
+        body.extend_from_slice(&bytes_of(m.source.read(row)));
+        host.wire.push_front((vm, Kind::Urgent, Arc::new(body)));
+        self.urgent_pages += 1;
+        if self.rng.chance(70) {
+            m.packer.sent_ahead([(block, page)]);
         }
     }
 
     fn receive(&mut self, host: usize, _vm: usize) {
-        let Some((vm, is_repair, body)) = self.hosts[host].wire.pop_front() else {
+        let Some((vm, kind, body)) = self.hosts[host].wire.pop_front() else {
             return;
         };
+        if kind == Kind::Urgent {
+            return self.hosts[host].moves[vm].urgent.push_back(body);
+        }
+        let is_repair = kind == Kind::Repair;
         if !is_repair {
             let runs = literal_runs(&body).unwrap();
             let local = runs.iter().filter(|run| run.first.is_local());
@@ -511,7 +576,8 @@ impl World {
     fn unpack(&mut self, at: usize, vm: usize) {
         let host = &mut self.hosts[at];
         let m = &mut host.moves[vm];
-        let Some(inbox) = m.inbox.pop_front() else {
+        let urgent = m.urgent.pop_front().map(|body| Inbox::Frame(body, true));
+        let Some(inbox) = urgent.or_else(|| m.inbox.pop_front()) else {
             return;
         };
         let mut batch = Batch::default();
@@ -560,6 +626,8 @@ impl World {
             (&mut batch, &own),
             (&self.key, &mut self.rng, self.faults.unmappable),
         );
+        self.expected += expect(&self.hosts[at], vm, &batch, &own);
+        let host = &mut self.hosts[at];
         self.mapped_late += if is_late { mapped } else { 0 };
         host.targets[vm].write(&bytes_written(&batch, &own), repair_as_of);
         let m = &mut host.moves[vm];
@@ -614,6 +682,14 @@ fn map(
     if batch.shared.is_empty() {
         return 0;
     }
+    let (m, target) = (&mut host.moves[vm], &mut host.targets[vm]);
+    if m.unpacker.maps_after().is_some() {
+        // It is waited for: QEMU empties its memory before.
+        while target.pongs.is_empty() {
+            assert!(target.unread() > 0, "the ping is not written");
+            target.load(target.unread(), &m.source);
+        }
+    }
     let mut is_mapped = Vec::new();
     for shared in &batch.shared {
         let bytes = match &shared.bytes {
@@ -643,6 +719,26 @@ fn map(
     }
     host.moves[vm].unpacker.shared_done(&is_mapped, batch);
     is_mapped.iter().filter(|is_mapped| **is_mapped).count() as u64
+}
+
+/// Checks the pages that may be mapped when QEMU places them, and counts them.
+fn expect(host: &Host, vm: usize, batch: &Batch<Body>, own: &[u8]) -> u64 {
+    let m = &host.moves[vm];
+    for expected in &batch.expected {
+        assert!(m.unpacker.has_switched());
+        let given = batch.given.contains(&(expected.block, expected.page));
+        assert!(given, "QEMU does not get {expected:?}");
+        let bytes = match &batch.segments[expected.segment] {
+            Segment::Head(_) => panic!("no page"),
+            Segment::Own(at) => &own[*at..][..PAGE_SIZE],
+            Segment::Held(body, at) => &body[*at..][..PAGE_SIZE],
+            Segment::Scratch(at) => &batch.scratch[*at..][..PAGE_SIZE],
+        };
+        let row = m.source.layout.row(expected.block, expected.page);
+        assert_eq!(content_of(bytes.try_into().unwrap()), m.source.read(row));
+        assert!(expected.entry.is_none() || !is_fill(m.source.read(row)));
+    }
+    batch.expected.len() as u64
 }
 
 fn remember(host: &mut Host, vm: usize, batch: &Batch<Body>, body: &[u8], key: &ContentKey) {

@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use migrate::pack::SharedPages;
-use page::{BlockIndex, FileRange, FrameSharing, PAGE_SIZE, PageBytes, PageNo};
+use content::Identical;
+use migrate::pack::{IdenticalPages, SharedPages};
+use page::{BlockIndex, ContentKey, FileRange, FrameSharing, PAGE_SIZE, PageBytes, PageNo};
 use qstream::{BlockList, Command, Encoder, encode_command};
 
 use crate::opening;
@@ -104,14 +105,29 @@ pub(crate) struct SourceQemu {
     next: usize,
     rounds_left: usize,
     rounds: usize,
-    /// Where device state starts, once it is written.
+    /// Where device state starts, once it is written; after a switch, where memory ends.
     pub(crate) tail_at: Option<u64>,
+    /// It goes over to post-copy after its rounds.
+    goes_over: bool,
+    /// Where the package with the device state ends, once it has gone over.
+    pub(crate) switched_at: Option<u64>,
+    /// That device state.
+    pub(crate) package: Vec<u8>,
 }
 
 impl SourceQemu {
     pub(crate) fn new(rng: &mut Rng) -> Self {
+        Self::with_mode(false, rng)
+    }
+
+    /// One that goes over to post-copy after its rounds, if it is told to.
+    pub(crate) fn with_mode(goes_over: bool, rng: &mut Rng) -> Self {
         let layout = Arc::new(Layout::random(rng));
         let mut stream = opening::header();
+        if goes_over {
+            let page_sizes = PAGE_SIZE as u64;
+            encode_command(Command::PostcopyAdvise { page_sizes }, &mut stream);
+        }
         if rng.chance(50) {
             encode_command(Command::OpenReturnPath, &mut stream);
             encode_command(Command::Ping(1), &mut stream);
@@ -132,6 +148,9 @@ impl SourceQemu {
             rounds_left: rounds,
             rounds,
             tail_at: None,
+            goes_over,
+            switched_at: None,
+            package: Vec::new(),
         }
     }
 
@@ -142,7 +161,7 @@ impl SourceQemu {
 
     /// The guest writes to a page, unless it is stopped.
     pub(crate) fn guest_writes(&mut self, rng: &mut Rng) {
-        if self.tail_at.is_none() {
+        if self.tail_at.is_none() && self.switched_at.is_none() {
             let row = rng.below(self.pages.len());
             self.pages[row].versions.push(random_content(rng));
             self.pages[row].is_dirty = true;
@@ -154,11 +173,20 @@ impl SourceQemu {
         if self.tail_at.is_some() {
             return;
         }
-        if self.next == self.pages.len() {
+        if self.switched_at.is_some() {
+            return self.follows(rng);
+        }
+        if self.goes_over && rng.chance(3) {
+            self.encoder.close(&mut self.stream);
+            (self.next, self.rounds_left) = (0, 0);
+            self.switch(rng);
+        } else if self.next == self.pages.len() {
             self.next = 0;
             self.rounds_left -= 1;
             self.encoder.close(&mut self.stream);
-            if self.rounds_left == 0 {
+            if self.rounds_left == 0 && self.goes_over {
+                self.switch(rng);
+            } else if self.rounds_left == 0 {
                 self.finish(rng);
             }
         } else if rng.chance(10) {
@@ -174,9 +202,64 @@ impl SourceQemu {
         }
     }
 
+    /// The guest stops and goes ahead: what the target has to forget, and the device state.
+    fn switch(&mut self, rng: &mut Rng) {
+        let command = |number: u16, payload: &[u8], stream: &mut Vec<u8>| {
+            stream.push(8);
+            stream.extend(number.to_be_bytes());
+            stream.extend(u16::try_from(payload.len()).unwrap().to_be_bytes());
+            stream.extend(payload);
+        };
+        let dirty = (0..self.pages.len()).filter(|row| self.pages[*row].is_dirty);
+        for row in dirty.collect::<Vec<_>>() {
+            let (block, page) = self.layout.address(row);
+            let name = self.layout.blocks[block].name.as_bytes();
+            let mut payload = vec![0, u8::try_from(name.len()).unwrap()];
+            payload.extend(name);
+            payload.push(0);
+            payload.extend(page.offset().to_be_bytes());
+            payload.extend((PAGE_SIZE as u64).to_be_bytes());
+            command(6, &payload, &mut self.stream);
+        }
+        encode_command(Command::Ping(2), &mut self.stream);
+        let length = 1 + rng.below(3000);
+        self.package = rng.bytes(length);
+        let length = u32::try_from(length).unwrap().to_be_bytes();
+        command(7, &length, &mut self.stream);
+        self.stream.extend(&self.package);
+        self.encoder.name_again();
+        self.switched_at = Some(self.stream.len() as u64);
+    }
+
+    /// Memory that follows the guest: each page that was to be forgotten, once, and the end.
+    fn follows(&mut self, rng: &mut Rng) {
+        if rng.chance(10) {
+            self.encoder.close(&mut self.stream);
+        }
+        if self.next == self.pages.len() || rng.chance(2) {
+            return self.finish(rng);
+        }
+        if rng.chance(10) {
+            // A processor waits for a page: the sweep goes on from there.
+            self.next = rng.below(self.pages.len());
+        }
+        let row = self.next;
+        self.next += 1;
+        if self.pages[row].is_dirty {
+            self.send(row, rng);
+        }
+    }
+
+    /// Whether the page has followed the guest by `position` of the stream.
+    pub(crate) fn has_followed(&self, row: usize, position: u64) -> bool {
+        let mut sent = self.pages[row].sent.iter();
+        self.switched_at
+            .is_some_and(|switch| sent.any(|(at, _)| *at > switch && *at <= position))
+    }
+
     /// The guest stops: the END section and device state.
     fn finish(&mut self, rng: &mut Rng) {
-        if rng.chance(50) {
+        if rng.chance(50) && self.switched_at.is_none() {
             encode_command(Command::SwitchoverStart, &mut self.stream);
         }
         self.encoder.begin_end(&mut self.stream);
@@ -260,4 +343,36 @@ pub(crate) fn marks(source: &SourceQemu, percent: usize, rng: &mut Rng) -> Arc<S
         }
     }
     Arc::new(marks)
+}
+
+/// Whether pages with this content share for what they hold.
+pub(crate) fn is_alike(content: Content) -> bool {
+    content.is_multiple_of(2)
+}
+
+/// Whether a page does not share for what it holds.
+pub(crate) fn is_left_out(row: usize) -> bool {
+    row.is_multiple_of(5)
+}
+
+/// What shares for what it holds.
+pub(crate) fn alike(source: &SourceQemu, key: &ContentKey) -> IdenticalPages {
+    let mut contents = Identical::default();
+    let most = Content::try_from(CONTENTS).unwrap();
+    for content in (1..most).filter(|content| is_alike(*content)) {
+        match u8::try_from(content) {
+            Ok(byte) if is_fill(content) => contents.add_fill(byte),
+            _ => contents.add(key.id_of(&bytes_of(content))),
+        }
+    }
+    let layout = &source.layout;
+    let pages = |len: page::ByteLen| u32::try_from(len.pages()).unwrap();
+    let blocks = layout.blocks.iter();
+    let shapes = blocks.map(|(_, block)| (&*block.name, pages(block.used_len)));
+    let mut left_out = SharedPages::of_blocks(shapes);
+    for row in (0..layout.len()).filter(|row| is_left_out(*row)) {
+        let (block, page) = layout.address(row);
+        left_out.mark(usize::from(block.0), page, FrameSharing::Merged);
+    }
+    IdenticalPages::new(Arc::new(contents), left_out)
 }

@@ -16,7 +16,7 @@ use std::collections::HashSet;
 
 use page::ContentKey;
 
-use guest::is_fill;
+use guest::{is_alike, is_fill};
 use rng::Rng;
 use session::{Faults, Session, Sharing};
 
@@ -68,6 +68,7 @@ fn only_contents_of_shared_frames_are_compared_and_all_of_them_are_mapped() {
         let sharing = Sharing {
             marked_percent,
             only,
+            identical: false,
             refused_percent: 0,
         };
         let faults = Faults {
@@ -79,6 +80,37 @@ fn only_contents_of_shared_frames_are_compared_and_all_of_them_are_mapped() {
         assert_eq!(session.literals.is_empty(), marked_percent == 0);
         assert_eq!(session.mapped_pages == 0, marked_percent == 0);
         assert!(session.literals.values().all(|times| *times == 1));
+    }
+}
+
+/// With no frame shared, just the pages that hold what is to share are mapped, which is checked where
+/// they are; the others are compared only if all are.
+#[test]
+fn pages_that_hold_what_is_to_share_are_mapped_whatever_their_frames_and_no_others() {
+    for only in [true, false] {
+        let sharing = Sharing {
+            marked_percent: 0,
+            only,
+            identical: true,
+            refused_percent: 0,
+        };
+        let faults = Faults {
+            sharing,
+            ..Faults::NONE
+        };
+        let mut mapped = 0;
+        for seed in 0..20 {
+            let mut session = Session::new(seed, 3, key(), faults);
+            session.run();
+            mapped += session.mapped_pages;
+            let others = session
+                .literals
+                .keys()
+                .filter(|content| !is_alike(**content));
+            assert_eq!(others.count() == 0, only);
+            assert!(session.literals.values().all(|times| *times == 1));
+        }
+        assert!(mapped > 500, "{mapped} pages");
     }
 }
 

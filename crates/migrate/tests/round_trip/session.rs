@@ -15,7 +15,8 @@ use wire::{
     split_pages_body,
 };
 
-use crate::guest::{Content, NOT_REPAIRABLE, SourceQemu, bytes_of, content_of, is_fill, marks};
+use crate::guest::{Content, NOT_REPAIRABLE, SourceQemu};
+use crate::guest::{alike, bytes_of, content_of, is_alike, is_fill, is_left_out, marks};
 use crate::rng::Rng;
 use crate::target::TargetQemu;
 
@@ -45,6 +46,8 @@ pub(crate) struct Sharing {
     pub(crate) marked_percent: usize,
     /// Only their contents are compared.
     pub(crate) only: bool,
+    /// Some contents share whatever is said of frames.
+    pub(crate) identical: bool,
     /// Of 100 pages that are to be mapped, so many cannot be.
     pub(crate) refused_percent: usize,
 }
@@ -53,6 +56,7 @@ impl Sharing {
     const OFF: Self = Self {
         marked_percent: 0,
         only: false,
+        identical: false,
         refused_percent: 0,
     };
 
@@ -60,6 +64,7 @@ impl Sharing {
         Self {
             marked_percent: [0, 30, 100][rng.below(3)],
             only: rng.chance(50),
+            identical: rng.chance(30),
             refused_percent: [0, 20, 100][rng.below(3)],
         }
     }
@@ -141,7 +146,7 @@ impl Session {
     pub(crate) fn new(seed: u64, vms: usize, key: Option<ContentKey>, faults: Faults) -> Self {
         let mut rng = Rng::new(seed);
         let moves: Vec<_> = (0..vms)
-            .map(|_| Move::new(&key, faults.sharing.only, &mut rng))
+            .map(|_| Move::new(&key, faults.sharing, &mut rng))
             .collect();
         let target = |m: &Move| TargetQemu::new(Arc::clone(&m.source.layout));
         Self {
@@ -370,6 +375,8 @@ impl Session {
             let content = content_of(bytes.try_into().unwrap());
             assert!(shared.entry.is_some() || is_fill(content));
             let row = m.source.layout.row(shared.block, shared.page);
+            let is_marked = self.faults.sharing.marked_percent > 0;
+            assert!(is_marked || (is_alike(content) && !is_left_out(row)));
             is_mapped.push(!self.rng.chance(refused));
             if is_mapped.last() == Some(&true) {
                 target.map(row, content, &m.source);
@@ -474,7 +481,7 @@ impl Session {
 }
 
 impl Move {
-    fn new(key: &Option<ContentKey>, shared_only: bool, rng: &mut Rng) -> Self {
+    fn new(key: &Option<ContentKey>, sharing: Sharing, rng: &mut Rng) -> Self {
         let source = SourceQemu::new(rng);
         let blocks = source.layout.blocks.iter();
         let repairable: HashSet<_> = blocks
@@ -482,8 +489,11 @@ impl Move {
             .map(|(_, block)| block.name.to_string())
             .collect();
         let mut packer = Packer::new(key.clone(), repairable);
-        if shared_only {
+        if sharing.only {
             packer = packer.shared_only();
+        }
+        if let Some(key) = key.as_ref().filter(|_| sharing.identical) {
+            packer = packer.share_identical(alike(&source, key));
         }
         // Main memory is as large at the target; of another block that may be wrong.
         let pages = |name: &str| {

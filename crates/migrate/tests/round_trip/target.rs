@@ -1,6 +1,6 @@
 //! The target QEMU: loads a stream, and checks what it is given against the source's history.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
 use page::{BlockIndex, PageBytes, PageNo};
@@ -27,6 +27,9 @@ pub(crate) struct TargetQemu {
     pages: Vec<Option<Page>>,
     /// For each page that was mapped, how much had been written before.
     mapped: HashMap<usize, u64>,
+    /// Pages that it was told to forget, and has not got since.
+    pub(crate) forgotten: BTreeSet<usize>,
+    pub(crate) package: Vec<u8>,
     pub(crate) tail: Vec<u8>,
     /// Pings that it has answered, oldest first.
     pub(crate) pongs: Vec<u32>,
@@ -41,6 +44,8 @@ impl TargetQemu {
             written: 0,
             pages: vec![None; layout.len()],
             mapped: HashMap::new(),
+            forgotten: BTreeSet::new(),
+            package: Vec::new(),
             tail: Vec::new(),
             pongs: Vec::new(),
             layout,
@@ -67,6 +72,9 @@ impl TargetQemu {
     /// Puts `content` into a page: it must be a version that is not older than what the stream
     /// has put there before, and a repair not older than what the stream had before it was read.
     fn put(&mut self, row: usize, content: Content, source: &SourceQemu) {
+        if self.has_switched() {
+            return self.put_once(row, content, source);
+        }
         self.is_written(row);
         let as_of = self.repair_as_of();
         let page = self.pages[row];
@@ -83,6 +91,19 @@ impl TargetQemu {
             content,
             version: oldest + if as_of.is_some() { 0 } else { index },
         });
+    }
+
+    /// Whether the guest could run here, before its memory.
+    pub(crate) fn has_switched(&self) -> bool {
+        self.decoder.has_switched()
+    }
+
+    /// After a switch: a page that was forgotten, once, as it was when the guest stopped.
+    fn put_once(&mut self, row: usize, content: Content, source: &SourceQemu) {
+        assert!(self.forgotten.remove(&row), "page {row} comes twice");
+        assert_eq!(content, source.read(row), "page {row} is stale");
+        let version = source.versions_from(row, 0).len() - 1;
+        self.pages[row] = Some(Page { content, version });
     }
 
     /// Maps a page from the pool: nothing may have been written to it, nor any device state.
@@ -128,6 +149,19 @@ impl TargetQemu {
                     command: Command::Ping(value),
                     ..
                 } => self.pongs.push(value),
+                Item::Command {
+                    command: Command::PostcopyAdvise { .. },
+                    ..
+                } => self.pages.fill(None),
+                Item::Discard { discard, .. } => {
+                    assert!(self.package.is_empty());
+                    for page in discard.runs().flat_map(|run| run.pages()) {
+                        let row = self.layout.row(discard.block, page);
+                        self.pages[row] = None;
+                        self.forgotten.insert(row);
+                    }
+                }
+                Item::Package(bytes) => self.package.extend_from_slice(bytes),
                 Item::Tail(bytes) => self.tail.extend_from_slice(bytes),
                 _ => {}
             }

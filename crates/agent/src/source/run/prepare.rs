@@ -5,13 +5,14 @@ use std::sync::Arc;
 use anyhow::{Context, anyhow};
 use guest::{RunState, SourceGuest, target_argv};
 use migrate::handover::SourceJournal;
-use page::{ContentKey, PAGE_SIZE};
+use migrate::pack::{IdenticalPages, Packer, SharedPages};
+use page::{ContentKey, FrameSharing, PAGE_SIZE};
 use wire::OpenMove;
 
-use crate::prepare::Prepared;
-use crate::types::{Compression, MoveSpec, Sharing};
+use crate::prepare::{Prepared, SharedAlike};
+use crate::types::{Compression, MoveSpec, Scope, Sharing};
 
-use super::super::home::{guest_memory, shares_memory};
+use super::super::home::{SHARED_MIN_PAGES, guest_memory, shares_memory};
 use super::super::index_link::IndexKey;
 use super::super::progress::ProgressMeter;
 use super::super::right_of_way::Place;
@@ -59,7 +60,7 @@ impl Run {
             window_log: matches!(spec.settings.compression, Compression::Zstd)
                 .then_some(self.context.window_log),
             index: spec.rack.as_ref().map(|rack| rack.index.clone()),
-            is_sharing: spec.settings.sharing == Sharing::Preserve,
+            is_sharing: spec.settings.sharing != Sharing::Off,
         };
         let rack = self.rack_of(&spec)?;
         let session = self
@@ -70,7 +71,8 @@ impl Run {
         self.control = Control::new(&spec.target_bulk, &session.id, &self.context.session);
         let memory = guest_memory(&guest).context("finding the guest's memory")?;
         // A target QEMU that maps shared pages has no huge ones: only if there is something to share.
-        let share = spec.settings.sharing == Sharing::Preserve && shares_memory(&memory);
+        let has_alike = self.alike_pages() >= SHARED_MIN_PAGES;
+        let share = spec.settings.sharing != Sharing::Off && (has_alike || shares_memory(&memory));
         let vm = session.number();
         let stream = Stream::new(
             vm,
@@ -132,6 +134,56 @@ impl Run {
                 Ok(None)
             }
         }
+    }
+
+    /// What the VMs that go where this one goes share for what they hold.
+    fn alike(&self) -> Option<Arc<SharedAlike>> {
+        if self.spec.settings.sharing != Sharing::Identical {
+            return None;
+        }
+        let secret = content_key(&self.spec.domain_key).ok()?;
+        let preparations = &self.context.preparations;
+        preparations.alike(&self.spec.group, secret.secret(), &self.spec.vm)
+    }
+
+    /// How many pages of this VM that are; says so if it is not known.
+    fn alike_pages(&self) -> u64 {
+        let alike = self.alike();
+        if alike.is_none() && self.spec.settings.sharing == Sharing::Identical {
+            self.note(
+                "what it has in common with other VMs was not looked for: it shares at the target what \
+                 it shares here"
+                    .to_owned(),
+            );
+        }
+        let of_vm = alike.as_ref().and_then(|one| one.vms.get(&self.spec.vm));
+        of_vm.map_or(0, |of_vm| of_vm.pages)
+    }
+
+    /// What turns the VM's stream into operations.
+    pub(super) fn packer(&self, stream: &Stream) -> anyhow::Result<Packer> {
+        let settings = self.spec.settings;
+        let key = match (settings.scope, settings.sharing) {
+            (Scope::None, Sharing::Off) => None,
+            _ => Some(content_key(&self.spec.domain_key)?),
+        };
+        let mut packer = Packer::new(key, stream.memory.addresses.keys().cloned().collect());
+        if settings.scope == Scope::None {
+            packer = packer.shared_only();
+        }
+        if let Some(alike) = self.alike() {
+            let (memory, names) = &stream.memory.layout;
+            let blocks = names.iter().zip(&memory.blocks);
+            let blocks = blocks.map(|(name, block)| (name.as_str(), block.pages));
+            let mut left_out = SharedPages::of_blocks(blocks);
+            let of_vm = alike.vms.get(&self.spec.vm);
+            for (block, page) in of_vm.into_iter().flat_map(|of_vm| &of_vm.left_out) {
+                left_out.mark(usize::from(*block), *page, FrameSharing::Merged);
+            }
+            let contents = Arc::clone(&alike.contents);
+            packer = packer.share_identical(IdenticalPages::new(contents, left_out));
+        }
+        Ok(packer)
     }
 
     /// What a preparation of the group has found here.

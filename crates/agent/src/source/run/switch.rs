@@ -1,5 +1,6 @@
 //! From pre-copy to post-copy.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use guest::MigrationInfo;
@@ -34,7 +35,8 @@ impl Run {
         if let Some(stream) = &stream {
             self.approach.set_near();
             stream.set_near_end(true);
-            rest(stream);
+            stream.set_switching();
+            self.rest(stream);
             stream.hold(ORDERS);
         }
         let machine = &mut self.machine;
@@ -46,6 +48,23 @@ impl Run {
         }
         if let Err(error) = switched {
             self.handle(SourceEvent::Failed(format!("{error:#}")));
+        }
+    }
+
+    /// Leaves the source QEMU alone until it looks for orders and nothing is under way. What waits for
+    /// other hosts longer than that is read from the source, while the guest runs.
+    fn rest(&self, stream: &Arc<Stream>) {
+        let since = Instant::now();
+        stream.hold(REST_MAX);
+        let mut is_hurried = false;
+        while since.elapsed() < REST || (since.elapsed() < REST_MAX && !stream.is_complete()) {
+            if since.elapsed() >= REST && !is_hurried {
+                is_hurried = true;
+                if let Some(session) = self.session.as_ref().filter(|s| s.rack.is_some()) {
+                    session.outbox.hurry(stream);
+                }
+            }
+            std::thread::sleep(Duration::from_millis(2));
         }
     }
 
@@ -71,14 +90,5 @@ impl Run {
             ));
             self.switch_to_postcopy();
         }
-    }
-}
-
-/// Leaves the source QEMU alone until it looks for orders and nothing is under way.
-fn rest(stream: &Stream) {
-    let since = Instant::now();
-    stream.hold(REST_MAX);
-    while since.elapsed() < REST || (since.elapsed() < REST_MAX && stream.flow().1 > 0) {
-        std::thread::sleep(Duration::from_millis(2));
     }
 }

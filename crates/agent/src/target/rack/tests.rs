@@ -1,7 +1,7 @@
 use std::net::TcpListener;
 
 use crossbeam_channel::Receiver;
-use page::PageRun;
+use page::{HostAddr, PageRun};
 use wire::{Channel, ControlReply, FrameKind, WireCompression, decode_entries, encode_entries};
 
 use super::*;
@@ -50,6 +50,16 @@ impl Bench {
 
     /// The VM needs a page with these bytes.
     fn need(&self, bytes: &[u8; PAGE_SIZE]) -> Found<Arc<Buffer>> {
+        self.need_from(PEER, bytes, &mut Vec::new())
+    }
+
+    /// The same of a page that this host carries.
+    fn need_from(
+        &self,
+        carrier: HostNo,
+        bytes: &[u8; PAGE_SIZE],
+        scratch: &mut Vec<u8>,
+    ) -> Found<Arc<Buffer>> {
         let ids = [self.key.id_of(bytes).0];
         let remote = Remote {
             run: PageRun {
@@ -57,14 +67,14 @@ impl Bench {
                 count: 1,
             },
             first: ENTRY,
-            carrier: PEER,
+            carrier,
             pushed: false,
             ids: &ids,
         };
         let mut found = Vec::new();
         let entries = (ENTRY, 1);
         self.store
-            .find(self.vm, entries, Some(&remote), &mut Vec::new(), &mut found);
+            .find(self.vm, entries, Some(&remote), scratch, &mut found);
         found.remove(0)
     }
 
@@ -120,6 +130,30 @@ fn wrong_bytes_of_another_host_reach_no_vm_and_the_source_is_asked_instead() {
         bench.need(&[7; PAGE_SIZE]),
         Found::Held(..) | Found::Scratch(_)
     ));
+}
+
+#[test]
+fn what_a_vm_has_that_stays_is_used_until_it_is_written_over() {
+    let bench = Bench::new();
+    // This process plays the VM that stays.
+    let mut page = Box::new([7_u8; PAGE_SIZE]);
+    let at = HostAddr(page.as_ptr().addr() as u64);
+    let memory = sys::ProcessMemory::open(std::process::id()).unwrap();
+    let seed = Seed {
+        memory: Arc::new(GuestMemory::new(memory, vec![Some(at)])),
+        places: vec![(ENTRY, bench.key.id_of(&page), BlockIndex(0), PageNo(0))],
+    };
+    bench.store.add_seed(&seed);
+    let mut scratch = Vec::new();
+    let found = bench.need_from(ME, &[7; PAGE_SIZE], &mut scratch);
+    assert!(matches!(found, Found::Scratch(0)));
+    assert_eq!(scratch, [7; PAGE_SIZE]);
+
+    page[9] = 8;
+    std::hint::black_box(&page);
+    // Nobody will bring it: the source is asked at once.
+    let found = bench.need_from(ME, &[7; PAGE_SIZE], &mut Vec::new());
+    assert!(matches!(found, Found::Missing));
 }
 
 #[test]

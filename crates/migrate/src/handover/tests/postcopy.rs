@@ -92,6 +92,26 @@ fn a_post_copy_that_cannot_be_resumed_for_ten_minutes_needs_a_person_and_keeps_i
 }
 
 #[test]
+fn a_vm_that_went_on_at_its_target_is_never_brought_back_whatever_the_target_says_later() {
+    let mut machine = following();
+    machine.handle(SourceEvent::Failed("cut".into()));
+    let reason = "a wrong answer".to_owned();
+    let actions = machine.handle(SourceEvent::Answer(MoveState::NeverRan { reason }));
+    assert_eq!(actions, []);
+    let state = machine.state();
+    assert!(
+        matches!(
+            state,
+            SourceState::NeedsPerson {
+                plight: Plight::Unknown,
+                ..
+            }
+        ),
+        "{state:?}"
+    );
+}
+
+#[test]
 fn an_agent_that_comes_back_resumes_what_it_left_following() {
     let mut machine = SourceMove::default();
     let actions = machine.handle(SourceEvent::Restarted(SourceJournal::Following));
