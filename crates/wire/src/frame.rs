@@ -25,7 +25,7 @@ pub const MAX_RETURN_MESSAGE: usize = 64 << 10;
 /// Most runs in one repair request; a longer waiting list is asked for in several.
 const MAX_REPAIR_RUNS: u64 = 4096;
 
-/// What a frame is. Numbered by hand; 0 is invalid; 1..=31 forward, 32..=63 back; 9 is free.
+/// What a frame is. Numbered by hand; 0 is invalid; 1..=31 forward, 32..=63 back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum FrameKind {

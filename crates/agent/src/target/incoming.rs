@@ -605,6 +605,11 @@ impl Incoming {
                 "its QEMU keeps settings of its move: {error}"
             );
         }
+        // Its number must not be looked for among the QEMU's later sockets.
+        let entry = lock(&self.entry);
+        if let Err(error) = self.context.journal.write(&entry.id, &*entry) {
+            tracing::warn!(vm = entry.vm_name, %error, "the journal names a monitor that is given up");
+        }
     }
 
     fn act(&self, action: TargetAction) -> Option<TargetEvent> {
