@@ -92,7 +92,10 @@ fn apply(
         unpacker.shared_done(&is_mapped, &mut batch);
     }
     for expected in &batch.expected {
-        assert!(!matches!(batch.segments[expected.segment], Segment::Head(_)));
+        assert!(!matches!(
+            batch.segments[expected.segment],
+            Segment::Head(_)
+        ));
         assert!(batch.given.contains(&(expected.block, expected.page)));
     }
     let mut out = Vec::new();
