@@ -128,8 +128,8 @@ fn real_vm_survives_the_faults_that_strike_where_it_could_be_lost_or_doubled() {
 /// A cell of `gangway-lab run postcopy-faults`, over a faster link.
 fn assert_memory_follows_to_the_end(cell: &str) {
     let cell = format!("matrix.only={cell}");
-    let [memory, stamps] = ["vm.memory_mb=128", "vm.stamp_mb=8"];
-    let settings = [&cell, memory, stamps, "links.edge_mbit=200"];
+    let smaller = ["vm.memory_mb=128", "vm.stamp_mb=8", "links.edge_mbit=200"];
+    let settings = [&[cell.as_str()], &smaller[..]].concat();
     let results = results_of("postcopy-faults", &settings);
     let [run] = &results.runs[..] else {
         panic!("one cell, {} runs", results.runs.len())
