@@ -51,6 +51,14 @@ const BUILT_IN: &[(&str, &str)] = &[
         "postcopy-faults",
         include_str!("../scenarios/postcopy-faults.toml"),
     ),
+    (
+        "postcopy-stress",
+        include_str!("../scenarios/postcopy-stress.toml"),
+    ),
+    (
+        "postcopy-balloon",
+        include_str!("../scenarios/postcopy-balloon.toml"),
+    ),
     ("rack-faults", include_str!("../scenarios/rack-faults.toml")),
     ("rack-stale", include_str!("../scenarios/rack-stale.toml")),
     (

@@ -7,6 +7,7 @@ use serde::Deserialize;
 use toml::Table;
 
 use crate::after::After;
+use crate::balloon::Balloon;
 use crate::catalog;
 use crate::fault::Fault;
 pub use crate::load::{Background, Workload};
@@ -72,9 +73,20 @@ pub struct Scenario {
     /// What happens to the group once it has arrived; with Gangway's techniques only.
     #[serde(default)]
     pub after: After,
+    /// Whether what the guests had when they stopped at their sources is compared with what they have at
+    /// their targets, after they have run there. With Gangway's techniques only.
+    #[serde(default)]
+    pub check_stamps: bool,
+    /// What is done with the guests' balloons; `vm.balloon` gives them some.
+    #[serde(default)]
+    pub balloon: Option<Balloon>,
     /// Longest switch-over that the plans of Gangway's techniques allow; QEMU's own 300 ms if absent.
     #[serde(default)]
     pub downtime_limit_ms: Option<u64>,
+    /// What each VM's memory may take of the links, in Mbit/s: in post-copy of stock QEMU, in all of a move
+    /// of Gangway's. Without, there is no limit.
+    #[serde(default)]
+    pub push_mbit: Option<u64>,
     /// Processes of a stand-alone index in the source rack; with none, an agent has the index.
     #[serde(default)]
     pub index: u32,
@@ -145,11 +157,14 @@ pub struct Vm {
     /// Whether all VMs begin as copies of one that was booted, its memory mapped copy-on-write.
     #[serde(default)]
     pub template: bool,
+    /// Whether it has a virtio balloon that reports free pages.
+    #[serde(default)]
+    pub balloon: bool,
     /// Trust domains, to which the VMs belong in turn.
     #[serde(default = "one_domain")]
     pub domains: u32,
-    /// `idle`, `stamp`, `dirty`, `alike` (as `dirty`, with the same bytes in every guest), `cpu`,
-    /// `random`, `cache`, `subset-sum` or `random-writes`. A scenario's workloads are in its place.
+    /// `idle`, `stamp`, `dirty`, `alike` (as `dirty`, with the same bytes in every guest), `stress`, `churn`,
+    /// `cpu`, `random`, `cache`, `subset-sum` or `random-writes`. A scenario's workloads are in its place.
     pub mode: String,
     /// Only every so many-th VM has the mode, the others are idle.
     #[serde(default = "every_one")]
@@ -160,10 +175,13 @@ pub struct Vm {
     /// MiB that are stamped and checked.
     #[serde(default)]
     pub stamp_mb: u32,
-    /// MiB that `dirty`, `random`, `cache` and `random-writes` fill.
+    /// MiB that are stamped once, and whose pages are touched one after the other, each touch timed.
+    #[serde(default)]
+    pub touch_mb: u32,
+    /// MiB that `dirty`, `stress`, `churn`, `random`, `cache` and `random-writes` fill.
     #[serde(default)]
     pub dirty_mb: u32,
-    /// MiB/s that `dirty` writes.
+    /// MiB/s that `dirty` writes, and that `stress` visits.
     #[serde(default)]
     pub dirty_rate_mb: u32,
     /// Interval between heartbeats.
@@ -430,6 +448,18 @@ impl Scenario {
             "measure_s = {}: must be 1 to 120",
             self.measure_s
         );
+        if let Some(balloon) = &self.balloon {
+            ensure!(
+                self.vm.balloon && (1..=60_000).contains(&balloon.turn_ms),
+                "balloon: needs vm.balloon, and turn_ms of 1 to 60000"
+            );
+        }
+        let are_gangways = |technique: &Technique| matches!(technique, Technique::Gangway { .. });
+        ensure!(
+            !(self.check_stamps || self.balloon.is_some())
+                || self.techniques.iter().all(are_gangways),
+            "check_stamps and balloon are for Gangway's techniques"
+        );
         if let Some(matrix) = &self.matrix {
             ensure!(
                 self.fault.is_none(),
@@ -437,7 +467,11 @@ impl Scenario {
             );
             matrix.cells()?;
         }
-        let filled = u64::from(self.vm.stamp_mb) + u64::from(self.vm.dirty_mb);
+        let vm = &self.vm;
+        let filled: u64 = [vm.stamp_mb, vm.dirty_mb, vm.touch_mb]
+            .map(u64::from)
+            .iter()
+            .sum();
         // What the guest's kernel, programs and file system were seen to need.
         let own = 100 + self.vm.memory_mb / 8;
         ensure!(
