@@ -427,8 +427,8 @@ impl Scenario {
             "stale_s = {stale}: must be 0 to 600"
         );
         ensure!(
-            !self.vm.template || (self.vm.mode == "idle" && self.vm.stamp_mb == 0 && !self.vm.disk),
-            "vm.template: copies of one guest have no workload or disk of their own"
+            !self.vm.template || !self.vm.disk,
+            "vm.template: copies of one guest have no disk of their own"
         );
         ensure!(
             !self.vm.template || self.workloads.is_empty(),
