@@ -8,10 +8,10 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::Context;
+use lab_init::stamp::{self, PAGE, Page, Stamp};
 
 use crate::heartbeat::Health;
 use crate::workload::spawn;
-use lab_init::stamp::{self, PAGE, Page, Stamp};
 
 const DEVICE: &str = "/dev/vda";
 /// Blocks in use: 4 MiB, so that every block is visited within a minute or two.

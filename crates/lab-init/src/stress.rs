@@ -1,13 +1,13 @@
 //! Memory that is checked and written at random, and memory that is taken and given back.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
+
+use lab_init::stamp::{self, Noise};
 
 use crate::heartbeat::Health;
 use crate::settings::Settings;
 use crate::workload::{Area, PAGES_PER_MB, TURN, TURNS_PER_S, spawn};
-use lab_init::stamp::{self, Noise};
 
 /// How long what was taken is kept, in turns.
 const KEPT_TURNS: usize = 30;

@@ -4,8 +4,9 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::heartbeat::Health;
 use lab_init::stamp::{Noise, PAGE, Page, Stamp};
+
+use crate::heartbeat::Health;
 
 /// Pause between two touches, so that a guest whose pages are there is nearly idle.
 const PAUSE: Duration = Duration::from_millis(1);

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use lab_init::stamp::{self, Noise, PAGE, Page, Stamp};
 
 use crate::application;
 use crate::disk;
@@ -12,7 +13,6 @@ use crate::heartbeat::Health;
 use crate::settings::{Mode, Settings};
 use crate::stress;
 use crate::touch::Touched;
-use lab_init::stamp::{self, Noise, PAGE, Page, Stamp};
 
 /// Pages of a megabyte.
 pub(crate) const PAGES_PER_MB: usize = (1 << 20) / PAGE;
