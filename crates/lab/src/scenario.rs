@@ -94,6 +94,9 @@ pub struct Scenario {
     /// the memory again.
     #[serde(default)]
     pub stale_s: Option<f64>,
+    /// Before a move with Gangway `gangway survey` forecasts what it will send.
+    #[serde(default)]
+    pub survey: bool,
     /// What the guests do, each in runs of its own, with its throughput measured.
     #[serde(default)]
     pub workloads: Vec<Workload>,
@@ -137,6 +140,9 @@ pub struct Hosts {
     /// As `sweep`, for the VMs on each source host.
     #[serde(default)]
     pub vms_sweep: Vec<u32>,
+    /// Of a sweep only the largest topology is repeated, the others run once.
+    #[serde(default)]
+    pub sweep_once: bool,
 }
 
 /// What each VM is. The workload's keys are those of the guest's kernel command line.
@@ -340,7 +346,16 @@ impl Scenario {
 
     /// The scenario once for each repeat and each of the sweep's points, in the order of running.
     pub fn rounds(&self) -> impl Iterator<Item = (u32, Self)> {
-        (0..self.repeats).flat_map(|repeat| self.points().into_iter().map(move |one| (repeat, one)))
+        let largest = self.largest().vms();
+        let runs = move |repeat: u32, one: &Self| {
+            repeat == 0 || !self.hosts.sweep_once || one.vms() == largest
+        };
+        (0..self.repeats).flat_map(move |repeat| {
+            let points = self.points().into_iter();
+            points
+                .filter(move |one| runs(repeat, one))
+                .map(move |one| (repeat, one))
+        })
     }
 
     /// The scenario with each of its topologies, smallest first as the scenario lists them.
@@ -366,6 +381,7 @@ impl Scenario {
                 target_memory_mb: hosts.target_memory_mb,
                 sweep: Vec::new(),
                 vms_sweep: Vec::new(),
+                sweep_once: false,
             },
             ..self.clone()
         };
@@ -574,17 +590,23 @@ mod tests {
 
     #[test]
     fn a_sweep_runs_every_topology_in_every_repeat() {
-        let settings = ["hosts.sweep=1,3", "repeats=2"].map(str::to_owned);
-        let scenario = Scenario::load("irlm-fig4", &settings, false).unwrap();
-        let rounds: Vec<_> = scenario
-            .rounds()
-            .map(|(repeat, one)| (repeat, one.hosts.source, one.hosts.target, one.vms()))
-            .collect();
+        let rounds = |once| {
+            let settings = ["hosts.sweep=1,3", "repeats=2", once].map(str::to_owned);
+            let scenario = Scenario::load("irlm-fig4", &settings, false).unwrap();
+            assert_eq!(scenario.largest().hosts.source, 3);
+            let each = |(repeat, one): (u32, Scenario)| {
+                (repeat, one.hosts.source, one.hosts.target, one.vms())
+            };
+            scenario.rounds().map(each).collect::<Vec<_>>()
+        };
         assert_eq!(
-            rounds,
+            rounds("hosts.sweep_once=false"),
             [(0, 1, 1, 4), (0, 3, 3, 12), (1, 1, 1, 4), (1, 3, 3, 12)]
         );
-        assert_eq!(scenario.largest().hosts.source, 3);
+        assert_eq!(
+            rounds("hosts.sweep_once=true"),
+            [(0, 1, 1, 4), (0, 3, 3, 12), (1, 3, 3, 12)]
+        );
         let plain = Scenario::load("pair", &[], false).unwrap();
         assert_eq!(plain.points(), std::slice::from_ref(&plain));
     }
