@@ -51,6 +51,10 @@ const BUILT_IN: &[(&str, &str)] = &[
         "postcopy-faults",
         include_str!("../scenarios/postcopy-faults.toml"),
     ),
+    (
+        "postcopy-rack-faults",
+        include_str!("../scenarios/postcopy-rack-faults.toml"),
+    ),
     ("rack-faults", include_str!("../scenarios/rack-faults.toml")),
     ("rack-stale", include_str!("../scenarios/rack-stale.toml")),
     (

@@ -53,6 +53,10 @@ pub struct Fault {
     /// What it must come to; whatever it comes to if absent.
     #[serde(default)]
     pub expect: Option<Expect>,
+    /// The guests stand still from before their move until it has ended, so that all of their memory can be
+    /// compared under the fault, in post-copy too.
+    #[serde(default)]
+    pub still: bool,
 }
 
 /// When a fault strikes.
@@ -110,6 +114,8 @@ pub enum Victim {
     IndexShard,
     /// The ways between the VM's target host and the other target hosts, both directions.
     TargetPeers,
+    /// The link between the racks.
+    Core,
 }
 
 pub(crate) fn first_vm() -> String {
@@ -167,8 +173,12 @@ impl<'a> Armed<'a> {
         }
         thread::sleep(Duration::from_secs_f64(self.fault.after_s));
         let what = format!(
-            "{:?} {:?} at {:?}",
-            self.fault.action, self.fault.on, self.fault.at
+            "{:?} {:?} of {} at {:?}, in {}",
+            self.fault.action,
+            self.fault.on,
+            self.fault.vm,
+            self.fault.at,
+            progress().phase.as_deref().unwrap_or("no phase"),
         );
         say(&format!("fault: {what}"));
         log.note(&self.vm.name, "fault", json!({"message": what}));
@@ -232,6 +242,7 @@ impl<'a> Armed<'a> {
             (Action::Cut, _) if self.fault.on == Victim::TargetPeers => {
                 self.bench.net.set_peers(&self.vm.target.address, !on)
             }
+            (Action::Cut, _) if self.fault.on == Victim::Core => self.bench.net.set_core(!on),
             (Action::Cut, _) => self.bench.net.set_edge(&self.host()?.address, !on),
             (Action::FillDisk, true) => fill(&filler(self.host()?)),
             (Action::FillDisk, false) => {
@@ -281,7 +292,9 @@ impl<'a> Armed<'a> {
             Victim::Cli => vec![cli_pid],
             Victim::Index => agents.index().pids(),
             Victim::IndexShard => agents.index().pids().into_iter().take(1).collect(),
-            Victim::TargetPeers => bail!("{:?} needs a process", self.fault.action),
+            Victim::TargetPeers | Victim::Core => {
+                bail!("{:?} needs a process", self.fault.action)
+            }
         })
     }
 }

@@ -481,6 +481,7 @@ impl Run {
                 )
             }
             SourceAction::QuitSource => {
+                self.context.session.hold.at("complete", &self.spec.vm);
                 self.home.quit();
                 None
             }
