@@ -55,6 +55,14 @@ const BUILT_IN: &[(&str, &str)] = &[
         "postcopy-rack-faults",
         include_str!("../scenarios/postcopy-rack-faults.toml"),
     ),
+    (
+        "postcopy-shared-faults",
+        include_str!("../scenarios/postcopy-shared-faults.toml"),
+    ),
+    (
+        "postcopy-given-up",
+        include_str!("../scenarios/postcopy-given-up.toml"),
+    ),
     ("rack-faults", include_str!("../scenarios/rack-faults.toml")),
     ("rack-stale", include_str!("../scenarios/rack-stale.toml")),
     (

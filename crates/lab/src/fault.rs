@@ -74,6 +74,8 @@ pub enum Moment {
     Target(String),
     /// The event stream says that the VM has entered this phase.
     Phase(String),
+    /// It says so of every VM of the group.
+    All(String),
 }
 
 /// What happens.
@@ -140,7 +142,7 @@ impl<'a> Armed<'a> {
         let held = match &fault.at {
             Moment::Source(instant) => Some((&vm.source, instant)),
             Moment::Target(instant) => Some((&vm.target, instant)),
-            Moment::Start | Moment::Prepared | Moment::Phase(_) => None,
+            Moment::Start | Moment::Prepared | Moment::Phase(_) | Moment::All(_) => None,
         };
         let hold = held.map(|(host, name)| hold_dir(host).join(format!("{name}.{}", vm.name)));
         if let Some(path) = &hold {
@@ -222,6 +224,7 @@ impl<'a> Armed<'a> {
             let come = match (&reached, &self.fault.at) {
                 (Some(file), _) => file.exists(),
                 (None, Moment::Phase(phase)) => now.phase.as_ref() == Some(phase),
+                (None, Moment::All(phase)) => now.entered_by_all.contains(phase),
                 (None, Moment::Prepared) => now.prepared,
                 (None, Moment::Start) => true,
                 (None, _) => false,
@@ -308,6 +311,8 @@ pub struct Progress {
     pub prepared: bool,
     /// Newest phase of the VM that the fault strikes.
     pub phase: Option<String>,
+    /// Phases that every VM has entered.
+    pub entered_by_all: Vec<String>,
 }
 
 /// Where the agent of `host` looks for files that hold it.

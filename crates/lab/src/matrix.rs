@@ -131,7 +131,12 @@ impl Matrix {
     }
 
     /// A fault at an instant, as often as it is tried.
-    fn tried(&self, row: &Row, (name, at): (String, &Moment), expect: Expect) -> Vec<(String, Fault)> {
+    fn tried(
+        &self,
+        row: &Row,
+        (name, at): (String, &Moment),
+        expect: Expect,
+    ) -> Vec<(String, Fault)> {
         let strike = |after_s| Fault {
             vm: row.vm.clone(),
             at: at.clone(),
@@ -142,7 +147,7 @@ impl Matrix {
             expect: Some(expect),
             still: self.still,
         };
-        if !matches!(at, Moment::Phase(_)) {
+        if !matches!(at, Moment::Phase(_) | Moment::All(_)) {
             return vec![(name, strike(0.0))];
         }
         if self.tries == 0 {
@@ -173,9 +178,11 @@ impl Matrix {
 /// A number from 0 to 1, the same for the same arguments (FNV-1a, mixed as in SplitMix64).
 fn fraction(seed: u64, name: &str, nth: u32) -> f64 {
     let bytes = seed.to_le_bytes().into_iter().chain(nth.to_le_bytes());
-    let hash = bytes.chain(name.bytes()).fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    });
+    let hash = bytes
+        .chain(name.bytes())
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
     let mixed = (hash ^ (hash >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     f64::from((mixed >> 32) as u32) / f64::from(u32::MAX)
@@ -237,7 +244,11 @@ mod tests {
 
     #[test]
     fn tries_are_spread_over_the_phase_and_the_same_in_every_run() {
-        let settings = ["matrix.only=kill-index", "matrix.tries=20", "matrix.until_s=4"];
+        let settings = [
+            "matrix.only=kill-index",
+            "matrix.tries=20",
+            "matrix.until_s=4",
+        ];
         let settings = settings.map(str::to_owned);
         let cells = || {
             let scenario = Scenario::load("postcopy-rack-faults", &settings, false).unwrap();
@@ -245,7 +256,10 @@ mod tests {
         };
         let times: Vec<f64> = cells().iter().map(|(_, fault)| fault.after_s).collect();
         assert_eq!(times.len(), 20);
-        assert!(times.iter().all(|time| (0.1..=4.0).contains(time)), "{times:?}");
+        assert!(
+            times.iter().all(|time| (0.1..=4.0).contains(time)),
+            "{times:?}"
+        );
         let late = times.iter().filter(|&&time| time > 2.0).count();
         assert!((5..=15).contains(&late), "{times:?}");
         let (name, fault) = &cells()[7];

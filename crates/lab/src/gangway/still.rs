@@ -70,7 +70,10 @@ fn compare_one(vm: &Vm, over: &AtomicBool) -> anyhow::Result<Option<Compared>> {
     let compared = compare_still(vm);
     fs::remove_file(&hold).with_context(|| format!("removing {}", hold.display()))?;
     if let Ok(compared) = &compared {
-        say(&format!("{}: {} pages differ", vm.name, compared.mismatched));
+        say(&format!(
+            "{}: {} pages differ",
+            vm.name, compared.mismatched
+        ));
     }
     compared.map(Some)
 }
