@@ -8,9 +8,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::Context;
+use lab_init::stamp::{self, PAGE, Page, Stamp};
 
 use crate::heartbeat::Health;
-use crate::stamp::{self, PAGE, Page, Stamp};
 use crate::workload::spawn;
 
 const DEVICE: &str = "/dev/vda";

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 
 use crate::settings::Settings;
+use crate::touch::Touches;
 
 /// What the workloads have found so far.
 #[derive(Debug, Default)]
@@ -20,6 +21,8 @@ pub(crate) struct Health {
     pub(crate) errors: AtomicU64,
     /// Rounds of work done so far, and how long the latest took, as one value.
     pub(crate) round: Mutex<Round>,
+    /// How long touches of pages took.
+    pub(crate) touches: Touches,
 }
 
 impl Health {
@@ -44,7 +47,8 @@ pub(crate) struct Round {
 
 /// Sends a datagram every `settings.heartbeat`, for ever.
 ///
-/// The text is `beat ID BOOT_ID SEQUENCE MONOTONIC_NS READY CHECKED ERRORS ROUNDS ROUND_NS`. The sequence and the
+/// The text is `beat ID BOOT_ID SEQUENCE MONOTONIC_NS READY CHECKED ERRORS ROUNDS ROUND_NS
+/// TOUCHES`, the last of which is `BUCKET:COUNT,...` or `-` (see [`Touches`]). The sequence and the
 /// boot id let the observer tell one running instance from two, and a resumed guest from a
 /// rebooted one.
 pub(crate) fn start(settings: &Settings, health: Arc<Health>) -> anyhow::Result<()> {
@@ -72,13 +76,14 @@ fn beat_for_ever(socket: &UdpSocket, identity: &str, interval: Duration, health:
     for sequence in 0u64.. {
         let round = *health.round.lock().unwrap_or_else(PoisonError::into_inner);
         let text = format!(
-            "{identity} {sequence} {} {} {} {} {} {}",
+            "{identity} {sequence} {} {} {} {} {} {} {}",
             started.elapsed().as_nanos(),
             u8::from(health.ready.load(Ordering::Relaxed)),
             health.checked.load(Ordering::Relaxed),
             health.errors.load(Ordering::Relaxed),
             round.count,
             round.took.as_nanos(),
+            health.touches,
         );
         // A lost datagram is a gap that the observer sees; nobody here could do better.
         let _ = socket.send(text.as_bytes());

@@ -10,9 +10,10 @@ mod application;
 mod disk;
 mod heartbeat;
 mod settings;
-mod stamp;
+mod stress;
 mod system;
 mod template;
+mod touch;
 mod workload;
 
 use std::sync::Arc;

@@ -35,6 +35,10 @@ pub(crate) enum Mode {
     Redis,
     /// A node of a Redis cluster.
     RedisCluster,
+    /// Checks and writes pages of `dirty_mb` at random, at `dirty_rate_mb` MB/s.
+    Stress,
+    /// Takes `dirty_mb` from the kernel, stamps and checks it, and gives it back, again and again.
+    Churn,
 }
 
 /// All of it.
@@ -56,6 +60,8 @@ pub(crate) struct Settings {
     pub(crate) dirty_rate_mb: usize,
     /// `lab.stamp_mb`: area that is stamped and checked all the time, in every mode.
     pub(crate) stamp_mb: usize,
+    /// `lab.touch_mb`: area that is stamped once and whose pages are touched one by one, in every mode.
+    pub(crate) touch_mb: usize,
     /// `lab.work_log2`: a round of work has 2 to the power of this many steps.
     pub(crate) work_log2: u32,
     /// `lab.number`: of the VM, from 1.
@@ -94,6 +100,8 @@ impl Settings {
             "iperf3" => Mode::Iperf3,
             "redis" => Mode::Redis,
             "redis-cluster" => Mode::RedisCluster,
+            "stress" => Mode::Stress,
+            "churn" => Mode::Churn,
             other => bail!("lab.mode={other} is none that this guest knows"),
         };
         Ok(Self {
@@ -105,6 +113,7 @@ impl Settings {
             dirty_mb: words.or("dirty_mb", 0)?,
             dirty_rate_mb: words.or("dirty_rate_mb", 0)?,
             stamp_mb: words.or("stamp_mb", 0)?,
+            touch_mb: words.or("touch_mb", 0)?,
             // More than that would not end.
             work_log2: words.or("work_log2", 0)?.min(40),
             number: words.or("number", 0)?,

@@ -5,19 +5,21 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use lab_init::stamp::{self, Noise, PAGE, Page, Stamp};
 
 use crate::application;
 use crate::disk;
 use crate::heartbeat::Health;
 use crate::settings::{Mode, Settings};
-use crate::stamp::{self, Noise, PAGE, Page, Stamp};
+use crate::stress;
+use crate::touch::Touched;
 
 /// Pages of a megabyte.
-const PAGES_PER_MB: usize = (1 << 20) / PAGE;
+pub(crate) const PAGES_PER_MB: usize = (1 << 20) / PAGE;
 /// Length of a turn: short enough that a turn's work is not a visible burst.
-const TURN: Duration = Duration::from_millis(10);
+pub(crate) const TURN: Duration = Duration::from_millis(10);
 /// Turns in a second.
-const TURNS_PER_S: usize = 100;
+pub(crate) const TURNS_PER_S: usize = 100;
 /// How fast the stamped area is checked, and how fast it is written again. Low: it is there to
 /// notice damage, not to be a workload.
 const STAMP_CHECK_MB_PER_S: usize = 16;
@@ -32,11 +34,19 @@ pub(crate) fn start(settings: &Settings, health: &Arc<Health>) -> anyhow::Result
             check: STAMP_CHECK_MB_PER_S * PAGES_PER_MB / TURNS_PER_S,
             write: STAMP_WRITE_MB_PER_S * PAGES_PER_MB / TURNS_PER_S,
         };
-        let area = Area::new(stamp::owner(&settings.id, "stamp"), settings.stamp_mb);
+        let owner = stamp::owner(&settings.id, "stamp");
+        let area = Area::new(owner, settings.stamp_mb * PAGES_PER_MB);
         spawn("stamp", health, move |health| area.tend(pace, health))?;
+    }
+    if settings.touch_mb > 0 {
+        let owner = stamp::owner(&settings.id, "touch");
+        let touched = Touched::new(owner, settings.touch_mb * PAGES_PER_MB);
+        spawn("touch", health, move |health| touched.tend(health))?;
     }
     match settings.mode {
         Mode::Idle => {}
+        Mode::Stress => stress::start(settings, health)?,
+        Mode::Churn => stress::start_churn(settings, health)?,
         Mode::Dirty | Mode::Alike => {
             let pages = settings.dirty_rate_mb * PAGES_PER_MB / TURNS_PER_S;
             let pace = Pace {
@@ -48,7 +58,8 @@ pub(crate) fn start(settings: &Settings, health: &Arc<Health>) -> anyhow::Result
                 Mode::Alike => "everybody",
                 _ => &settings.id,
             };
-            let area = Area::new(stamp::owner(writer, "dirty"), settings.dirty_mb);
+            let owner = stamp::owner(writer, "dirty");
+            let area = Area::new(owner, settings.dirty_mb * PAGES_PER_MB);
             spawn("dirty", health, move |health| area.tend(pace, health))?;
         }
         Mode::Cpu => spawn("burn", health, |_| burn())?,
@@ -98,15 +109,15 @@ struct Pace {
 }
 
 /// Memory whose every page is stamped.
-struct Area {
+pub(crate) struct Area {
     owner: u64,
     pages: Vec<Page>,
     generations: Vec<u64>,
 }
 
 impl Area {
-    fn new(owner: u64, size_mb: usize) -> Self {
-        let count = size_mb * PAGES_PER_MB;
+    /// Of `count` pages.
+    pub(crate) fn new(owner: u64, count: usize) -> Self {
         let mut area = Self {
             owner,
             pages: vec![Page::ZERO; count],
@@ -114,6 +125,10 @@ impl Area {
         };
         (0..count).for_each(|at| area.stamp(at).write(&mut area.pages[at]));
         area
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.pages.len()
     }
 
     fn stamp(&self, at: usize) -> Stamp {
@@ -142,7 +157,8 @@ impl Area {
         }
     }
 
-    fn visit(&mut self, at: usize, write: bool, health: &Health) {
+    /// Checks a page, and writes it again if `write`.
+    pub(crate) fn visit(&mut self, at: usize, write: bool, health: &Health) {
         health.checked.fetch_add(1, Ordering::Relaxed);
         let stamp = self.stamp(at);
         let intact = stamp.matches(&self.pages[at]);
@@ -244,5 +260,26 @@ impl RandomWriter {
             self.words[at] = word;
         }
         std::hint::black_box(&mut self.words);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_that_is_older_than_it_should_be_is_an_error() {
+        let health = Health::default();
+        let errors = || health.errors.load(Ordering::Relaxed);
+        let mut area = Area::new(stamp::owner("vm1", "stress"), 2);
+        let old = area.pages[1].clone();
+        area.visit(1, true, &health);
+        area.visit(1, false, &health);
+        assert_eq!(errors(), 0);
+        area.pages[1] = old;
+        area.visit(1, false, &health);
+        area.visit(1, false, &health);
+        assert_eq!(errors(), 1, "it is counted once");
+        assert_eq!(area.generations, [0, 2]);
     }
 }

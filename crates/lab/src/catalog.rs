@@ -12,14 +12,12 @@ pub const PAPERS: &[&str] = &[
     "irlm-fig6",
     "irlm-fig8",
     "irlm-table2",
-    "slm-fig4",
     "slm-fig5",
     "slm-downtime",
     "slm-fig6",
     "slm-fig7",
     "peers",
     "unlike",
-    "scale",
 ];
 
 /// Figures that are drawn from the runs of another one.
@@ -27,7 +25,9 @@ const SAME_RUNS: &[(&str, &str)] = &[
     ("irlm-fig5", "irlm-fig4"),
     ("irlm-fig7", "irlm-fig6"),
     ("irlm-fig9", "irlm-fig8"),
-    ("slm-fig2", "slm-fig4"),
+    ("slm-fig2", "slm-fig5"),
+    ("slm-fig4", "slm-fig5"),
+    ("scale", "irlm-fig4"),
 ];
 
 const BUILT_IN: &[(&str, &str)] = &[
@@ -63,6 +63,14 @@ const BUILT_IN: &[(&str, &str)] = &[
         "postcopy-given-up",
         include_str!("../scenarios/postcopy-given-up.toml"),
     ),
+    (
+        "postcopy-stress",
+        include_str!("../scenarios/postcopy-stress.toml"),
+    ),
+    (
+        "postcopy-balloon",
+        include_str!("../scenarios/postcopy-balloon.toml"),
+    ),
     ("rack-faults", include_str!("../scenarios/rack-faults.toml")),
     ("rack-stale", include_str!("../scenarios/rack-stale.toml")),
     (
@@ -79,7 +87,6 @@ const BUILT_IN: &[(&str, &str)] = &[
     ("irlm-fig8", include_str!("../scenarios/irlm-fig8.toml")),
     ("irlm-table1", include_str!("../scenarios/irlm-table1.toml")),
     ("irlm-table2", include_str!("../scenarios/irlm-table2.toml")),
-    ("slm-fig4", include_str!("../scenarios/slm-fig4.toml")),
     ("slm-fig5", include_str!("../scenarios/slm-fig5.toml")),
     ("slm-fig6", include_str!("../scenarios/slm-fig6.toml")),
     ("slm-fig7", include_str!("../scenarios/slm-fig7.toml")),
@@ -102,7 +109,6 @@ const BUILT_IN: &[(&str, &str)] = &[
     ("slm-tight", include_str!("../scenarios/slm-tight.toml")),
     ("peers", include_str!("../scenarios/peers.toml")),
     ("unlike", include_str!("../scenarios/unlike.toml")),
-    ("scale", include_str!("../scenarios/scale.toml")),
 ];
 
 /// The key of a scenario's table with what its quick variant changes.

@@ -214,6 +214,10 @@ impl Vm {
             let device = "virtio-blk-pci,drive=disk0".to_owned();
             arguments.extend(["-drive".into(), drive, "-device".into(), device]);
         }
+        if vm.balloon {
+            let device = "virtio-balloon-pci,id=balloon0,free-page-reporting=on";
+            arguments.extend(["-device".into(), device.into()]);
+        }
         if vm.template {
             arguments.extend(template::memory_arguments(self, host, scenario));
         }
@@ -228,7 +232,7 @@ impl Vm {
         format!(
             "console=ttyS0 quiet panic=-1 no_timer_check lab.id={} lab.ip={} lab.observer={OBSERVER}:{} \
              lab.heartbeat_ms={} lab.mode={} lab.stamp_mb={} lab.dirty_mb={} lab.dirty_rate_mb={} \
-             lab.work_log2={} lab.template={}{}",
+             lab.touch_mb={} lab.work_log2={} lab.template={}{}",
             self.name,
             self.ip(),
             observer::PORT,
@@ -237,6 +241,7 @@ impl Vm {
             vm.stamp_mb,
             vm.dirty_mb,
             vm.dirty_rate_mb,
+            vm.touch_mb,
             vm.work_log2,
             u8::from(vm.template),
             self.rack_words(scenario)

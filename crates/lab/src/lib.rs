@@ -1,6 +1,7 @@
 //! The lab: racks of network namespaces with real VMs, and what is measured on them.
 
 pub mod after;
+pub mod balloon;
 pub mod bench;
 pub mod bounds;
 pub mod catalog;
@@ -9,6 +10,7 @@ pub mod clock;
 pub mod compare;
 pub mod fault;
 pub mod footprint;
+pub mod frozen;
 pub mod gangway;
 pub mod guest;
 pub mod install;
@@ -36,3 +38,4 @@ pub mod shell;
 pub mod stock;
 pub mod technique;
 pub mod template;
+pub mod touch;

@@ -509,10 +509,9 @@ mod tests {
                     boot: "b".into(),
                     sequence: second.into(),
                     ready: true,
-                    checked: 0,
-                    errors: 0,
                     rounds: u64::from(10 * (second - stopped)),
                     round_ms: 100.0,
+                    ..Beat::default()
                 }
             })
             .collect();

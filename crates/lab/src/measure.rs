@@ -16,6 +16,7 @@ use crate::observer::{Life, Track};
 use crate::outcome::{Moved, Outcome, PREPARE_TIME};
 use crate::process;
 use crate::results::{Downtime, Pages, Run, Sample, VmResult, VmTimeline};
+use crate::touch::{self, TouchLatency};
 
 /// Interval between readings of the hosts' memory.
 const FOOTPRINT_EVERY: Duration = Duration::from_millis(250);
@@ -297,6 +298,7 @@ fn application(
     (counters, outcome): (Counters, &Outcome),
 ) -> BTreeMap<String, Value> {
     let checked: u64 = lives.iter().map(|life| life.checked).sum();
+    let touches = TouchLatency::measure(bench, outcome);
     let figure = |name: &str, value: Value| (name.to_owned(), value);
     [
         figure("stamped_pages_checked", json!(checked)),
@@ -313,6 +315,7 @@ fn application(
         figure("qemu_pss_bytes_target", json!(target_pss_bytes(bench))),
     ]
     .into_iter()
+    .chain(touches.map(|touches| figure(touch::NAME, json!(touches))))
     .chain(outcome.figures.iter().cloned())
     .collect()
 }

@@ -51,6 +51,12 @@ const BURST_MS: u64 = 1;
 /// `tbf` drops packets above its burst; larger segments are split for it by the kernel.
 const BURST_MIN_BYTES: u64 = 16 * 1024;
 
+/// Bytes a second of a rate in Mbit/s.
+#[must_use]
+pub fn bytes_per_s(mbit: u64) -> u64 {
+    mbit * 1_000_000 / 8
+}
+
 /// What stands beside the hosts of the migration.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Beside {

@@ -16,6 +16,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::clock::UnixMs;
 use crate::net::{HostAddress, OBSERVER};
+use crate::touch::Counts;
 
 /// Port that heartbeats go to.
 pub const PORT: u16 = 7000;
@@ -26,7 +27,7 @@ const POLL: Timespec = Timespec {
 };
 
 /// One heartbeat.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Beat {
     /// When the observer received it.
     pub at: UnixMs,
@@ -46,6 +47,8 @@ pub struct Beat {
     pub rounds: u64,
     /// How long the latest of them took.
     pub round_ms: f64,
+    /// How long its touches of pages took so far.
+    pub touches: Counts,
 }
 
 /// All heartbeats of one VM, in the order of their arrival.
@@ -277,7 +280,7 @@ fn receive(links: &[Link], tracks: &Tracks, stop: &AtomicBool) {
         // An interrupted or timed-out wait finds nothing to read below.
         let _ = poll(&mut waits, Some(&POLL));
         for link in links {
-            let mut buffer = [0; 512];
+            let mut buffer = [0; 4096];
             while let Ok(length) = link.socket.recv(&mut buffer) {
                 if let Some((vm, beat)) = parse(&buffer[..length], &link.host) {
                     lock(tracks).entry(vm).or_default().0.push(beat);
@@ -287,7 +290,8 @@ fn receive(links: &[Link], tracks: &Tracks, stop: &AtomicBool) {
     }
 }
 
-/// Reads `beat ID BOOT_ID SEQUENCE MONOTONIC_NS READY CHECKED ERRORS`, and `ROUNDS ROUND_NS`.
+/// Reads `beat ID BOOT_ID SEQUENCE MONOTONIC_NS READY CHECKED ERRORS`, and `ROUNDS ROUND_NS` and
+/// `TOUCHES`, which come after it.
 fn parse(datagram: &[u8], host: &str) -> Option<(String, Beat)> {
     let text = std::str::from_utf8(datagram).ok()?;
     let mut words = text.split_whitespace();
@@ -308,6 +312,7 @@ fn parse(datagram: &[u8], host: &str) -> Option<(String, Beat)> {
         errors: number()?,
         rounds: number().unwrap_or(0),
         round_ms: number().unwrap_or(0) as f64 / 1e6,
+        touches: words.next().and_then(Counts::parse).unwrap_or_default(),
     };
     Some((vm, beat))
 }
@@ -324,10 +329,7 @@ mod tests {
             boot,
             sequence,
             ready: true,
-            checked: 0,
-            errors: 0,
-            rounds: 0,
-            round_ms: 0.0,
+            ..Beat::default()
         }
     }
 
@@ -403,5 +405,7 @@ mod tests {
         assert_eq!((vm.as_str(), beat.sequence, beat.checked), ("vm1", 5, 7));
         let (_, beat) = parse(b"beat vm1 boot 5 99 1 7 0 3 2500000", "s1").unwrap();
         assert_eq!((beat.rounds, beat.round_ms), (3, 2.5));
+        let (_, beat) = parse(b"beat vm1 boot 5 99 1 7 0 3 2500000 0:4,8:1", "s1").unwrap();
+        assert_eq!(beat.touches, Counts::parse("0:4,8:1").unwrap());
     }
 }

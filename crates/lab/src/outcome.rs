@@ -52,6 +52,8 @@ pub struct Moved {
     pub pages: Option<Pages>,
     /// Why it did not arrive, or what else a person should know.
     pub remark: Option<String>,
+    /// When it was all at its target.
+    pub ended: Option<UnixMs>,
     /// Host that it must run on now, if that does not follow from the above.
     pub runs_on: Option<String>,
 }
@@ -68,6 +70,7 @@ impl Moved {
             samples: Vec::new(),
             pages: None,
             remark: None,
+            ended: None,
             runs_on: None,
         }
     }

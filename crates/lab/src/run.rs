@@ -2,17 +2,22 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::Context;
 use serde_json::{Value, json};
 
 use crate::after::{self, Afterwards};
+use crate::balloon;
 use crate::bench::{Bench, Programs};
 use crate::bounds;
 use crate::clock::UnixMs;
 use crate::footprint::Footprint;
+use crate::frozen::{self, Frozen};
 use crate::gangway::{self, Agents};
+use crate::guest::Vm;
 use crate::install::{self, Image};
 use crate::ksm::{self, Merged};
 use crate::load::Load;
@@ -218,11 +223,16 @@ fn one(
     let source_footprint = Footprint::read(&bench, Rack::Source, &mover.agents(Rack::Source));
     let before = Before::read(&bench)?;
     say(&format!("moving {} VMs with {technique}", bench.vms.len()));
-    let (outcome, [source_footprint_bytes, target_footprint_bytes]) =
-        measure::with_footprints(&bench, || mover.migrate(&bench, log));
-    let outcome = outcome?;
+    let (moved, witnessed) = witness(&bench, || {
+        measure::with_footprints(&bench, || mover.migrate(&bench, log))
+    });
+    let (outcome, [source_footprint_bytes, target_footprint_bytes]) = moved;
+    let (outcome, witnessed) = (outcome?, witnessed?);
     say("listening to the guests after their move");
     measure::listen(&bench, &outcome);
+    if scenario.check_stamps {
+        frozen::wait_for_rounds(&bench)?;
+    }
     let mut run = measure::run(&bench, &before, &outcome)?;
     if !technique.has_index() {
         run.index_bytes = None;
@@ -234,6 +244,18 @@ fn one(
         Rack::Target,
         &mover.agents(Rack::Target),
     ));
+    if scenario.check_stamps {
+        let checked = frozen::check_all(&bench, &witnessed.frozen)?;
+        say(&format!("stamped pages: {checked:?}"));
+        run.compared_pages = Some(checked.stamped);
+        run.mismatched_pages = Some(checked.wrong);
+        run.application
+            .insert("stamps_checked".to_owned(), json!(checked));
+    }
+    if !witnessed.balloons.is_empty() {
+        let balloons = Value::Array(witnessed.balloons);
+        run.application.insert("balloons".to_owned(), balloons);
+    }
     run.application.extend(load.figures(&outcome, &run)?);
     if scenario.guests_share_links() {
         // The guests' own traffic is on the same links.
@@ -267,6 +289,59 @@ fn one(
         target_footprint_bytes,
         failure,
         ..run
+    })
+}
+
+/// What was seen and done beside a move.
+struct Witnessed<'a> {
+    /// What the guests had when they stopped.
+    frozen: Vec<(&'a Vm, Frozen)>,
+    /// What was done with their balloons.
+    balloons: Vec<Value>,
+}
+
+/// Does `work` with what the scenario wants beside it.
+fn witness<'a, T>(
+    bench: &'a Bench<'_>,
+    work: impl FnOnce() -> T,
+) -> (T, anyhow::Result<Witnessed<'a>>) {
+    let is_over = AtomicBool::new(false);
+    let scenario = bench.scenario;
+    thread::scope(|scope| {
+        let patience = Duration::from_secs(scenario.patience_s);
+        let stops = bench.vms.iter().filter(|_| scenario.check_stamps);
+        let stops: Vec<_> = stops
+            .map(|vm| (vm, scope.spawn(move || Frozen::when_stopped(vm, patience))))
+            .collect();
+        let balloons = scenario.balloon.iter().flat_map(|balloon| {
+            let is_over = &is_over;
+            bench
+                .vms
+                .iter()
+                .map(move |vm| scope.spawn(move || balloon::work(bench, balloon, vm, is_over)))
+        });
+        let balloons: Vec<_> = balloons.collect();
+        let worked = work();
+        is_over.store(true, Ordering::Release);
+        let joined = |result: thread::Result<anyhow::Result<Value>>| {
+            result.map_err(|_| anyhow::anyhow!("a balloon's thread panicked"))?
+        };
+        let frozen = stops.into_iter().map(|(vm, thread)| {
+            let frozen = thread.join();
+            let frozen =
+                frozen.map_err(|_| anyhow::anyhow!("the thread of {} panicked", vm.name))?;
+            Ok((vm, frozen?))
+        });
+        let frozen = frozen.collect::<anyhow::Result<Vec<_>>>();
+        let balloons = balloons.into_iter().map(|thread| joined(thread.join()));
+        let balloons = balloons.collect::<anyhow::Result<Vec<_>>>();
+        let witnessed = frozen.and_then(|frozen| {
+            Ok(Witnessed {
+                frozen,
+                balloons: balloons?,
+            })
+        });
+        (worked, witnessed)
     })
 }
 

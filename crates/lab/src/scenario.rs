@@ -7,6 +7,7 @@ use serde::Deserialize;
 use toml::Table;
 
 use crate::after::After;
+use crate::balloon::Balloon;
 use crate::catalog;
 use crate::fault::Fault;
 pub use crate::load::{Background, Workload};
@@ -72,9 +73,20 @@ pub struct Scenario {
     /// What happens to the group once it has arrived; with Gangway's techniques only.
     #[serde(default)]
     pub after: After,
+    /// Whether what the guests had when they stopped at their sources is compared with what they have at
+    /// their targets, after they have run there. With Gangway's techniques only.
+    #[serde(default)]
+    pub check_stamps: bool,
+    /// What is done with the guests' balloons; `vm.balloon` gives them some.
+    #[serde(default)]
+    pub balloon: Option<Balloon>,
     /// Longest switch-over that the plans of Gangway's techniques allow; QEMU's own 300 ms if absent.
     #[serde(default)]
     pub downtime_limit_ms: Option<u64>,
+    /// What each VM's memory may take of the links, in Mbit/s: in post-copy of stock QEMU, in all of a move
+    /// of Gangway's. Without, there is no limit.
+    #[serde(default)]
+    pub push_mbit: Option<u64>,
     /// Processes of a stand-alone index in the source rack; with none, an agent has the index.
     #[serde(default)]
     pub index: u32,
@@ -82,6 +94,9 @@ pub struct Scenario {
     /// the memory again.
     #[serde(default)]
     pub stale_s: Option<f64>,
+    /// Before a move with Gangway `gangway survey` forecasts what it will send.
+    #[serde(default)]
+    pub survey: bool,
     /// What the guests do, each in runs of its own, with its throughput measured.
     #[serde(default)]
     pub workloads: Vec<Workload>,
@@ -125,6 +140,9 @@ pub struct Hosts {
     /// As `sweep`, for the VMs on each source host.
     #[serde(default)]
     pub vms_sweep: Vec<u32>,
+    /// Of a sweep only the largest topology is repeated, the others run once.
+    #[serde(default)]
+    pub sweep_once: bool,
 }
 
 /// What each VM is. The workload's keys are those of the guest's kernel command line.
@@ -145,11 +163,14 @@ pub struct Vm {
     /// Whether all VMs begin as copies of one that was booted, its memory mapped copy-on-write.
     #[serde(default)]
     pub template: bool,
+    /// Whether it has a virtio balloon that reports free pages.
+    #[serde(default)]
+    pub balloon: bool,
     /// Trust domains, to which the VMs belong in turn.
     #[serde(default = "one_domain")]
     pub domains: u32,
-    /// `idle`, `stamp`, `dirty`, `alike` (as `dirty`, with the same bytes in every guest), `cpu`,
-    /// `random`, `cache`, `subset-sum` or `random-writes`. A scenario's workloads are in its place.
+    /// `idle`, `stamp`, `dirty`, `alike` (as `dirty`, with the same bytes in every guest), `stress`, `churn`,
+    /// `cpu`, `random`, `cache`, `subset-sum` or `random-writes`. A scenario's workloads are in its place.
     pub mode: String,
     /// Only every so many-th VM has the mode, the others are idle.
     #[serde(default = "every_one")]
@@ -160,10 +181,13 @@ pub struct Vm {
     /// MiB that are stamped and checked.
     #[serde(default)]
     pub stamp_mb: u32,
-    /// MiB that `dirty`, `random`, `cache` and `random-writes` fill.
+    /// MiB that are stamped once, and whose pages are touched one after the other, each touch timed.
+    #[serde(default)]
+    pub touch_mb: u32,
+    /// MiB that `dirty`, `stress`, `churn`, `random`, `cache` and `random-writes` fill.
     #[serde(default)]
     pub dirty_mb: u32,
-    /// MiB/s that `dirty` writes.
+    /// MiB/s that `dirty` writes, and that `stress` visits.
     #[serde(default)]
     pub dirty_rate_mb: u32,
     /// Interval between heartbeats.
@@ -322,7 +346,16 @@ impl Scenario {
 
     /// The scenario once for each repeat and each of the sweep's points, in the order of running.
     pub fn rounds(&self) -> impl Iterator<Item = (u32, Self)> {
-        (0..self.repeats).flat_map(|repeat| self.points().into_iter().map(move |one| (repeat, one)))
+        let largest = self.largest().vms();
+        let runs = move |repeat: u32, one: &Self| {
+            repeat == 0 || !self.hosts.sweep_once || one.vms() == largest
+        };
+        (0..self.repeats).flat_map(move |repeat| {
+            let points = self.points().into_iter();
+            points
+                .filter(move |one| runs(repeat, one))
+                .map(move |one| (repeat, one))
+        })
     }
 
     /// The scenario with each of its topologies, smallest first as the scenario lists them.
@@ -348,6 +381,7 @@ impl Scenario {
                 target_memory_mb: hosts.target_memory_mb,
                 sweep: Vec::new(),
                 vms_sweep: Vec::new(),
+                sweep_once: false,
             },
             ..self.clone()
         };
@@ -409,8 +443,8 @@ impl Scenario {
             "stale_s = {stale}: must be 0 to 600"
         );
         ensure!(
-            !self.vm.template || (self.vm.mode == "idle" && self.vm.stamp_mb == 0 && !self.vm.disk),
-            "vm.template: copies of one guest have no workload or disk of their own"
+            !self.vm.template || !self.vm.disk,
+            "vm.template: copies of one guest have no disk of their own"
         );
         ensure!(
             !self.vm.template || self.workloads.is_empty(),
@@ -430,6 +464,18 @@ impl Scenario {
             "measure_s = {}: must be 1 to 120",
             self.measure_s
         );
+        if let Some(balloon) = &self.balloon {
+            ensure!(
+                self.vm.balloon && (1..=60_000).contains(&balloon.turn_ms),
+                "balloon: needs vm.balloon, and turn_ms of 1 to 60000"
+            );
+        }
+        let are_gangways = |technique: &Technique| matches!(technique, Technique::Gangway { .. });
+        ensure!(
+            !(self.check_stamps || self.balloon.is_some())
+                || self.techniques.iter().all(are_gangways),
+            "check_stamps and balloon are for Gangway's techniques"
+        );
         if let Some(matrix) = &self.matrix {
             ensure!(
                 self.fault.is_none(),
@@ -437,7 +483,11 @@ impl Scenario {
             );
             matrix.cells()?;
         }
-        let filled = u64::from(self.vm.stamp_mb) + u64::from(self.vm.dirty_mb);
+        let vm = &self.vm;
+        let filled: u64 = [vm.stamp_mb, vm.dirty_mb, vm.touch_mb]
+            .map(u64::from)
+            .iter()
+            .sum();
         // What the guest's kernel, programs and file system were seen to need.
         let own = 100 + self.vm.memory_mb / 8;
         ensure!(
@@ -540,17 +590,23 @@ mod tests {
 
     #[test]
     fn a_sweep_runs_every_topology_in_every_repeat() {
-        let settings = ["hosts.sweep=1,3", "repeats=2"].map(str::to_owned);
-        let scenario = Scenario::load("irlm-fig4", &settings, false).unwrap();
-        let rounds: Vec<_> = scenario
-            .rounds()
-            .map(|(repeat, one)| (repeat, one.hosts.source, one.hosts.target, one.vms()))
-            .collect();
+        let rounds = |once| {
+            let settings = ["hosts.sweep=1,3", "repeats=2", once].map(str::to_owned);
+            let scenario = Scenario::load("irlm-fig4", &settings, false).unwrap();
+            assert_eq!(scenario.largest().hosts.source, 3);
+            let each = |(repeat, one): (u32, Scenario)| {
+                (repeat, one.hosts.source, one.hosts.target, one.vms())
+            };
+            scenario.rounds().map(each).collect::<Vec<_>>()
+        };
         assert_eq!(
-            rounds,
+            rounds("hosts.sweep_once=false"),
             [(0, 1, 1, 4), (0, 3, 3, 12), (1, 1, 1, 4), (1, 3, 3, 12)]
         );
-        assert_eq!(scenario.largest().hosts.source, 3);
+        assert_eq!(
+            rounds("hosts.sweep_once=true"),
+            [(0, 1, 1, 4), (0, 3, 3, 12), (1, 3, 3, 12)]
+        );
         let plain = Scenario::load("pair", &[], false).unwrap();
         assert_eq!(plain.points(), std::slice::from_ref(&plain));
     }

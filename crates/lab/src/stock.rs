@@ -14,11 +14,12 @@ use crate::bench::Bench;
 use crate::clock::UnixMs;
 use crate::guest::{self, Vm};
 use crate::memory::{GuestMemory, compare};
+use crate::net::bytes_per_s;
 use crate::outcome::{EventLog, Hold, Moved, Outcome};
 use crate::postcopy;
 use crate::qmp::Qmp;
 use crate::results::{Pages, Sample};
-use crate::scenario::Stock;
+use crate::scenario::{Scenario, Stock};
 
 /// Port of the first VM; each has one of its own.
 const FIRST_PORT: u32 = 4000;
@@ -71,7 +72,7 @@ pub fn migrate(bench: &Bench<'_>, stock: Stock, log: &EventLog) -> Outcome {
             })
             .collect()
     });
-    let settings = Settings::of(stock, bench.scenario.vm.memory_mb).text();
+    let settings = Settings::of(stock, bench.scenario).text();
     let mut figures = vec![(SETTINGS.to_owned(), json!(settings))];
     if stock == Stock::Postcopy {
         figures.extend(postcopy::figures(bench, &[], log));
@@ -95,7 +96,7 @@ struct Settings {
 impl Settings {
     /// The best that suits every scenario: no limit of the bandwidth, and what the technique is
     /// named after.
-    fn of(stock: Stock, memory_mb: u64) -> Self {
+    fn of(stock: Stock, scenario: &Scenario) -> Self {
         // 0 lifts QEMU's own limit of 128 MiB/s.
         let mut parameters = json!({"max-bandwidth": 0});
         let mut capabilities = Vec::new();
@@ -104,7 +105,8 @@ impl Settings {
             Stock::Xbzrle => {
                 capabilities.push("xbzrle");
                 // Room for every page of the guest: what is not in the cache cannot be a difference.
-                parameters["xbzrle-cache-size"] = (memory_mb.next_power_of_two() << 20).into();
+                parameters["xbzrle-cache-size"] =
+                    (scenario.vm.memory_mb.next_power_of_two() << 20).into();
             }
             Stock::Multifd | Stock::MultifdZstd => {
                 capabilities.push("multifd");
@@ -114,7 +116,12 @@ impl Settings {
                     parameters["multifd-zstd-level"] = MULTIFD_ZSTD_LEVEL.into();
                 }
             }
-            Stock::Postcopy => capabilities.push("postcopy-ram"),
+            Stock::Postcopy => {
+                capabilities.push("postcopy-ram");
+                if let Some(mbit) = scenario.push_mbit {
+                    parameters["max-postcopy-bandwidth"] = bytes_per_s(mbit).into();
+                }
+            }
             Stock::AutoConverge => {
                 capabilities.push("auto-converge");
                 parameters["cpu-throttle-initial"] = THROTTLE_INITIAL.into();
@@ -178,6 +185,7 @@ impl Move<'_> {
         self.log
             .note(&self.vm.name, "phase", json!({"phase": "bulk"}));
         let loaded = self.follow(&mut source, &mut target, moved)?;
+        moved.ended = Some(loaded);
         moved.pages = wait_for_source(&mut source)?;
         // In post-copy it runs already, and has written to its memory.
         if self.stock != Stock::Postcopy {
@@ -201,7 +209,7 @@ impl Move<'_> {
     }
 
     fn configure(&self, qmp: &mut Qmp, side: &str) -> anyhow::Result<()> {
-        let settings = Settings::of(self.stock, self.bench.scenario.vm.memory_mb);
+        let settings = Settings::of(self.stock, self.bench.scenario);
         let mut on = vec!["events"];
         if side == "source" {
             on.push("return-path");
@@ -333,13 +341,19 @@ mod tests {
 
     #[test]
     fn the_settings_of_a_baseline_are_said() {
-        let said = |stock, memory_mb| Settings::of(stock, memory_mb).text();
+        let said = |stock, memory_mb: u64| {
+            let setting = format!("vm.memory_mb={memory_mb}");
+            let settings = [setting, "push_mbit=8".to_owned()];
+            let scenario = Scenario::load("pair", &settings, false).unwrap();
+            Settings::of(stock, &scenario).text()
+        };
         assert_eq!(said(Stock::Plain, 128), "max-bandwidth=0");
         assert_eq!(
             said(Stock::Xbzrle, 144),
             "xbzrle=on max-bandwidth=0 xbzrle-cache-size=268435456"
         );
         assert!(said(Stock::MultifdZstd, 128).contains("multifd-compression=zstd"));
+        assert!(said(Stock::Postcopy, 128).contains("max-postcopy-bandwidth=1000000"));
         assert!(said(Stock::AutoConverge, 128).starts_with("auto-converge=on"));
     }
 

@@ -38,6 +38,19 @@ const POST_COPY: [ReturnMessage<'_>; 4] = [
     ReturnMessage::ResumeAck(1),
 ];
 
+/// Commands of a stream that goes on, of which there is no capture: for each block what the target has, and
+/// that it goes on; and such that are cut or wrong.
+const RECOVERY: [(&str, &[&[u8]]); 5] = [
+    ("bitmaps-and-resume", &[ASKS_RAM, ASKS_ROM, RESUMES]),
+    ("resume", &[RESUMES]),
+    ("then-ram", &[RESUMES, b"\x02\x00\x00\x00\x02"]),
+    ("cut", &[ASKS_RAM, b"\x08\x00\x0a\x00\x08\x07pc.b"]),
+    ("wrong-length", &[b"\x08\x00\x0a\x00\x07\x05pc.ram"]),
+];
+const ASKS_RAM: &[u8] = b"\x08\x00\x0a\x00\x07\x06pc.ram";
+const ASKS_ROM: &[u8] = b"\x08\x00\x0a\x00\x08\x07pc.bios";
+const RESUMES: &[u8] = b"\x08\x00\x09\x00\x00";
+
 fn main() {
     let refused = golden("refused").into_iter().map(|(name, mut stream)| {
         stream.truncate(REFUSED_BYTES);
@@ -56,6 +69,8 @@ fn main() {
         "qstream_return",
         answers.chain([("postcopy".to_owned(), post_copy)]),
     );
+    let recovery = RECOVERY.map(|(name, commands)| (name.to_owned(), commands.concat()));
+    write("qstream_recovery", recovery.into_iter());
 }
 
 fn write(target: &str, seeds: impl Iterator<Item = (String, Vec<u8>)>) {

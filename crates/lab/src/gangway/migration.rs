@@ -25,10 +25,12 @@ use crate::outcome::{EventLog, Hold, Moved, Outcome, PREPARE_TIME};
 use crate::postcopy;
 use crate::scenario::Preset;
 use crate::shell::say;
-use crate::technique::{Extras, Mode};
+use crate::technique::{Extras, Mode, Technique};
 
 /// Longest answer of the control API to `continue`; it answers when the request is accepted.
 const CONTINUE_PATIENCE: Duration = Duration::from_secs(20);
+/// Key of the figures under which a survey's forecast stands.
+const FORECAST: &str = "forecast_core_bytes";
 /// What `gangway migrate` says, in the coordinator's directory.
 const CLI_LOG: &str = "migrate.log";
 
@@ -52,6 +54,16 @@ pub fn migrate(
         Plan::write(agents, bench)?.run(agents)?;
         thread::sleep(Duration::from_secs_f64(seconds));
     }
+    let forecast = if bench.scenario.survey {
+        let technique = Technique::Gangway {
+            preset,
+            extras,
+            mode: Mode::PreCopy,
+        };
+        Plan::write(agents, bench)?.forecast(agents, &technique.to_string())?
+    } else {
+        None
+    };
     let started = UnixMs::now();
     let attempt = Attempt {
         agents,
@@ -59,7 +71,7 @@ pub fn migrate(
         log,
         started,
     };
-    let (moved, figures, unexpected) = match &bench.scenario.fault {
+    let (moved, mut figures, unexpected) = match &bench.scenario.fault {
         None => {
             let all: Vec<&Vm> = bench.vms.iter().collect();
             let attempted = attempt.run(&all, settings, None)?;
@@ -79,6 +91,7 @@ pub fn migrate(
             (struck.moved, struck.figures, struck.unexpected)
         }
     };
+    figures.extend(forecast.map(|bytes| (FORECAST.to_owned(), json!(bytes))));
     let cpu_seconds = agents.processor_s_since(&cpu_before);
     Ok(Outcome {
         started,

@@ -10,7 +10,7 @@ use super::agents::{BULK_PORT, CONTROL_PORT};
 use super::index;
 use crate::bench::Bench;
 use crate::guest::{Host, Vm};
-use crate::net::Rack;
+use crate::net::{Rack, bytes_per_s};
 use crate::scenario::Preset;
 use crate::technique::{Extras, Mode};
 use crate::template;
@@ -61,6 +61,9 @@ pub(super) fn text(bench: &Bench<'_>, vms: &[&Vm], settings: Settings) -> anyhow
     }
     if let Some(limit) = bench.scenario.downtime_limit_ms {
         plan["downtime_limit_ms"] = limit.into();
+    }
+    if let Some(mbit) = bench.scenario.push_mbit {
+        plan["max_bandwidth_bytes_per_s"] = bytes_per_s(mbit).into();
     }
     if settings.mode != Mode::PreCopy {
         plan["mode"] = settings.mode.in_plan().into();

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::Context;
+use serde_json::Value;
 
 use super::agents::{Agents, control_socket};
 use super::plan::{self, Settings};
@@ -36,14 +37,29 @@ impl Plan {
 
     /// Runs `gangway prepare` to its end.
     pub fn run(&self, agents: &Agents) -> anyhow::Result<()> {
+        self.say(agents, "prepare").map(drop)
+    }
+
+    /// Bytes that `gangway survey` expects `technique` to send over the core link; nothing for a
+    /// technique that it does not know.
+    pub fn forecast(&self, agents: &Agents, technique: &str) -> anyhow::Result<Option<u64>> {
+        let said = self.say(agents, "survey")?;
+        // The survey is the last line, events come before it.
+        let line = said.lines().last().unwrap_or_default();
+        let survey: Value = serde_json::from_str(line).context("reading the survey")?;
+        let all = survey["forecast"].as_array().context("no forecast in it")?;
+        let one = all.iter().find(|one| one["technique"] == technique);
+        Ok(one.and_then(|one| one["core_bytes"].as_u64()))
+    }
+
+    fn say(&self, agents: &Agents, command: &str) -> anyhow::Result<String> {
         let host = agents.coordinator()?;
-        let mut command = host.command(agents.program());
-        command
-            .arg("prepare")
+        let mut program = host.command(agents.program());
+        program
+            .arg(command)
             .arg(&self.file)
             .args(["--json", "--socket"])
             .arg(control_socket(host));
-        output(&mut command)?;
-        Ok(())
+        output(&mut program)
     }
 }

@@ -103,6 +103,7 @@ impl<'a> Record<'a> {
         let moved = state.of(vm)?;
         match phase {
             "preparing" => moved.started = at,
+            "moved" => moved.ended = Some(at),
             "stayed" | "needs-person" => {
                 moved.remark = event["message"].as_str().map(str::to_owned);
             }

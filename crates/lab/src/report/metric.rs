@@ -4,6 +4,7 @@ use super::spread::Spread;
 use super::text;
 use crate::load::{BACKGROUND, Throughput, WORKLOAD};
 use crate::results::{Run, Technique};
+use crate::touch::TouchLatency;
 
 /// Technique that all others are set against.
 pub(crate) const BASELINE: &str = "stock";
@@ -166,6 +167,24 @@ pub(crate) const BACKGROUND_LOST: Metric = Metric {
     read: |run| Throughput::of_run(run, BACKGROUND)?.lost_s,
 };
 
+pub(crate) const TOUCH_MEDIAN: Metric = Metric {
+    field: "application.touch_latency.median_ms",
+    title: "Wait for a page, median",
+    noun: "median wait for a page",
+    meaning: "Touches of pages that were not there yet, timed inside the guests",
+    unit: Unit::Milliseconds,
+    read: |run| TouchLatency::of_run(run)?.median_ms,
+};
+
+pub(crate) const TOUCH_P99: Metric = Metric {
+    field: "application.touch_latency.p99_ms",
+    title: "Wait for a page, 99th percentile",
+    noun: "99th percentile of the wait for a page",
+    meaning: "Touches of pages that were not there yet, timed inside the guests",
+    unit: Unit::Milliseconds,
+    read: |run| TouchLatency::of_run(run)?.p99_ms,
+};
+
 /// In the order in which they are plotted and compared.
 pub(crate) const ALL: &[Metric] = &[
     CORE_BYTES,
@@ -177,6 +196,8 @@ pub(crate) const ALL: &[Metric] = &[
     SOURCE_FOOTPRINT,
     TARGET_FOOTPRINT,
     CPU_TIME,
+    TOUCH_MEDIAN,
+    TOUCH_P99,
     WORK_LOST,
     BACKGROUND_LOST,
 ];

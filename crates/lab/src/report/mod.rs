@@ -8,6 +8,7 @@ mod bars;
 mod bounds;
 mod faults;
 mod kinds;
+mod latency;
 mod lines;
 pub(crate) mod metric;
 mod overhead;

@@ -6,7 +6,7 @@ use super::faults;
 use super::kinds::{self, Mix};
 use super::metric::{self, Metric};
 use super::table::{self, COLUMNS, Integrity, Verdict};
-use super::{bars, bounds, overhead, sentence, sweep, text, timeline};
+use super::{bars, bounds, latency, overhead, sentence, sweep, text, timeline};
 use crate::results::{Results, Run, Technique};
 
 pub(super) const STYLE: &str = include_str!("style.css");
@@ -44,6 +44,7 @@ pub(crate) fn render(results: &Results) -> Markup {
                         @if techniques.iter().any(|one| one.name != crate::overhead::TECHNIQUE) {
                             (measures(&techniques))
                         }
+                        (latency::section(&techniques))
                         (page_kinds(&techniques))
                         (timelines(&techniques))
                     }

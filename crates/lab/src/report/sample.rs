@@ -6,6 +6,7 @@ use serde_json::json;
 
 use crate::load::{BACKGROUND, Throughput, WORKLOAD};
 use crate::results::{Downtime, Pages, Results, Run, Sample, Topology, VmResult, VmTimeline};
+use crate::touch::{self, TouchLatency};
 
 /// What sets one technique of the sample apart.
 struct Shape {
@@ -135,7 +136,9 @@ fn run(shape: &Shape, repeat: u32) -> Run {
         timeline: (0..4).map(|vm| timeline(vm, seconds, core_mb)).collect(),
         application: [WORKLOAD, BACKGROUND]
             .map(|key| (key.to_owned(), json!(throughput(seconds))))
-            .into(),
+            .into_iter()
+            .chain([(touch::NAME.to_owned(), json!(touches(factor)))])
+            .collect(),
         cpu_seconds: BTreeMap::from([("qemu_source".into(), 3.1), ("agents".into(), 1.4)]),
         ..Run::default()
     }
@@ -150,6 +153,20 @@ fn throughput(seconds: f64) -> Throughput {
         during_of_before: Some(0.6),
         lost_s: Some(0.4 * seconds),
         ..Throughput::default()
+    }
+}
+
+/// Of guests that waited for pages now and then.
+fn touches(factor: f64) -> TouchLatency {
+    TouchLatency {
+        touches: 5000,
+        faults: 400,
+        median_ms: Some(2.1 * factor),
+        p99_ms: Some(9.0 * factor),
+        longest_ms: Some(12.0 * factor),
+        threshold_ms: 0.2,
+        slow_before_permille: Some(1.0),
+        histogram: vec![[2.1 * factor, 390.0], [12.0 * factor, 10.0]],
     }
 }
 

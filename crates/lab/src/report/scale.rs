@@ -1,10 +1,11 @@
 //! From racks that were measured to racks that do not fit on this machine: a model.
 //!
-//! What is measured of the scenario `scale` is how many distinct contents a rack's guests have, how
-//! many bytes each of them costs on the core link, and what the hosts of a rack say to each other. The
-//! model carries that to more hosts and VMs: contents grow along a straight line through the smallest
-//! and the largest rack that was measured, all other costs in proportion. Every link carries what it
-//! must at its rate, all at once; the one that takes longest is the limit. Processors are not in it.
+//! What is measured of the scenario `irlm-fig4`, which is also called `scale`, is how many distinct
+//! contents a rack's guests have, how many bytes each of them costs on the core link, and what the
+//! hosts of a rack say to each other. The model carries that to more hosts and VMs: contents grow
+//! along a straight line through the smallest and the largest rack that was measured, all other costs
+//! in proportion. Every link carries what it must at its rate, all at once; the one that takes longest
+//! is the limit. Processors are not in it.
 
 use maud::{Markup, html};
 
@@ -15,7 +16,7 @@ use super::text;
 use crate::results::{Results, Run};
 
 /// Scenario that the model is fed with.
-const SCENARIO: &str = "scale";
+const SCENARIO: &str = "irlm-fig4";
 const TECHNIQUE: &str = "full";
 /// VMs on each host of the racks that are modelled, and their numbers of hosts.
 const VMS_PER_HOST: u32 = 50;

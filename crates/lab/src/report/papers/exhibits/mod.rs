@@ -71,6 +71,11 @@ const FOOTPRINT: Read = |run| {
     let of = |footprint: Option<crate::results::Footprint>| Some(footprint?.cgroup_bytes? as f64);
     Some(of(run.target_footprint)? / of(run.source_footprint)?)
 };
+const GUESTS_PSS: Read = |run| {
+    let of =
+        |footprint: Option<crate::results::Footprint>| Some(footprint?.guest_pss_bytes? as f64);
+    Some(of(run.target_footprint)? / of(run.source_footprint)?)
+};
 const KEPT: Read = |run| Throughput::of_run(run, WORKLOAD)?.during_of_before;
 const LOST: Read = |run| Throughput::of_run(run, WORKLOAD)?.lost_s;
 const BESIDE_KEPT: Read = |run| Throughput::of_run(run, BACKGROUND)?.during_of_before;

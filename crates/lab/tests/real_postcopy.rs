@@ -1,0 +1,76 @@
+//! Real VMs that write, and give memory back, while the rest of it follows them.
+//!
+//! Needs the `gangway` binary and the mapping library of the same target directory (`make test` builds
+//! them first).
+
+use lab::frozen::Checked;
+use lab::results::Run;
+use lab::run;
+use lab::scenario::Scenario;
+use lab::touch::TouchLatency;
+
+fn run_of(name: &str, settings: &[&str]) -> Run {
+    let settings: Vec<String> = settings.iter().map(|&setting| setting.to_owned()).collect();
+    let scenario = Scenario::load(name, &settings, false).expect("the scenario is valid");
+    let out = tempfile::tempdir().expect("a directory for results");
+    let mut results = run::scenario(name, &scenario, out.path()).expect("the lab works");
+    let run = results.runs.pop().expect("one run");
+    assert_eq!(run.failure, None);
+    assert_eq!(run.vms_lost, Some(0));
+    assert_eq!(run.stamp_errors, Some(0));
+    assert_eq!(run.mismatched_pages, Some(0));
+    run
+}
+
+fn checked(run: &Run) -> Checked {
+    let checked = run.application["stamps_checked"].clone();
+    serde_json::from_value(checked).expect("pages were compared")
+}
+
+#[test]
+fn real_vms_that_write_while_their_memory_follows_them_have_every_page_right() {
+    let run = run_of(
+        "postcopy-stress",
+        &[
+            "techniques=full+postcopy",
+            "hosts.vms_per_host=2",
+            "vm.memory_mb=160",
+            "vm.dirty_mb=16",
+            "vm.touch_mb=8",
+        ],
+    );
+    let checked = checked(&run);
+    assert_eq!(checked.wrong, 0);
+    // Half of what is written at random is left alone, and so is what is touched.
+    assert!(checked.same > 2 * (8 + 8) * 256 - 8, "{checked:?}");
+    assert!(checked.written_since > 1000, "{checked:?}");
+    let touches = TouchLatency::of_run(&run).expect("the guests touch pages");
+    assert!(touches.touches > 0, "{touches:?}");
+}
+
+#[test]
+fn real_vms_that_give_shared_memory_back_and_take_it_again_see_nothing_stale() {
+    let run = run_of(
+        "postcopy-balloon",
+        &[
+            "techniques=slm+postcopy",
+            "after.write_shared=false",
+            "links.edge_mbit=100",
+            "balloon.after=1",
+            "settle_s=1",
+        ],
+    );
+    assert!(
+        run.pages.unwrap().mapped.unwrap() > 10_000,
+        "{:?}",
+        run.pages
+    );
+    assert_eq!(checked(&run).wrong, 0);
+    let balloons = run.application["balloons"].as_array().expect("balloons");
+    assert_eq!(balloons.len(), 2);
+    for balloon in balloons {
+        assert_eq!(balloon["blown_up_after"], 1, "{balloon}");
+        let before = balloon["blown_up_before_all_was_there"].as_u64();
+        assert!(before > Some(0), "{balloon}");
+    }
+}
