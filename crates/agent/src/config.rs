@@ -7,6 +7,7 @@ use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use migrate::handover::RESUME_PATIENCE;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
@@ -21,6 +22,8 @@ const MIB: u64 = 1024 * 1024;
 const PEER_TIMEOUT_S: RangeInclusive<u64> = 3..=300;
 /// The guest is stopped meanwhile: half a minute is the most that its own peers tolerate.
 const SWITCHOVER_STALL_LIMIT_S: RangeInclusive<u64> = 1..=30;
+/// A second helps only a test; in a day somebody has looked.
+const RECOVERY_LIMIT_S: RangeInclusive<u64> = 1..=86_400;
 /// A group of 64 MiB guests profits from 1 MiB; above 4 GiB the store competes with the guests.
 const STORE_BYTES: RangeInclusive<u64> = MIB..=4096 * MIB;
 /// zstd's window: both agents hold it once for each host pair.
@@ -63,6 +66,9 @@ pub struct Config {
     /// A switch-over that makes no progress for so long is undone.
     #[serde(default = "default_switchover_stall_limit_s")]
     pub switchover_stall_limit_s: u64,
+    /// A post-copy that was interrupted is resumed for so long before a person is asked.
+    #[serde(default = "default_recovery_limit_s")]
+    pub recovery_limit_s: u64,
     /// Content store of the target role, for each host pair.
     #[serde(default = "default_store_bytes")]
     pub store_bytes: u64,
@@ -111,6 +117,9 @@ fn default_peer_timeout_s() -> u64 {
 }
 fn default_switchover_stall_limit_s() -> u64 {
     5
+}
+fn default_recovery_limit_s() -> u64 {
+    RESUME_PATIENCE.as_secs()
 }
 // As much as its VMs have memory: that it can never exceed.
 fn default_pool_bytes_max() -> u64 {
@@ -224,6 +233,7 @@ impl Config {
                 self.switchover_stall_limit_s,
                 SWITCHOVER_STALL_LIMIT_S,
             ),
+            ("recovery_limit_s", self.recovery_limit_s, RECOVERY_LIMIT_S),
             ("store_bytes", self.store_bytes, STORE_BYTES),
             (
                 "compression_window_bytes",
@@ -319,6 +329,7 @@ mod tests {
             (config.peer_timeout_s, config.switchover_stall_limit_s),
             (15, 5)
         );
+        assert_eq!(config.recovery_limit_s, 600);
         assert_eq!(config.store_bytes, 32 << 20);
         assert_eq!(config.ksm, Ksm::Keep);
         assert_eq!(parse("ksm = \"boost\"\n").unwrap().ksm, Ksm::Boost);
@@ -340,6 +351,10 @@ mod tests {
             (
                 "peer_timeout_s = 0",
                 "`peer_timeout_s` is 0: it must be 3 to 300",
+            ),
+            (
+                "recovery_limit_s = 0",
+                "`recovery_limit_s` is 0: it must be 1 to 86400",
             ),
             (
                 "store_bytes = 1",

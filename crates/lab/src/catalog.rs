@@ -52,6 +52,18 @@ const BUILT_IN: &[(&str, &str)] = &[
         include_str!("../scenarios/postcopy-faults.toml"),
     ),
     (
+        "postcopy-rack-faults",
+        include_str!("../scenarios/postcopy-rack-faults.toml"),
+    ),
+    (
+        "postcopy-shared-faults",
+        include_str!("../scenarios/postcopy-shared-faults.toml"),
+    ),
+    (
+        "postcopy-given-up",
+        include_str!("../scenarios/postcopy-given-up.toml"),
+    ),
+    (
         "postcopy-stress",
         include_str!("../scenarios/postcopy-stress.toml"),
     ),

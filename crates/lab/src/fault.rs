@@ -53,6 +53,10 @@ pub struct Fault {
     /// What it must come to; whatever it comes to if absent.
     #[serde(default)]
     pub expect: Option<Expect>,
+    /// The guests stand still from before their move until it has ended, so that all of their memory can be
+    /// compared under the fault, in post-copy too.
+    #[serde(default)]
+    pub still: bool,
 }
 
 /// When a fault strikes.
@@ -70,6 +74,8 @@ pub enum Moment {
     Target(String),
     /// The event stream says that the VM has entered this phase.
     Phase(String),
+    /// It says so of every VM of the group.
+    All(String),
 }
 
 /// What happens.
@@ -110,6 +116,8 @@ pub enum Victim {
     IndexShard,
     /// The ways between the VM's target host and the other target hosts, both directions.
     TargetPeers,
+    /// The link between the racks.
+    Core,
 }
 
 pub(crate) fn first_vm() -> String {
@@ -134,7 +142,7 @@ impl<'a> Armed<'a> {
         let held = match &fault.at {
             Moment::Source(instant) => Some((&vm.source, instant)),
             Moment::Target(instant) => Some((&vm.target, instant)),
-            Moment::Start | Moment::Prepared | Moment::Phase(_) => None,
+            Moment::Start | Moment::Prepared | Moment::Phase(_) | Moment::All(_) => None,
         };
         let hold = held.map(|(host, name)| hold_dir(host).join(format!("{name}.{}", vm.name)));
         if let Some(path) = &hold {
@@ -167,8 +175,12 @@ impl<'a> Armed<'a> {
         }
         thread::sleep(Duration::from_secs_f64(self.fault.after_s));
         let what = format!(
-            "{:?} {:?} at {:?}",
-            self.fault.action, self.fault.on, self.fault.at
+            "{:?} {:?} of {} at {:?}, in {}",
+            self.fault.action,
+            self.fault.on,
+            self.fault.vm,
+            self.fault.at,
+            progress().phase.as_deref().unwrap_or("no phase"),
         );
         say(&format!("fault: {what}"));
         log.note(&self.vm.name, "fault", json!({"message": what}));
@@ -212,6 +224,7 @@ impl<'a> Armed<'a> {
             let come = match (&reached, &self.fault.at) {
                 (Some(file), _) => file.exists(),
                 (None, Moment::Phase(phase)) => now.phase.as_ref() == Some(phase),
+                (None, Moment::All(phase)) => now.entered_by_all.contains(phase),
                 (None, Moment::Prepared) => now.prepared,
                 (None, Moment::Start) => true,
                 (None, _) => false,
@@ -232,6 +245,7 @@ impl<'a> Armed<'a> {
             (Action::Cut, _) if self.fault.on == Victim::TargetPeers => {
                 self.bench.net.set_peers(&self.vm.target.address, !on)
             }
+            (Action::Cut, _) if self.fault.on == Victim::Core => self.bench.net.set_core(!on),
             (Action::Cut, _) => self.bench.net.set_edge(&self.host()?.address, !on),
             (Action::FillDisk, true) => fill(&filler(self.host()?)),
             (Action::FillDisk, false) => {
@@ -281,7 +295,9 @@ impl<'a> Armed<'a> {
             Victim::Cli => vec![cli_pid],
             Victim::Index => agents.index().pids(),
             Victim::IndexShard => agents.index().pids().into_iter().take(1).collect(),
-            Victim::TargetPeers => bail!("{:?} needs a process", self.fault.action),
+            Victim::TargetPeers | Victim::Core => {
+                bail!("{:?} needs a process", self.fault.action)
+            }
         })
     }
 }
@@ -295,6 +311,8 @@ pub struct Progress {
     pub prepared: bool,
     /// Newest phase of the VM that the fault strikes.
     pub phase: Option<String>,
+    /// Phases that every VM has entered.
+    pub entered_by_all: Vec<String>,
 }
 
 /// Where the agent of `host` looks for files that hold it.

@@ -23,9 +23,22 @@ pub struct Matrix {
     pub instants: BTreeMap<String, Moment>,
     /// What strikes.
     pub faults: Vec<Row>,
-    /// Seconds between the beginning of a phase and the fault.
+    /// Seconds between the beginning of a phase and the fault; the least of them with `tries`.
     #[serde(default = "into_a_phase_s")]
     pub into_phase_s: f64,
+    /// Each fault that strikes in a phase is tried so often, at random times between `into_phase_s` and
+    /// `until_s`: others for each fault, the same in every run with this `seed`. 0: once, at `into_phase_s`.
+    #[serde(default)]
+    pub tries: u32,
+    /// See `tries`; seconds.
+    #[serde(default)]
+    pub until_s: f64,
+    /// See `tries`.
+    #[serde(default)]
+    pub seed: u64,
+    /// As [`Fault::still`], for each.
+    #[serde(default)]
+    pub still: bool,
     /// The cells to be run: `FAULT`, `INSTANT` or `FAULT@INSTANT`; all if absent.
     #[serde(default)]
     pub only: Vec<String>,
@@ -41,6 +54,9 @@ pub struct Row {
     pub action: Action,
     /// To whom.
     pub on: Victim,
+    /// As [`Fault::vm`].
+    #[serde(default = "first_vm")]
+    pub vm: String,
     /// As [`Fault::for_s`].
     #[serde(default)]
     pub for_s: Option<f64>,
@@ -89,7 +105,7 @@ pub struct Seen<'a> {
 }
 
 impl Matrix {
-    /// The chosen faults with their names, `FAULT@INSTANT`, instant by instant.
+    /// The chosen faults with their names, `FAULT@INSTANT` or `FAULT@INSTANT+SECONDS`, instant by instant.
     pub fn cells(&self) -> anyhow::Result<Vec<(String, Fault)>> {
         let mut used = vec![false; self.only.len()];
         let mut cells = Vec::new();
@@ -103,7 +119,7 @@ impl Matrix {
                 };
                 let name = format!("{}@{instant}", row.name);
                 if self.is_chosen([&name, &row.name, instant], &mut used) {
-                    cells.push((name, row.at(at, self.into_phase_s, *expect)));
+                    cells.extend(self.tried(row, (name, at), *expect));
                 }
             }
         }
@@ -112,6 +128,40 @@ impl Matrix {
         }
         ensure!(!cells.is_empty(), "a matrix needs a fault");
         Ok(cells)
+    }
+
+    /// A fault at an instant, as often as it is tried.
+    fn tried(
+        &self,
+        row: &Row,
+        (name, at): (String, &Moment),
+        expect: Expect,
+    ) -> Vec<(String, Fault)> {
+        let strike = |after_s| Fault {
+            vm: row.vm.clone(),
+            at: at.clone(),
+            after_s,
+            action: row.action,
+            on: row.on,
+            for_s: row.for_s,
+            expect: Some(expect),
+            still: self.still,
+        };
+        if !matches!(at, Moment::Phase(_) | Moment::All(_)) {
+            return vec![(name, strike(0.0))];
+        }
+        if self.tries == 0 {
+            return vec![(name, strike(self.into_phase_s))];
+        }
+        let times = (0..self.tries).map(|nth| {
+            let span = (self.until_s - self.into_phase_s).max(0.0);
+            self.into_phase_s + span * fraction(self.seed, &name, nth)
+        });
+        // Hundredths, so that the name says all.
+        let times = times.map(|time| (time * 100.0).round() / 100.0);
+        times
+            .map(|time| (format!("{name}+{time:.2}"), strike(time)))
+            .collect()
     }
 
     fn is_chosen(&self, names: [&str; 3], used: &mut [bool]) -> bool {
@@ -125,19 +175,17 @@ impl Matrix {
     }
 }
 
-impl Row {
-    fn at(&self, at: &Moment, into_phase_s: f64, expect: Expect) -> Fault {
-        let is_phase = matches!(at, Moment::Phase(_));
-        Fault {
-            vm: first_vm(),
-            at: at.clone(),
-            after_s: if is_phase { into_phase_s } else { 0.0 },
-            action: self.action,
-            on: self.on,
-            for_s: self.for_s,
-            expect: Some(expect),
-        }
-    }
+/// A number from 0 to 1, the same for the same arguments (FNV-1a, mixed as in SplitMix64).
+fn fraction(seed: u64, name: &str, nth: u32) -> f64 {
+    let bytes = seed.to_le_bytes().into_iter().chain(nth.to_le_bytes());
+    let hash = bytes
+        .chain(name.bytes())
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+        });
+    let mixed = (hash ^ (hash >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    f64::from((mixed >> 32) as u32) / f64::from(u32::MAX)
 }
 
 impl Expect {
@@ -192,6 +240,31 @@ mod tests {
         assert!(!names("cut,sent").contains(&"cancel@bulk".to_owned()));
         let error = matrix(&["matrix.only=cut@nowhere"]).unwrap_err();
         assert!(format!("{error:#}").contains("cut@nowhere"));
+    }
+
+    #[test]
+    fn tries_are_spread_over_the_phase_and_the_same_in_every_run() {
+        let settings = [
+            "matrix.only=kill-index",
+            "matrix.tries=20",
+            "matrix.until_s=4",
+        ];
+        let settings = settings.map(str::to_owned);
+        let cells = || {
+            let scenario = Scenario::load("postcopy-rack-faults", &settings, false).unwrap();
+            scenario.matrix.unwrap().cells().unwrap()
+        };
+        let times: Vec<f64> = cells().iter().map(|(_, fault)| fault.after_s).collect();
+        assert_eq!(times.len(), 20);
+        assert!(
+            times.iter().all(|time| (0.1..=4.0).contains(time)),
+            "{times:?}"
+        );
+        let late = times.iter().filter(|&&time| time > 2.0).count();
+        assert!((5..=15).contains(&late), "{times:?}");
+        let (name, fault) = &cells()[7];
+        assert_eq!(*name, format!("kill-index@post-copy+{:.2}", fault.after_s));
+        assert_eq!(cells()[7].1, *fault);
     }
 
     #[test]

@@ -327,6 +327,15 @@ impl Net {
         ip(switch, &format!("link set {} {state}\n", host.name))
     }
 
+    /// Takes the core link down, as when its cable is pulled; or up again.
+    pub fn set_core(&self, up: bool) -> anyhow::Result<()> {
+        let state = if up { "up" } else { "down" };
+        ip(
+            &self.core_namespaces[0],
+            &format!("link set core {state}\n"),
+        )
+    }
+
     /// Loses all frames between `host` and the other hosts of its rack, or lets them pass again:
     /// they are sent to a card that nobody has, as when a switch has gone wrong between two ports.
     pub fn set_peers(&self, host: &HostAddress, up: bool) -> anyhow::Result<()> {

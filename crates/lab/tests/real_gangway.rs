@@ -151,6 +151,30 @@ fn real_memory_follows_its_vm_to_the_end_when_the_target_agent_dies_and_comes_ba
     assert_memory_follows_to_the_end("kill-target-agent@post-copy");
 }
 
+/// A cell of `gangway-lab run postcopy-rack-faults`, with fewer hosts over faster links. The guests stand still, so
+/// that every page is compared under the fault, too.
+#[test]
+fn real_memory_follows_from_several_hosts_when_one_of_them_loses_its_agent() {
+    let settings = [
+        "techniques=irlm+postcopy-held",
+        "matrix.only=kill-target-agent",
+        "matrix.still=true",
+        "matrix.into_phase_s=0.5",
+        "hosts.source=2",
+        "hosts.target=2",
+        "links.edge_mbit=200",
+    ];
+    let results = results_of("postcopy-rack-faults", &settings);
+    let [run] = &results.runs[..] else {
+        panic!("one cell, {} runs", results.runs.len())
+    };
+    assert_intact(run);
+    assert_eq!(run.application["exit_code_under_fault"], 0);
+    assert_eq!(run.application["vms_moved_under_fault"], 2);
+    assert_eq!(run.application["exit_code"], 0);
+    assert_eq!(run.compared_pages, Some(4 * (128 << 20) / 4096));
+}
+
 /// Two cells of `gangway-lab run rack-faults`.
 #[test]
 fn real_group_goes_on_without_its_index_and_without_one_of_its_carriers() {

@@ -126,6 +126,7 @@ impl HostMover {
             window_log,
             window_bytes: config.window_bytes_max,
             stall_limit: Duration::from_secs(config.switchover_stall_limit_s),
+            recovery_limit: Duration::from_secs(config.recovery_limit_s),
         };
         Ok(Self {
             _lock: lock,

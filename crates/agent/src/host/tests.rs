@@ -92,12 +92,16 @@ fn agents() -> Agents {
 
 /// Two agents whose mapping library is that file.
 fn agents_with(library: &Path) -> Agents {
+    agents_set(&format!("cow_library = \"{}\"\n", library.display()))
+}
+
+/// Two agents with these lines in their configuration.
+fn agents_set(lines: &str) -> Agents {
     let dir = tempfile::tempdir().unwrap();
     let agent = |name: &str, bulk: SocketAddr| {
         let text = format!(
-            "name = \"{name}\"\nbulk = \"{bulk}\"\ninsecure_plaintext = true\nstate_dir = \"{0}/{name}/state\"\nrun_dir = \"{0}/{name}/run\"\ncow_library = \"{1}\"\n",
-            dir.path().display(),
-            library.display()
+            "name = \"{name}\"\nbulk = \"{bulk}\"\ninsecure_plaintext = true\nstate_dir = \"{0}/{name}/state\"\nrun_dir = \"{0}/{name}/run\"\n{lines}",
+            dir.path().display()
         );
         let config = Config::parse(Path::new("test.toml"), &text).unwrap();
         HostMover::start(&config, None).unwrap()
@@ -405,6 +409,15 @@ impl Cable {
         cable
     }
 
+    /// Waits until somebody is connected through it.
+    fn wait_used(&self) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while lock(&self.through).is_empty() {
+            assert!(Instant::now() < deadline, "nobody connects");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     fn set_cut(&self, is_cut: bool) {
         self.is_cut
             .store(is_cut, std::sync::atomic::Ordering::Relaxed);
@@ -466,6 +479,64 @@ fn real_memory_goes_on_following_its_vm_when_a_cut_cable_is_mended() {
     guest.check().unwrap();
     guest.quit().unwrap();
     assert!(agents.target.incoming().is_empty());
+}
+
+#[test]
+fn real_memory_goes_on_following_its_vm_when_its_resumption_is_cut_again() {
+    let agents = agents();
+    let data = test_data(agents.dir.path(), 13);
+    let (vm, cable, receiver) = following(&agents, &data);
+    cable.set_cut(true);
+    wait_for(&receiver, Phase::Recovering);
+    // From the first connection on until long after both QEMUs have agreed, which takes some 30 ms.
+    for after_ms in [1, 5, 15, 30, 100] {
+        cable.set_cut(false);
+        cable.wait_used();
+        std::thread::sleep(Duration::from_millis(after_ms));
+        cable.set_cut(true);
+    }
+    cable.set_cut(false);
+    agents
+        .source
+        .set_bandwidth("g/v", Bandwidth::default())
+        .unwrap();
+    wait_for(&receiver, Phase::Moved);
+    let (loaded, after) = (std::fs::read(&data).unwrap(), target_memory(&agents, &vm));
+    assert!(
+        after[16 << 20..][..loaded.len()] == loaded[..],
+        "pages differ"
+    );
+}
+
+#[test]
+fn real_memory_goes_on_following_its_vm_when_a_person_says_so_after_the_limit() {
+    let agents = agents_set("recovery_limit_s = 1\n");
+    let data = test_data(agents.dir.path(), 14);
+    let (vm, cable, receiver) = following(&agents, &data);
+    cable.set_cut(true);
+    wait_for(&receiver, Phase::Recovering);
+    let (_, message) = wait_for(&receiver, Phase::NeedsPerson);
+    assert!(message.contains("gangway recover"), "{message}");
+    // In vain, and then not.
+    let again = || {
+        let (sink, receiver) = events();
+        agents.source.recover("g/v", sink).unwrap();
+        receiver
+    };
+    wait_for(&again(), Phase::NeedsPerson);
+    cable.set_cut(false);
+    let receiver = again();
+    wait_for(&receiver, Phase::PostCopy);
+    agents
+        .source
+        .set_bandwidth("g/v", Bandwidth::default())
+        .unwrap();
+    wait_for(&receiver, Phase::Moved);
+    let (loaded, after) = (std::fs::read(&data).unwrap(), target_memory(&agents, &vm));
+    assert!(
+        after[16 << 20..][..loaded.len()] == loaded[..],
+        "pages differ"
+    );
 }
 
 #[test]

@@ -78,6 +78,8 @@ pub(crate) struct MoveContext {
     pub(crate) window_log: u8,
     pub(crate) window_bytes: u64,
     pub(crate) stall_limit: Duration,
+    /// How long an interrupted post-copy is resumed before a person is asked.
+    pub(crate) recovery_limit: Duration,
 }
 
 /// The journal's entry of an outgoing move.
@@ -176,6 +178,7 @@ impl Run {
     ) -> Self {
         let control = Control::new(&spec.target_bulk, "none", &context.session);
         let spec_vm = spec.vm.clone();
+        let machine = SourceMove::with_patience(context.recovery_limit);
         let limit = spec.postcopy_after_s.map(Duration::from_secs);
         Self {
             context,
@@ -183,7 +186,7 @@ impl Run {
             events,
             sender,
             inputs,
-            machine: SourceMove::default(),
+            machine,
             home: Home::new(&spec_vm),
             session: None,
             stream: None,
@@ -481,6 +484,7 @@ impl Run {
                 )
             }
             SourceAction::QuitSource => {
+                self.context.session.hold.at("complete", &self.spec.vm);
                 self.home.quit();
                 None
             }

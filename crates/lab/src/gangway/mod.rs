@@ -6,6 +6,7 @@ mod migration;
 mod plan;
 pub mod prepare;
 mod record;
+mod still;
 mod struck;
 
 pub use agents::{Agents, control_socket};

@@ -1,6 +1,6 @@
 //! What the event stream of a migration says of each VM.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde_json::{Value, json};
@@ -35,6 +35,8 @@ pub(super) struct Record<'a> {
 struct State {
     moved: Vec<Moved>,
     phases: HashMap<String, String>,
+    /// By phase, the VMs that have entered it.
+    entered: HashMap<String, HashSet<String>>,
     over: bool,
     /// Length of the preparation phase, of which the group's stream tells if there was one.
     prepare_s: Option<f64>,
@@ -56,6 +58,7 @@ impl<'a> Record<'a> {
         let state = State {
             moved,
             phases: HashMap::new(),
+            entered: HashMap::new(),
             over: false,
             prepare_s: None,
             notes: Vec::new(),
@@ -95,6 +98,8 @@ impl<'a> Record<'a> {
         let phase = event["phase"].as_str()?;
         let mut state = self.state();
         state.phases.insert(vm.to_owned(), phase.to_owned());
+        let entered = state.entered.entry(phase.to_owned()).or_default();
+        entered.insert(vm.to_owned());
         let moved = state.of(vm)?;
         match phase {
             "preparing" => moved.started = at,
@@ -175,6 +180,12 @@ impl<'a> Record<'a> {
             over: state.over,
             prepared: state.prepare_s.is_some(),
             phase: state.phases.get(vm).cloned(),
+            entered_by_all: state
+                .entered
+                .iter()
+                .filter(|(_, vms)| vms.len() == state.moved.len())
+                .map(|(phase, _)| phase.clone())
+                .collect(),
         }
     }
 

@@ -1,6 +1,7 @@
 //! A migration that a fault strikes; then, with everything healed, another one of the same VMs.
 //! Those that stayed go again, those that arrived go back: both must still work.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -8,8 +9,9 @@ use anyhow::Context;
 use serde_json::{Value, json};
 
 use super::agents::{Agents, control_socket};
-use super::migration::Attempt;
+use super::migration::{Attempt, Attempted};
 use super::plan::Settings;
+use super::still;
 use crate::bench::Bench;
 use crate::clock::UnixMs;
 use crate::fault::{Action, Armed, Fault, Victim};
@@ -17,6 +19,7 @@ use crate::guest::Vm;
 use crate::matrix::{Arrived, Seen};
 use crate::outcome::{Figures, Moved};
 use crate::shell::say;
+use crate::technique::Mode;
 
 /// Time between the end of a migration that a fault has struck and the look at who runs where.
 const AFTERMATH: Duration = Duration::from_secs(3);
@@ -40,14 +43,14 @@ pub(super) fn run(
     let all: Vec<&Vm> = bench.vms.iter().collect();
     // Who would let a held VM go may be the victim; the guests' own checks must suffice there. Not
     // where contents come from other hosts: there the bytes under the fault are the question.
-    let is_held = bench.scenario.hosts.target > 1;
+    let is_held = bench.scenario.hosts.target > 1 && settings.mode == Mode::PreCopy;
     let first_settings = Settings {
         confirm_handover: is_held,
         ..settings
     };
     let settings_before = migration_settings(&bench.vms.iter().collect::<Vec<_>>())?;
     let (began, began_at) = (Instant::now(), UnixMs::now());
-    let first = attempt.run(&all, first_settings, Some(&armed))?;
+    let first = move_first(attempt, (&all, first_settings), (fault, &armed))?;
     let took_s = began.elapsed().as_secs_f64();
     if fault.on == Victim::Cli && fault.action == Action::Kill {
         wait_for_sources_to_go(bench);
@@ -74,7 +77,7 @@ pub(super) fn run(
         // With the hold it is the lab's own.
         figure(
             "silence_under_fault_ms",
-            json!(silence.filter(|_| !is_held)),
+            json!(silence.filter(|_| !is_held && !fault.still)),
         ),
         figure(
             "vms_moved_under_fault",
@@ -115,6 +118,33 @@ pub(super) fn run(
         figures,
         unexpected,
     })
+}
+
+/// The migration that the fault strikes; what was compared of guests that stood still.
+fn move_first(
+    attempt: &Attempt<'_>,
+    (vms, settings): (&[&Vm], Settings),
+    (fault, armed): (&Fault, &Armed<'_>),
+) -> anyhow::Result<Attempted> {
+    if !fault.still {
+        return attempt.run(vms, settings, Some(armed));
+    }
+    still::stop(attempt.bench)?;
+    let over = AtomicBool::new(false);
+    let (first, compared) = thread::scope(|scope| {
+        let comparing = scope.spawn(|| still::compare_all(attempt.bench, &over));
+        let first = attempt.run(vms, settings, Some(armed));
+        over.store(true, Ordering::Relaxed);
+        (first, comparing.join())
+    });
+    let mut first = first?;
+    let compared = compared.map_err(|_| anyhow::anyhow!("comparing panicked"))?;
+    for ((vm, compared), moved) in vms.iter().zip(compared).zip(&mut first.moved) {
+        let compared = compared.with_context(|| format!("comparing {}", vm.name))?;
+        still::go_on(vm, compared.is_some())?;
+        moved.compared = compared;
+    }
+    Ok(first)
 }
 
 /// Which VMs have arrived, seen from that which the fault has struck.

@@ -36,5 +36,7 @@ mod target;
 #[cfg(test)]
 mod tests;
 
-pub use source::{Plight, SourceAction, SourceEvent, SourceJournal, SourceMove, SourceState};
+pub use source::{
+    Plight, RESUME_PATIENCE, SourceAction, SourceEvent, SourceJournal, SourceMove, SourceState,
+};
 pub use target::{FoundQemu, TargetAction, TargetEvent, TargetJournal, TargetMove, TargetState};

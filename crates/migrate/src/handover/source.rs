@@ -10,9 +10,9 @@ use wire::MoveState;
 /// possible after it.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(60);
 
-/// How long an interrupted post-copy is resumed again and again before a person is asked: time for a
-/// host to boot its network, or for somebody to come and put a cable back.
-const RESUME_PATIENCE: Duration = Duration::from_secs(600);
+/// How long an interrupted post-copy is resumed again and again before a person is asked, if nothing else
+/// is said: time for a host to boot its network, or for somebody to come and put a cable back.
+pub const RESUME_PATIENCE: Duration = Duration::from_secs(600);
 
 /// Pause before the first try to resume; each further one is twice as long. Both ends' QEMUs take
 /// milliseconds to notice that their stream is gone.
@@ -43,7 +43,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(8);
 ///                                                       │            failed │    │ resumed                │
 ///                                                       └─ following, but   ▼    │       runs, completed  │
 ///                                                          lost ─────────► Recovering ────────────────────┘
-///                                                                              │ no success for ten minutes,
+///                                                                              │ no success in time,
 ///                                                                              ▼ a QEMU is gone
 ///                                                                          NeedsPerson
 /// ```
@@ -212,6 +212,8 @@ pub struct SourceMove {
     memory: Memory,
     /// How often memory was to flow again.
     tries: u32,
+    /// How long that is tried.
+    patience: Duration,
 }
 
 /// How the VM's memory goes over.
@@ -231,11 +233,21 @@ impl Default for SourceMove {
             state: SourceState::Preparing,
             memory: Memory::First,
             tries: 0,
+            patience: RESUME_PATIENCE,
         }
     }
 }
 
 impl SourceMove {
+    /// A machine that has an interrupted post-copy resumed for so long before a person is asked.
+    #[must_use]
+    pub fn with_patience(patience: Duration) -> Self {
+        Self {
+            patience,
+            ..Self::default()
+        }
+    }
+
     /// Where the move stands.
     #[must_use]
     pub fn state(&self) -> &SourceState {
@@ -376,12 +388,11 @@ impl SourceMove {
         now: Duration,
     ) -> (SourceState, Vec<SourceAction>) {
         let since = if since.is_zero() { now } else { since };
-        if now.saturating_sub(since) < RESUME_PATIENCE {
+        if now.saturating_sub(since) < self.patience {
             return self.recover(since, reason);
         }
-        let minutes = RESUME_PATIENCE.as_secs() / 60;
-        let reason =
-            format!("its memory could not be made to follow for {minutes} minutes: {reason}");
+        let seconds = self.patience.as_secs();
+        let reason = format!("its memory could not be made to follow for {seconds} s: {reason}");
         person(Plight::Halved, reason)
     }
 

@@ -74,6 +74,11 @@ struct World {
     link_up: bool,
     /// The connections that carry memory; made again when a post-copy is resumed.
     session_up: bool,
+    /// Both QEMUs are connected anew, and have not agreed yet on what is missing.
+    is_agreeing: bool,
+    /// How often it will be lost then, whatever else happens, and how often it was.
+    losses_left: u64,
+    lost_agreeing: u32,
     faults: bool,
     vm_killed: bool,
     log: Vec<String>,
@@ -98,6 +103,9 @@ impl World {
             requests: VecDeque::new(),
             link_up: true,
             session_up: true,
+            is_agreeing: false,
+            losses_left: seed / 2 % 3,
+            lost_agreeing: 0,
             faults: true,
             vm_killed: false,
             log: Vec::new(),
@@ -157,7 +165,7 @@ impl World {
             }
             SourceAction::Resume { .. } => {
                 let event = self.resume();
-                self.source_heard.push_back(event);
+                self.source_heard.extend(event);
             }
             SourceAction::AbortTarget(_) => {
                 if self.link_up {
@@ -178,21 +186,21 @@ impl World {
         }
     }
 
-    /// Has memory flow again, if everybody is there.
-    fn resume(&mut self) -> SourceEvent {
+    /// Has both QEMUs connect anew, if everybody is there; an event if that is all.
+    fn resume(&mut self) -> Option<SourceEvent> {
         let not = |why: &str, now| {
             let reason = why.to_owned();
-            SourceEvent::NotResumed { reason, now }
+            Some(SourceEvent::NotResumed { reason, now })
         };
         match self.source_qemu {
-            SourceQemu::Completed => return SourceEvent::SourceCompleted,
+            SourceQemu::Completed => return Some(SourceEvent::SourceCompleted),
             SourceQemu::Post { .. } => {}
             // The agent died after it had ended it, and before it forgot the move.
             SourceQemu::Gone => {
                 let answer = self.target.as_ref().and_then(TargetMove::answer);
                 return match answer.filter(|_| self.link_up) {
-                    Some(MoveState::Following) => SourceEvent::SourceLost("gone".into()),
-                    Some(answer) => SourceEvent::Answer(answer),
+                    Some(MoveState::Following) => Some(SourceEvent::SourceLost("gone".into())),
+                    Some(answer) => Some(SourceEvent::Answer(answer)),
                     None => not("cut", self.now),
                 };
             }
@@ -201,6 +209,7 @@ impl World {
         // Its socket is closed first, whatever was in it.
         self.source_qemu = SourceQemu::Post { open: false };
         self.session_up = false;
+        self.is_agreeing = false;
         if !self.link_up || self.target.is_none() || !self.target_todo.is_empty() {
             return not("cut", self.now);
         }
@@ -209,15 +218,13 @@ impl World {
             self.tell_target(TargetEvent::QemuGone("killed".into()));
         }
         match self.target.as_ref().and_then(TargetMove::answer) {
-            Some(MoveState::Following) if self.faults && self.dice.roll(3) == 0 => {
-                not("lost again", self.now)
-            }
             Some(MoveState::Following) => {
                 self.source_qemu = SourceQemu::Post { open: true };
                 self.session_up = true;
-                SourceEvent::Resumed
+                self.is_agreeing = true;
+                None
             }
-            Some(answer) => SourceEvent::Answer(answer),
+            Some(answer) => Some(SourceEvent::Answer(answer)),
             None => not("busy", self.now),
         }
     }
@@ -326,6 +333,14 @@ impl World {
                 self.tell_target(TargetEvent::SwitchReported);
                 self.source_heard.push_back(SourceEvent::TargetSwitched);
             }
+            SourceQemu::Post { open: true } if self.is_agreeing && self.losses_left > 0 => {
+                self.losses_left -= 1;
+                self.lose_session();
+            }
+            SourceQemu::Post { open: true } if self.is_agreeing => {
+                self.is_agreeing = false;
+                self.source_heard.push_back(SourceEvent::Resumed);
+            }
             // Memory may be through before the VM is let go, and after.
             SourceQemu::Post { open: true } if !self.is_whole && self.dice.roll(4) == 0 => {
                 self.is_whole = self.is_fed();
@@ -355,6 +370,7 @@ impl World {
         };
         self.source.is_some()
             && self.session_up
+            && !self.is_agreeing
             && self
                 .target
                 .as_ref()
@@ -366,8 +382,19 @@ impl World {
         self.session_up = false;
         let now = self.now;
         self.tell_target(TargetEvent::SessionLost { now });
-        self.source_heard
-            .push_back(SourceEvent::Failed("session lost".into()));
+        self.source_hears_of_loss("session lost");
+    }
+
+    /// A try to resume has come to nothing if the QEMUs had not agreed.
+    fn source_hears_of_loss(&mut self, reason: &str) {
+        let (reason, now) = (reason.to_owned(), self.now);
+        let was_agreeing = std::mem::take(&mut self.is_agreeing);
+        self.lost_agreeing += u32::from(was_agreeing);
+        self.source_heard.push_back(if was_agreeing {
+            SourceEvent::NotResumed { reason, now }
+        } else {
+            SourceEvent::Failed(reason)
+        });
     }
 
     fn kill_source_agent(&mut self) {
@@ -382,6 +409,7 @@ impl World {
                 _ => {}
             }
             self.session_up = false;
+            self.lost_agreeing += u32::from(std::mem::take(&mut self.is_agreeing));
             let now = self.now;
             self.tell_target(TargetEvent::SessionLost { now });
         }
@@ -398,8 +426,7 @@ impl World {
                     now: self.now,
                 });
             }
-            self.source_heard
-                .push_back(SourceEvent::Failed("target agent gone".into()));
+            self.source_hears_of_loss("target agent gone");
         }
     }
 
@@ -496,6 +523,7 @@ impl World {
 #[test]
 fn never_two_and_never_none_whatever_dies_whenever() {
     let (mut moved, mut stayed, mut person, mut resumed) = (0, 0, 0, 0);
+    let mut lost_again = 0;
     for seed in 0..6_000 {
         let mut world = World::new(seed);
         // Some worlds get far before the first fault, some are in trouble from the start.
@@ -536,10 +564,12 @@ fn never_two_and_never_none_whatever_dies_whenever() {
             world.log.join("\n")
         );
         resumed += u32::from(world.log.iter().any(|line| line.contains("hears Resumed")));
+        lost_again += world.lost_agreeing;
     }
     assert!(
-        moved > 500 && stayed > 500 && resumed > 100,
-        "{moved} moved, {stayed} stayed, {person} need a person; {resumed} were resumed"
+        moved > 500 && stayed > 500 && resumed > 100 && lost_again > 50,
+        "{moved} moved, {stayed} stayed, {person} need a person; {resumed} were resumed, \
+         {lost_again} times it was lost again before both QEMUs had agreed"
     );
 }
 

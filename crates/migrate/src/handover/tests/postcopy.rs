@@ -28,13 +28,17 @@ fn a_vm_in_post_copy_is_moved_only_when_its_memory_is_there() {
 
 /// A move whose VM runs at the target, before its memory is there.
 fn following() -> SourceMove {
-    machine_at(&[
+    machine_at(&following_events())
+}
+
+fn following_events() -> [SourceEvent; 5] {
+    [
         SourceEvent::TargetReady,
         SourceEvent::SourceHeld,
         SourceEvent::TargetSwitched,
         SourceEvent::Confirmed,
         SourceEvent::Answer(MoveState::Following),
-    ])
+    ]
 }
 
 fn pause_of(actions: &[SourceAction]) -> Duration {
@@ -73,8 +77,17 @@ fn an_interrupted_post_copy_is_resumed_and_nothing_else_is_done_to_its_source() 
 }
 
 #[test]
-fn a_post_copy_that_cannot_be_resumed_for_ten_minutes_needs_a_person_and_keeps_its_source() {
-    let mut machine = following();
+fn a_post_copy_that_cannot_be_resumed_in_time_needs_a_person_and_keeps_its_source() {
+    assert_eq!(RESUME_PATIENCE, Duration::from_secs(600));
+    gives_up_after(following(), 600);
+    let mut machine = SourceMove::with_patience(Duration::from_secs(20));
+    for event in following_events() {
+        machine.handle(event);
+    }
+    gives_up_after(machine, 20);
+}
+
+fn gives_up_after(mut machine: SourceMove, seconds: u64) {
     machine.handle(SourceEvent::Failed("cut".into()));
     let mut at = |second| {
         let (reason, now) = ("cut".to_owned(), Duration::from_secs(second));
@@ -82,13 +95,14 @@ fn a_post_copy_that_cannot_be_resumed_for_ten_minutes_needs_a_person_and_keeps_i
         (actions, machine.state().clone())
     };
     at(100);
-    assert_eq!(at(699).0.len(), 1);
-    let (actions, state) = at(700);
+    assert_eq!(at(99 + seconds).0.len(), 1);
+    let (actions, state) = at(100 + seconds);
     assert_eq!(actions, []);
-    let SourceState::NeedsPerson { plight, .. } = state else {
+    let SourceState::NeedsPerson { plight, reason } = state else {
         panic!("{state:?}")
     };
     assert_eq!(plight, Plight::Halved);
+    assert!(reason.contains(&format!("{seconds} s")), "{reason}");
 }
 
 #[test]
