@@ -2,6 +2,7 @@
 
 mod arrivals;
 
+use std::collections::HashMap;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -23,7 +24,7 @@ use super::mapper::{self, Mapper};
 use super::pool::Pools;
 use super::pressure::Pressure;
 use super::promises::Promises;
-use super::resume::{Feed, Resumption, condition};
+use super::resume::{Feed, condition};
 use super::returns::{ReturnEnd, read_return_path};
 use super::session::{GuestMemory, TargetSession, lock};
 use super::sink::Sink;

@@ -4,11 +4,12 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow};
-use migrate::handover::{TargetEvent, TargetMove};
+use anyhow::anyhow;
+use migrate::handover::TargetEvent;
 use wire::{MoveState, OpenMove};
 
 use super::{Entry, Incoming, Promises, TOMBSTONE_AGE, TargetContext, TargetSession, lock};
+use crate::target::resume::Resumption;
 
 /// All incoming moves of this host.
 pub(crate) struct Arrivals {
