@@ -62,7 +62,7 @@ pub(crate) struct Settings {
     pub(crate) stamp_mb: usize,
     /// `lab.touch_mb`: area that is stamped once and whose pages are touched one by one, in every mode.
     pub(crate) touch_mb: usize,
-    /// `lab.work_log2`: a round of work has 2 to the power of this many steps.
+    /// `lab.work_log2`: a round of work has 2 to the power of this many steps, of writing a sixteenth of them.
     pub(crate) work_log2: u32,
     /// `lab.number`: of the VM, from 1.
     pub(crate) number: u32,

@@ -15,6 +15,9 @@ use crate::stress;
 use crate::touch::Touched;
 
 /// Pages of a megabyte.
+/// An emulated processor computes 2 to the power of this many steps in the time of one write to a
+/// random place.
+const WRITE_LOG2: u32 = 4;
 pub(crate) const PAGES_PER_MB: usize = (1 << 20) / PAGE;
 /// Length of a turn: short enough that a turn's work is not a visible burst.
 pub(crate) const TURN: Duration = Duration::from_millis(10);
@@ -72,7 +75,7 @@ pub(crate) fn start(settings: &Settings, health: &Arc<Health>) -> anyhow::Result
             })?;
         }
         Mode::RandomWrites => {
-            let steps = 1 << settings.work_log2;
+            let steps = 1 << settings.work_log2.saturating_sub(WRITE_LOG2);
             let mut writer = RandomWriter::new(settings.dirty_mb);
             spawn("work", health, move |health| {
                 rounds(health, || writer.write(steps));

@@ -359,6 +359,18 @@ pub struct Technique<'a> {
 }
 
 impl Run {
+    /// The run as one of this technique.
+    #[must_use]
+    pub fn of(technique: crate::technique::Technique, run: Self) -> Self {
+        Self {
+            technique: technique.base().into(),
+            mode: technique.mode().into(),
+            compression: technique.compression().into(),
+            sharing: technique.sharing().map(str::to_owned),
+            ..run
+        }
+    }
+
     /// The technique with the settings that set it apart: `gang+zstd`.
     #[must_use]
     pub fn name(&self) -> String {
@@ -372,7 +384,9 @@ impl Run {
             name.push('+');
             name.push_str(sharing);
         }
-        if self.mode != "pre-copy" && !self.mode.is_empty() {
+        // `stock-postcopy` says it already.
+        let is_said = ["pre-copy", ""].contains(&self.mode.as_str());
+        if !is_said && !self.technique.ends_with("postcopy") {
             name.push(' ');
             name.push_str(&self.mode);
         }

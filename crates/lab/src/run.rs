@@ -77,16 +77,12 @@ pub fn scenario(name: &str, scenario: &Scenario, out: &Path) -> anyhow::Result<R
                     say(&format!("{what} failed: {failure}"));
                 }
                 results.runs.push(Run {
-                    technique: technique.base().into(),
-                    mode: technique.mode().into(),
-                    compression: technique.compression().into(),
-                    sharing: technique.sharing().map(str::to_owned),
                     beside,
                     fault,
                     repeat,
                     source_hosts: Some(scenario.hosts.source),
                     vms_per_host: Some(scenario.hosts.vms_per_host),
-                    ..run
+                    ..Run::of(technique, run)
                 });
                 // What is measured is kept, whatever happens to the runs that follow.
                 results.save(out)?;

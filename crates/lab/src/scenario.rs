@@ -175,7 +175,7 @@ pub struct Vm {
     /// Only every so many-th VM has the mode, the others are idle.
     #[serde(default = "every_one")]
     pub busy_every: u32,
-    /// `subset-sum` and `random-writes` do 2 to the power of this many steps a round.
+    /// `subset-sum` does 2 to the power of this many steps a round, `random-writes` a sixteenth of them.
     #[serde(default)]
     pub work_log2: u32,
     /// MiB that are stamped and checked.

@@ -26,6 +26,10 @@ impl Drop for Vm {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        // A VM that has moved belongs to nobody but the test.
+        if let Ok((moved, _events)) = SourceGuest::attach(&moved_qmp(self)) {
+            let _ = moved.quit();
+        }
     }
 }
 

@@ -395,6 +395,8 @@ fn command(results: &Results) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::scenario::Scenario;
+    use crate::technique;
 
     fn run(technique: &str, beside: Option<&str>, core_mb: u64) -> Run {
         Run {
@@ -414,6 +416,27 @@ mod tests {
             scenario: scenario.into(),
             runs,
             ..Results::default()
+        }
+    }
+
+    #[test]
+    fn every_claim_is_about_techniques_that_its_scenario_runs() {
+        for exhibit in exhibits::all() {
+            let scenario = Scenario::load(exhibit.scenario, &[], false).unwrap();
+            let name = |one: &technique::Technique| Run::of(*one, Run::default()).name();
+            let mut known: Vec<String> = scenario.techniques.iter().map(name).collect();
+            if scenario.preparation.is_some() {
+                known.push("prepare".to_owned());
+            }
+            for claim in exhibit.claims {
+                for name in [Some(claim.of), claim.against].into_iter().flatten() {
+                    assert!(
+                        known.iter().any(|one| one == name),
+                        "{}: {name} is none of {known:?}",
+                        exhibit.title
+                    );
+                }
+            }
         }
     }
 

@@ -65,6 +65,7 @@ const fn sweep(title: &'static str, field: &'static str, unit: Unit, read: Read)
 const CORE: Read = |run| run.core_bytes.map(|bytes| bytes as f64);
 const TOTAL: Read = |run| run.total_migration_time_s;
 const MEAN: Read = |run| run.mean_migration_time_s;
+const EVICTION: Read = |run| run.eviction_time_s;
 const DOWNTIME: Read = |run| run.downtime_ms.map(|downtime| downtime.mean);
 const LITERAL: Read = |run| Some(run.pages?.literal? as f64);
 const FOOTPRINT: Read = |run| {

@@ -2,7 +2,8 @@
 
 use super::super::claim::Claim;
 use super::{
-    CLAIM, DOWNTIME, Exhibit, FOOTPRINT, GUESTS_PSS, KEPT, LITERAL, LOST, Plot, TOTAL, sweep,
+    CLAIM, DOWNTIME, EVICTION, Exhibit, FOOTPRINT, GUESTS_PSS, KEPT, LITERAL, LOST, Plot, TOTAL,
+    sweep,
 };
 use crate::load::WORKLOAD;
 use crate::report::metric::Unit;
@@ -14,7 +15,7 @@ const SLM: Claim = Claim {
 };
 
 const POSTCOPY: Claim = Claim {
-    of: "slm+postcopy",
+    of: "slm post-copy",
     against: Some("stock-postcopy"),
     ..CLAIM
 };
@@ -76,6 +77,12 @@ pub(super) const ALL: &[Exhibit] = &[
                 TOTAL,
             ),
             sweep(
+                "Time until the source host is free: with post-copy, all memory is at the target",
+                "eviction_time_s",
+                Unit::Seconds,
+                EVICTION,
+            ),
+            sweep(
                 "Pages sent with their bytes",
                 "pages.literal",
                 Unit::Pages,
@@ -98,10 +105,10 @@ pub(super) const ALL: &[Exhibit] = &[
                 ..SLM
             },
             Claim {
-                what: "total migration time",
+                what: "time until the source is free",
                 paper: Some(0.43),
-                field: "total_migration_time_s",
-                read: TOTAL,
+                field: "eviction_time_s",
+                read: EVICTION,
                 ..POSTCOPY
             },
             Claim {
