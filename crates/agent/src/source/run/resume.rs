@@ -12,6 +12,7 @@ use migrate::handover::{SourceEvent, SourceState};
 use wire::MoveState;
 
 use super::super::home::{Paused, guest_memory};
+use super::super::preempt;
 use super::super::relay;
 use super::super::right_of_way::Place;
 use super::super::session::{Session, SessionKey, describe, spawn};
@@ -142,8 +143,17 @@ impl Run {
             return Ok(Some(SourceEvent::Answer(state)));
         }
         let name = format!("c-{}-{}.sock", std::process::id(), &session.id[..8]);
-        let socket = self.home.resume(&self.context.run_dir.join(name))?;
+        let preempts = self.home.preempts()?;
+        let (socket, listening) = self.home.resume(&self.context.run_dir.join(name))?;
         stream.attach(socket.try_clone()?);
+        if preempts {
+            let (reads, outbox) = (Arc::clone(&stream), Arc::clone(&session.outbox));
+            spawn("gw-relay-2", move || {
+                if let Err(error) = preempt::relay(listening, &reads, &outbox) {
+                    reads.tell(Input::Failed(error.to_string()));
+                }
+            })?;
+        }
         let (reads, outbox) = (Arc::clone(&stream), Arc::clone(&session.outbox));
         self.session = Some(session);
         self.stream = Some(stream);
