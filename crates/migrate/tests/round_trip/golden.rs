@@ -237,7 +237,7 @@ fn a_real_stream_arrives_with_the_same_pages_and_the_same_device_state() {
             assert!(urgent.len() > 20);
             let [first, second] = carry_with(Unpacker::preempting(), &stream, urgent.clone());
             let mut preempted = outcome(&first);
-            assert!(add_second(&second, &stream, &mut preempted) > 5);
+            assert!(add_second(&second, &stream, &mut preempted) > 0);
             assert!(preempted == expected);
             assert!(outcome(&carry(&stream, urgent)) == expected);
             switched += 1;
