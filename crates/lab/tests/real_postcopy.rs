@@ -3,6 +3,11 @@
 //! Needs the `gangway` binary and the mapping library of the same target directory (`make test` builds
 //! them first).
 
+use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
 use lab::frozen::Checked;
 use lab::results::Run;
 use lab::run;
@@ -72,5 +77,61 @@ fn real_vms_that_give_shared_memory_back_and_take_it_again_see_nothing_stale() {
         assert_eq!(balloon["blown_up_after"], 1, "{balloon}");
         let before = balloon["blown_up_before_all_was_there"].as_u64();
         assert!(before > Some(0), "{balloon}");
+    }
+}
+
+/// Whether a QEMU of this process's racks has a thread of that name.
+fn has_thread(name: &str) -> bool {
+    let ours = format!("/gw{}/", std::process::id());
+    let read = |path| fs::read(path).unwrap_or_default();
+    let processes = fs::read_dir("/proc").expect("processes").flatten();
+    let mut processes = processes
+        .map(|entry| entry.path())
+        .filter(|process| String::from_utf8_lossy(&read(process.join("cmdline"))).contains(&ours));
+    processes.any(|process| {
+        let threads = fs::read_dir(process.join("task")).into_iter().flatten();
+        let mut names = threads
+            .flatten()
+            .map(|thread| read(thread.path().join("comm")));
+        names.any(|found| found.trim_ascii_end() == name.as_bytes())
+    })
+}
+
+/// A run while which is looked for the thread that a target QEMU from 8.0 on has for its second channel.
+fn run_with_second_channel(technique: &str) -> (Run, bool) {
+    let is_over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let look = scope.spawn(|| {
+            let mut is_seen = false;
+            while !is_seen && !is_over.load(Ordering::Relaxed) {
+                is_seen = has_thread("mig/dst/preempt");
+                thread::sleep(Duration::from_millis(20));
+            }
+            is_seen
+        });
+        let technique = format!("techniques={technique}");
+        let run = run_of(
+            "postcopy-stress",
+            &[
+                &technique,
+                "hosts.vms_per_host=1",
+                "vm.memory_mb=160",
+                "vm.dirty_mb=16",
+                "vm.touch_mb=8",
+                "links.edge_mbit=100",
+            ],
+        );
+        is_over.store(true, Ordering::Relaxed);
+        (run, look.join().expect("the watcher"))
+    })
+}
+
+#[test]
+fn real_pages_that_were_asked_for_come_on_a_channel_of_their_own_and_every_page_is_right() {
+    for technique in ["gang+postcopy", "stock-postcopy-preempt"] {
+        let (run, is_seen) = run_with_second_channel(technique);
+        assert!(is_seen, "{technique}");
+        let touches = TouchLatency::of_run(&run).expect("the guests touch pages");
+        assert!(touches.touches > 0, "{technique}: {touches:?}");
     }
 }

@@ -12,6 +12,22 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 /// before a switch to post-copy, it does not come.
 const LOOK: Duration = Duration::from_millis(500);
 
+/// What the names of these sockets begin with.
+pub(crate) const NAMED: &str = "m-";
+
+/// Removes the sockets that an agent has left which was killed. They are nobody's.
+pub(crate) fn remove_leftovers(run_dir: &Path) -> io::Result<()> {
+    for entry in std::fs::read_dir(run_dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        if name.starts_with(NAMED) && name.ends_with(".sock") {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 /// A socket at a path, which is there as long as this is.
 pub(crate) struct Listening {
     listener: UnixListener,
@@ -106,6 +122,19 @@ mod tests {
         assert_eq!(waits.kind(), io::ErrorKind::WouldBlock);
         drop(second);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn only_these_sockets_are_removed_when_they_are_left() {
+        let directory = tempfile::tempdir().unwrap();
+        for name in ["m-3-0123.sock", "control.sock", "m-notes"] {
+            std::fs::write(directory.path().join(name), "").unwrap();
+        }
+        remove_leftovers(directory.path()).unwrap();
+        let left = std::fs::read_dir(directory.path()).unwrap();
+        let mut left: Vec<_> = left.map(|entry| entry.unwrap().file_name()).collect();
+        left.sort();
+        assert_eq!(left, ["control.sock", "m-notes"]);
     }
 
     #[test]

@@ -32,6 +32,7 @@ mod void;
 
 pub(crate) use home::{guest_memory, shares_memory};
 pub(crate) use index_link::{IndexKey, IndexLink, IndexLinks};
+pub(crate) use listening::remove_leftovers;
 pub(crate) use run::{Entry, Input, MoveContext, MoveRun};
 pub(crate) use session::{SessionContext, Sessions};
 pub(crate) use shared::RUNS_MAX;

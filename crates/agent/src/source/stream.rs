@@ -26,6 +26,9 @@ use super::urgent::Requests;
 const WINDOW_POLL: Duration = Duration::from_millis(200);
 const YIELD_POLL: Duration = Duration::from_millis(10);
 
+/// Where pages are.
+pub(crate) type PlacesOfPages = Vec<(BlockIndex, PageNo)>;
+
 /// What is known of a stream that may go over to post-copy.
 #[derive(Default)]
 struct Postcopy {
@@ -33,11 +36,11 @@ struct Postcopy {
     /// Names of the stream's blocks.
     blocks: Vec<String>,
     /// Pages that were sent ahead, until the reader takes them.
-    ahead: Vec<(BlockIndex, PageNo)>,
+    ahead: PlacesOfPages,
     /// Those of them that were asked for and that QEMU's second channel, if it has one, has not brought.
     asked: HashSet<(BlockIndex, PageNo)>,
     /// Those that it has brought, until the reader takes them.
-    aside: Vec<(BlockIndex, PageNo)>,
+    aside: PlacesOfPages,
     /// Groups of neighbours that were sent ahead.
     groups: HashSet<(BlockIndex, u32)>,
     /// How long faults took, once the target has said so.
@@ -397,7 +400,7 @@ impl Stream {
     }
 
     /// Pages that went ahead since the last call, and those of which QEMU's copy came on its second channel.
-    pub(crate) fn take_ahead(&self) -> (Vec<(BlockIndex, PageNo)>, Vec<(BlockIndex, PageNo)>) {
+    pub(crate) fn take_ahead(&self) -> (PlacesOfPages, PlacesOfPages) {
         let mut postcopy = lock(&self.postcopy);
         let ahead = std::mem::take(&mut postcopy.ahead);
         (ahead, std::mem::take(&mut postcopy.aside))

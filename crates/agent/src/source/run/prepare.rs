@@ -14,6 +14,7 @@ use crate::types::{Compression, MoveSpec, Phase, Scope, Sharing};
 
 use super::super::home::{SHARED_MIN_PAGES, guest_memory, shares_memory};
 use super::super::index_link::IndexKey;
+use super::super::listening::NAMED;
 use super::super::preempt;
 use super::super::progress::ProgressMeter;
 use super::super::reader::{self, Way};
@@ -122,7 +123,7 @@ impl Run {
         let (Some(stream), Some(session)) = (&self.stream, &self.session) else {
             return Err(anyhow!("the move was not prepared"));
         };
-        let socket_name = format!("m-{}-{}.sock", stream.vm, &session.id[..8]);
+        let socket_name = format!("{NAMED}{}-{}.sock", stream.vm, &session.id[..8]);
         let path = self.context.run_dir.join(socket_name);
         let parameters = MigrationParameters {
             preempt: self.preempts,

@@ -12,6 +12,7 @@ use migrate::handover::{SourceEvent, SourceState};
 use wire::MoveState;
 
 use super::super::home::{Paused, guest_memory};
+use super::super::listening::NAMED;
 use super::super::preempt;
 use super::super::relay;
 use super::super::right_of_way::Place;
@@ -142,7 +143,7 @@ impl Run {
         if let Some(state) = answer {
             return Ok(Some(SourceEvent::Answer(state)));
         }
-        let name = format!("c-{}-{}.sock", std::process::id(), &session.id[..8]);
+        let name = format!("{NAMED}{}-{}.sock", stream.vm, &session.id[..8]);
         let preempts = self.home.preempts()?;
         let (socket, listening) = self.home.resume(&self.context.run_dir.join(name))?;
         stream.attach(socket.try_clone()?);
