@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 
-/// How nice a thread of low priority is. The kernel gives it 36 parts where a thread of normal
-/// priority that wants the same processor gets 1024: 3.4 % of the processor.
-const LOW: i32 = 15;
+/// How nice a thread of low priority is. The kernel gives it 23 parts where a thread of normal
+/// priority that wants the same processor gets 1024: 2.2 % of the processor.
+const LOW: i32 = 17;
 
 /// Gives the calling thread processors only while nothing else wants them (`SCHED_IDLE`), until it
 /// asks for [`set_low_priority`].
@@ -26,7 +26,7 @@ pub fn set_idle_priority() -> io::Result<()> {
     }
 }
 
-/// Gives the calling thread a thirtieth of a processor that others want, and all of one that
+/// Gives the calling thread a fiftieth of a processor that others want, and all of one that
 /// nobody wants.
 ///
 /// # Errors
