@@ -380,6 +380,31 @@ fn real_a_hybrid_move_goes_over_when_a_person_says_so_and_not_in_pre_copy() {
 }
 
 #[test]
+fn real_a_vm_that_was_stopped_at_its_target_stays_so_when_the_agent_there_starts_again() {
+    let agents = agents();
+    let data = test_data(agents.dir.path(), 15);
+    let vm = vm(agents.dir.path(), "v", &data, &[]);
+    let spec = MoveSpec {
+        confirm_handover: false,
+        ..agents.spec(&vm, Preset::Oc.settings())
+    };
+    let (sink, receiver) = events();
+    agents.source.start(spec, sink).unwrap();
+    wait_for(&receiver, Phase::Moved);
+    let (guest, events) = SourceGuest::attach(&moved_qmp(&vm)).unwrap();
+    assert_eq!(guest.run_state().unwrap(), guest::RunState::Running);
+    guest.stop().unwrap();
+    // As an agent does that starts: what the journal says is taken up.
+    let context = agents.target.arrivals.context.clone();
+    drop((guest, events));
+    let again = crate::target::Arrivals::start(context).unwrap();
+    assert!(again.pid_of("g/v").is_some(), "it is in the journal");
+    let (guest, _events) = SourceGuest::attach(&moved_qmp(&vm)).unwrap();
+    assert_eq!(guest.run_state().unwrap(), guest::RunState::Paused);
+    guest.quit().unwrap();
+}
+
+#[test]
 fn a_group_that_shares_is_admitted_by_what_it_holds_and_refused_with_the_numbers() {
     let free = HostMemory::now().for_guests().0;
     let ask = |agents: &Agents, shared: u64| {
