@@ -1,12 +1,13 @@
 //! The command line, as data.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use agent::plan::PlanError;
 use agent::types::{Compression, Mode, Plan, PrepareBounds, Preset, Scope, Sharing};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use clap::{Args, Parser, Subcommand};
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use serde::de::DeserializeOwned;
 use serde::de::value::StrDeserializer;
 
@@ -14,16 +15,35 @@ use serde::de::value::StrDeserializer;
 #[derive(Debug, Parser)]
 #[command(name = "gangway", version, after_help = EXIT_CODES)]
 pub(crate) struct Cli {
-    /// Control socket of this host's agent.
-    #[arg(
-        long,
-        global = true,
-        value_name = "PATH",
-        default_value = "/run/gangway/control.sock"
-    )]
-    pub(crate) socket: PathBuf,
+    /// Control socket of this host's agent [default: /run/gangway/control.sock].
+    #[arg(long, global = true, value_name = "PATH")]
+    pub(crate) socket: Option<PathBuf>,
     #[command(subcommand)]
     pub(crate) command: Command,
+}
+
+/// Where an agent with the usual configuration listens.
+const SOCKET: &str = "/run/gangway/control.sock";
+
+impl Cli {
+    /// The agent's control socket.
+    pub(crate) fn socket(&self) -> &Path {
+        self.socket.as_deref().unwrap_or(Path::new(SOCKET))
+    }
+
+    /// What is wrong with options that are each right.
+    pub(crate) fn conflict(&self) -> Option<clap::Error> {
+        let listens = match &self.command {
+            Command::Agent { .. } => {
+                "an agent listens in the run directory that its configuration names"
+            }
+            Command::Index { .. } => "an index has no control socket",
+            _ => return None,
+        };
+        let error =
+            |_| Self::command().error(ErrorKind::ArgumentConflict, format!("--socket: {listens}"));
+        self.socket.as_ref().map(error)
+    }
 }
 
 const EXIT_CODES: &str = "\

@@ -34,6 +34,9 @@ const AGENT_TIMEOUT: Duration = Duration::from_secs(15);
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
+    if let Some(error) = cli.conflict() {
+        error.exit();
+    }
     let exit = match run(&cli) {
         Ok(exit) => exit,
         // Whoever read our output has enough of it.
@@ -70,7 +73,7 @@ fn run(cli: &Cli) -> anyhow::Result<Exit> {
 
 /// The commands that talk to the agent.
 async fn talk(cli: &Cli) -> anyhow::Result<Exit> {
-    let client = Client::unix(&cli.socket, AGENT_TIMEOUT);
+    let client = Client::unix(cli.socket(), AGENT_TIMEOUT);
     match &cli.command {
         Command::Migrate(wish) => migrate::migrate(cli, &client, wish).await,
         Command::Evacuate(wish) => migrate::evacuate(cli, &client, wish).await,

@@ -54,7 +54,7 @@ async fn start(cli: &Cli, client: &Client, plan: Plan, manner: &Manner) -> anyho
             "VMs that do not converge, or are told to, go over to {POSTCOPY}"
         )?,
     }
-    let patient = Client::unix(&cli.socket, AGREEMENT_TIME_MAX);
+    let patient = Client::unix(cli.socket(), AGREEMENT_TIME_MAX);
     let request = GroupRequest { plan, id: None };
     let accepted: GroupAccepted = tokio::select! {
         accepted = patient.post("/v1/groups", &request) => accepted?,

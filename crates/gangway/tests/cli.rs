@@ -427,6 +427,16 @@ async fn completions_man_pages_and_doctor_are_there() {
     assert_eq!(report["findings"][0]["about"], "agent");
 }
 
+#[tokio::test]
+async fn a_socket_that_nothing_would_use_is_refused() {
+    let bench = Bench::new([]).await;
+    for command in ["agent", "index"] {
+        let outcome = bench.run(&[command, "--config", "agent.toml"]).await;
+        assert_eq!(outcome.code, Some(2), "{outcome:?}");
+        assert!(outcome.err.contains("--socket"), "{outcome:?}");
+    }
+}
+
 /// Two hosts with names, the first with VMs.
 async fn two_named<const N: usize>(vms: [(&str, Script); N], memory: u64) -> Bench {
     let a = FakeHost::new(vms, MEMORY).with_name("a");

@@ -223,7 +223,8 @@ impl Experiment<'_> {
     fn with(&self, measured: &mut Overhead) -> anyhow::Result<f64> {
         let done = AtomicBool::new(false);
         let processor_before = self.agents.processor_s();
-        let (mean, times) = thread::scope(|scope| {
+        let since = UnixMs::now();
+        let times = thread::scope(|scope| {
             let preparing = scope.spawn(|| {
                 let mut times = Vec::new();
                 loop {
@@ -236,13 +237,18 @@ impl Experiment<'_> {
                     }
                 }
             });
-            let mean = self.rounds_s(UnixMs::now());
+            let rounds = self.wait_for_rounds(since);
             done.store(true, Ordering::Relaxed);
             let times = preparing
                 .join()
                 .map_err(|_| anyhow::anyhow!("the preparing thread panicked"));
-            Ok::<_, anyhow::Error>((mean?, times??))
+            rounds.and(times?)
         })?;
+        // While the last preparation came to its end the guests did some more of them.
+        let mean = match self.preparation.run {
+            Times::Loop => self.mean_round_s(since, usize::MAX)?,
+            Times::Once => self.mean_round_s(since, self.preparation.rounds as usize)?,
+        };
         measured.prepare_s.extend(times);
         let used = self.agents.processor_s_since(&processor_before);
         measured.agents_cpu_s += used.iter().map(|(_, seconds)| seconds).sum::<f64>();
@@ -251,21 +257,33 @@ impl Experiment<'_> {
 
     /// Mean time of the next complete rounds of all guests.
     fn rounds_s(&self, since: UnixMs) -> anyhow::Result<f64> {
+        self.wait_for_rounds(since)?;
+        self.mean_round_s(since, self.preparation.rounds as usize)
+    }
+
+    /// Waits until each guest has done its rounds.
+    fn wait_for_rounds(&self, since: UnixMs) -> anyhow::Result<()> {
         let wanted = self.preparation.rounds as usize;
         let deadline = Instant::now() + Duration::from_secs(self.bench.scenario.patience_s);
-        let mut means = Vec::new();
         for vm in &self.bench.vms {
-            loop {
-                let rounds = self.bench.observer.rounds_ms(&vm.name, since);
-                if let Some(rounds) = rounds.get(..wanted) {
-                    means.push(rounds.iter().sum::<f64>() / wanted as f64 / 1e3);
-                    break;
-                }
+            while self.bench.observer.rounds_ms(&vm.name, since).len() < wanted {
                 if Instant::now() >= deadline {
                     bail!("{} has not done {wanted} rounds of work in time", vm.name);
                 }
                 thread::sleep(LOOK);
             }
+        }
+        Ok(())
+    }
+
+    /// Mean over the guests of the mean time of their first rounds since then, at most `most`.
+    fn mean_round_s(&self, since: UnixMs, most: usize) -> anyhow::Result<f64> {
+        let mut means = Vec::new();
+        for vm in &self.bench.vms {
+            let mut rounds = self.bench.observer.rounds_ms(&vm.name, since);
+            rounds.truncate(most);
+            ensure!(!rounds.is_empty(), "{} has done no work", vm.name);
+            means.push(rounds.iter().sum::<f64>() / rounds.len() as f64 / 1e3);
         }
         ensure!(!means.is_empty(), "there are no guests");
         Ok(means.iter().sum::<f64>() / means.len() as f64)

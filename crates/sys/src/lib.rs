@@ -16,6 +16,6 @@ pub use memfd::{Mapping, Memfd};
 pub use memory::ProcessMemory;
 pub use pagemap::{Pagemap, PagemapEntry, zero_frame};
 pub use process::{Process, own_session, peer_pid};
-pub use schedule::{set_idle_priority, thread_cpu_time};
+pub use schedule::{set_idle_priority, set_low_priority, thread_cpu_time};
 pub use seqpacket::{SeqPacket, SeqPacketListener};
 pub use userfault::userfaultfd_usable;

@@ -12,12 +12,11 @@ use content::pool::{Candidate, PoolPage, VmCandidates, plan_runs, runs_in};
 use guest::scan::{PageKind, Scan};
 use page::{BlockIndex, PageNo};
 
-/// A page with one byte all over lies at its target in as many places in a row as the mapper puts it
-/// there (`FILL_ROW`): with twice as many pages of it there is less memory in use, wherever they are.
-const FILL_SHARERS_MIN: u64 = 128;
+use crate::target::FILL_ROW;
 
-/// Places in such a row.
-const FILL_ROW: u64 = 64;
+/// A page with one byte all over lies at its target in as many places in a row as the mapper puts it
+/// there ([`FILL_ROW`]): with twice as many pages of it there is less memory in use, wherever they are.
+const FILL_SHARERS_MIN: u64 = 128;
 
 /// What one VM has of it.
 #[derive(Debug, Default)]
@@ -139,7 +138,7 @@ fn place(vm: u64, region: u16, page: PageNo) -> PoolPage {
 }
 
 fn fill_place(byte: u8, page: PageNo) -> PoolPage {
-    PoolPage(1 << 63 | (u64::from(byte) * FILL_ROW + u64::from(page.0) % FILL_ROW))
+    PoolPage(1 << 63 | (u64::from(byte) * u64::from(FILL_ROW) + u64::from(page.0 % FILL_ROW)))
 }
 
 #[cfg(test)]

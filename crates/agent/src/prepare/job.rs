@@ -130,7 +130,7 @@ pub(super) fn scan(
         cpu_percent: spec.bounds.cpu_percent,
         read_bytes_per_s: spec.bounds.read_bytes_per_s,
     };
-    let mut pace = Pace::new(bounds, &one.cancelled, &one.progress);
+    let mut pace = Pace::new(bounds, &one.cancelled, &one.progress).of_idle_priority();
     for domain in domains.values_mut() {
         scan_domain(spec, domain, &mut pace, &mut problems)?;
     }
@@ -426,7 +426,7 @@ fn try_compression(
         cpu_percent: one.spec.bounds.cpu_percent,
         read_bytes_per_s: one.spec.bounds.read_bytes_per_s,
     };
-    let mut pace = Pace::new(bounds, &one.cancelled, &one.progress);
+    let mut pace = Pace::new(bounds, &one.cancelled, &one.progress).of_idle_priority();
     for pair in &mut report.pairs {
         let elsewhere: HashSet<u64> = wish
             .carried_elsewhere

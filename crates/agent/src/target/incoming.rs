@@ -145,7 +145,9 @@ impl Incoming {
     /// Takes up what the journal says, and what is there of it.
     fn found(entry: Entry, context: &TargetContext, clock: Instant) -> Arc<Self> {
         let state = entry.state.clone();
-        let guest = entry.is_alive().then(|| entry.reach());
+        // One that has arrived is somebody else's, its monitor too, if that was given up.
+        let is_ours = state != TargetJournal::Runs || entry.monitor.is_some();
+        let guest = (is_ours && entry.is_alive()).then(|| entry.reach());
         let (guest, found) = match guest {
             None => (None, FoundQemu::Gone),
             Some(Ok(guest)) => {
@@ -159,7 +161,13 @@ impl Incoming {
                     pid = entry.pid,
                     "cannot reach a QEMU that this agent started: {error:#}"
                 );
-                let released = matches!(state, TargetJournal::Released | TargetJournal::Following);
+                let released = matches!(
+                    state,
+                    TargetJournal::Released
+                        | TargetJournal::Following
+                        | TargetJournal::Runs
+                        | TargetJournal::RunsAhead
+                );
                 (
                     None,
                     if released {

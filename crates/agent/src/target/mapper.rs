@@ -30,7 +30,7 @@ const FILE_RUN_MIN: u32 = 4;
 
 /// A fill page lies so many times in a row in the pool: neighbouring ones then need a mapping for
 /// that many, not one each, for 256 KiB at most.
-const FILL_ROW: u32 = 64;
+pub(crate) const FILL_ROW: u32 = 64;
 
 /// Where fill pages lie, whoever brings them.
 const FILLS: PoolSpace = PoolSpace {

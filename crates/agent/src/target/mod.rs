@@ -29,6 +29,7 @@ mod sink;
 pub(crate) use incoming::{Arrivals, TargetContext};
 pub(crate) use ksm::{KsmBoost, restore_leftover};
 pub(crate) use listener::listen;
+pub(crate) use mapper::FILL_ROW;
 pub(crate) use pool::Pools;
 pub(crate) use pressure::Pressure;
 pub(crate) use rack::{RackStores, Seed, store_name};

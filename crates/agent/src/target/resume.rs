@@ -205,7 +205,7 @@ impl super::entry::Entry {
 
 /// How an agent that was restarted finds the QEMU of a move in this state.
 pub(super) fn condition(guest: &TargetGuest, state: &TargetJournal) -> FoundQemu {
-    if *state != TargetJournal::Following {
+    if !matches!(state, TargetJournal::Following | TargetJournal::RunsAhead) {
         let is_running = guest.run_state().is_ok_and(|s| s == RunState::Running);
         let info = guest.migration();
         return match info.is_ok_and(|info| info.status == MigrationStatus::Completed) {

@@ -15,6 +15,12 @@ const PAUSE_PIECE: Duration = Duration::from_millis(50);
 /// or it would break its bounds as soon as processors are free.
 const CATCH_UP_MAX: Duration = Duration::from_millis(100);
 
+/// How often a thread of idle priority looks whether it runs at all.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// It is starved if it got less than this part of the time in which it wanted a processor.
+const STARVED_PART: u32 = 20;
+
 /// What a scan may take, besides running at idle priority.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bounds {
@@ -66,6 +72,25 @@ pub struct Pace<'a> {
     since: Instant,
     cpu_before: Duration,
     read_bytes: u64,
+    idle: Option<Idle>,
+}
+
+/// What a thread of idle priority got since it last looked.
+#[derive(Debug)]
+struct Idle {
+    since: Instant,
+    cpu_before: Duration,
+    slept: Duration,
+}
+
+impl Idle {
+    fn now(cpu: Duration) -> Self {
+        Self {
+            since: Instant::now(),
+            cpu_before: cpu,
+            slept: Duration::ZERO,
+        }
+    }
 }
 
 impl<'a> Pace<'a> {
@@ -79,7 +104,17 @@ impl<'a> Pace<'a> {
             since: Instant::now(),
             cpu_before: sys::thread_cpu_time(),
             read_bytes: 0,
+            idle: None,
         }
+    }
+
+    /// The calling thread has idle priority: should it hardly ever run, because others want all
+    /// processors all the time, it gets low priority. Otherwise a migration would never begin on
+    /// a host that is full of computing guests.
+    #[must_use]
+    pub fn of_idle_priority(mut self) -> Self {
+        self.idle = Some(Idle::now(self.cpu_before));
+        self
     }
 
     /// Tells what was done; waits until it is due.
@@ -98,7 +133,9 @@ impl<'a> Pace<'a> {
     /// If told to end.
     pub fn spent(&mut self, read_bytes: u64) -> Result<(), ScanError> {
         self.read_bytes = self.read_bytes.saturating_add(read_bytes);
-        let cpu = sys::thread_cpu_time().saturating_sub(self.cpu_before);
+        let now = sys::thread_cpu_time();
+        self.rise_if_starved(now);
+        let cpu = now.saturating_sub(self.cpu_before);
         let due = due(self.bounds, cpu, self.read_bytes);
         loop {
             if self.cancelled.load(Ordering::Relaxed) {
@@ -108,7 +145,11 @@ impl<'a> Pace<'a> {
             if left.is_zero() {
                 break;
             }
-            thread::sleep(left.min(PAUSE_PIECE));
+            let piece = left.min(PAUSE_PIECE);
+            thread::sleep(piece);
+            if let Some(idle) = &mut self.idle {
+                idle.slept += piece;
+            }
         }
         let behind = self.since.elapsed().saturating_sub(due);
         if let Some(late) = behind.checked_sub(CATCH_UP_MAX) {
@@ -116,6 +157,30 @@ impl<'a> Pace<'a> {
         }
         Ok(())
     }
+
+    fn rise_if_starved(&mut self, cpu: Duration) {
+        let Some(idle) = &self.idle else { return };
+        let elapsed = idle.since.elapsed();
+        if elapsed < LOOK {
+            return;
+        }
+        let (got, slept) = (cpu.saturating_sub(idle.cpu_before), idle.slept);
+        self.idle = Some(Idle::now(cpu));
+        if is_starved(got, elapsed.saturating_sub(slept)) {
+            self.idle = None;
+            match sys::set_low_priority() {
+                Ok(()) => tracing::info!("all processors are busy: hashing at low priority"),
+                Err(error) => tracing::warn!(
+                    "all processors are busy, and hashing stays at idle priority: {error}"
+                ),
+            }
+        }
+    }
+}
+
+/// Whether a thread is starved that got a processor for so long of the time it wanted one.
+fn is_starved(got: Duration, wanted: Duration) -> bool {
+    got * STARVED_PART < wanted
 }
 
 /// How long work may take at least, that took so much processor time and read so many bytes.
@@ -159,6 +224,31 @@ mod tests {
         while sys::thread_cpu_time() - cpu < Duration::from_millis(20) {}
         pace.spent(0).unwrap();
         assert!(begin.elapsed() >= Duration::from_millis(100));
+    }
+
+    #[test]
+    fn a_thread_that_sleeps_is_not_starved_and_one_that_waits_is() {
+        let ms = Duration::from_millis;
+        assert!(is_starved(ms(5), ms(500)));
+        assert!(!is_starved(ms(5), ms(50)));
+        assert!(!is_starved(ms(30), ms(500)));
+        assert!(!is_starved(Duration::ZERO, Duration::ZERO));
+    }
+
+    #[test]
+    fn a_thread_that_hardly_ran_is_raised_once() {
+        let (cancelled, progress) = (AtomicBool::new(false), ScanProgress::default());
+        let mut pace = Pace::new(Bounds::default(), &cancelled, &progress).of_idle_priority();
+        pace.spent(0).unwrap();
+        assert!(pace.idle.is_some());
+        // What a thread sees that got no processor: time has passed, and it has not run.
+        pace.idle = Some(Idle {
+            since: Instant::now().checked_sub(2 * LOOK).unwrap(),
+            cpu_before: sys::thread_cpu_time(),
+            slept: Duration::ZERO,
+        });
+        pace.spent(0).unwrap();
+        assert!(pace.idle.is_none());
     }
 
     #[test]

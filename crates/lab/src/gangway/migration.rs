@@ -15,12 +15,11 @@ use super::agents::{Agents, control_socket};
 use super::plan::{self, Settings};
 use super::prepare::Plan;
 use super::record::{Held, Record};
-use super::struck;
+use super::{still, struck};
 use crate::bench::Bench;
 use crate::clock::UnixMs;
 use crate::fault::Armed;
 use crate::guest::Vm;
-use crate::memory::{Compared, GuestMemory, compare};
 use crate::outcome::{EventLog, Hold, Moved, Outcome, PREPARE_TIME};
 use crate::postcopy;
 use crate::scenario::Preset;
@@ -251,7 +250,7 @@ impl Attempt<'_> {
 
 /// Compares the memory of a VM that stands still at both ends, then lets it run.
 fn hand_over(vm: &Vm, held: &Held, record: &Record<'_>) {
-    let compared = compare_at_both_ends(vm);
+    let compared = still::compare_ends(vm);
     let hold = Hold {
         from: held.since,
         to: UnixMs::now(),
@@ -262,24 +261,6 @@ fn hand_over(vm: &Vm, held: &Held, record: &Record<'_>) {
     if let Err(error) = let_go {
         record.remark(&held.vm, format!("it could not be let go: {error:#}"));
     }
-}
-
-fn compare_at_both_ends(vm: &Vm) -> anyhow::Result<Compared> {
-    let mut source = vm.qmp(&vm.source)?;
-    let mut target = vm.qmp(&vm.target)?;
-    for (qmp, end) in [(&mut source, "source"), (&mut target, "target")] {
-        let status = qmp.execute("query-status", json!({}))?;
-        anyhow::ensure!(
-            status["running"] == false,
-            "the VM runs at the {end} while it is held"
-        );
-    }
-    // In post-copy memory is complete when the source QEMU has been told so.
-    postcopy::wait_until_complete(&mut source)?;
-    compare(
-        &GuestMemory::of(&mut source)?,
-        &GuestMemory::of(&mut target)?,
-    )
 }
 
 /// Sends a POST without a body over a unix socket: all of HTTP that the lab needs. Not the CLI,

@@ -15,6 +15,7 @@ use crate::bench::Bench;
 use crate::fault::hold_dir;
 use crate::guest::{Host, Vm};
 use crate::memory::{Compared, GuestMemory, compare};
+use crate::postcopy;
 use crate::shell::say;
 
 /// Interval between looks whether an agent has got there.
@@ -67,7 +68,7 @@ fn compare_one(vm: &Vm, over: &AtomicBool) -> anyhow::Result<Option<Compared>> {
         }
         thread::sleep(LOOK);
     }
-    let compared = compare_still(vm);
+    let compared = compare_ends(vm);
     fs::remove_file(&hold).with_context(|| format!("removing {}", hold.display()))?;
     if let Ok(compared) = &compared {
         say(&format!(
@@ -78,7 +79,8 @@ fn compare_one(vm: &Vm, over: &AtomicBool) -> anyhow::Result<Option<Compared>> {
     compared.map(Some)
 }
 
-fn compare_still(vm: &Vm) -> anyhow::Result<Compared> {
+/// Compares all memory of a VM that stands still at both ends.
+pub(super) fn compare_ends(vm: &Vm) -> anyhow::Result<Compared> {
     let mut source = vm.qmp(&vm.source)?;
     let mut target = vm.qmp(&vm.target)?;
     for (qmp, end) in [(&mut source, "source"), (&mut target, "target")] {
@@ -88,6 +90,8 @@ fn compare_still(vm: &Vm) -> anyhow::Result<Compared> {
             "the VM runs at the {end}, and was to stand still"
         );
     }
+    // In post-copy memory is complete when the source QEMU has been told so.
+    postcopy::wait_until_complete(&mut source)?;
     compare(
         &GuestMemory::of(&mut source)?,
         &GuestMemory::of(&mut target)?,

@@ -119,6 +119,10 @@ pub enum TargetJournal {
     Released,
     /// It was let go in post-copy, and has not reported that it has all memory.
     Following,
+    /// It was let go, and runs or has run: whoever stopped it since meant it.
+    Runs,
+    /// The same in post-copy, as long as it has not reported that it has all memory.
+    RunsAhead,
     /// It is gone and never ran.
     NeverRan {
         /// Why.
@@ -185,7 +189,7 @@ impl TargetMove {
             ),
             (S::Running { .. }, E::LoadReported) => (
                 S::Running { follows: false },
-                vec![A::Journal(TargetJournal::Released)],
+                vec![A::Journal(TargetJournal::Runs)],
             ),
             (S::Loading | S::Switched, E::SessionLost { .. }) => {
                 never_ran("the source went away before everything was loaded")
@@ -217,7 +221,13 @@ impl TargetMove {
                 "the source did not let it go within {} s",
                 LEASE.as_secs()
             )),
-            (S::Releasing { follows }, E::Continued) => (S::Running { follows }, vec![]),
+            (S::Releasing { follows }, E::Continued) => (
+                S::Running { follows },
+                vec![A::Journal(match follows {
+                    true => TargetJournal::RunsAhead,
+                    false => TargetJournal::Runs,
+                })],
+            ),
             (S::Releasing { .. }, E::ContinueRefused(reason)) => {
                 never_ran(&format!("it could not be started: {reason}"))
             }
@@ -246,22 +256,27 @@ fn restarted(journal: TargetJournal, found: FoundQemu) -> (TargetState, Vec<Targ
     match (journal, found) {
         (TargetJournal::NeverRan { reason }, _) => (TargetState::NeverRan(reason), vec![]),
         (TargetJournal::Released, FoundQemu::Running | FoundQemu::Complete)
-        | (TargetJournal::Following, FoundQemu::Complete) => {
-            (TargetState::Running { follows: false }, vec![])
-        }
+        | (TargetJournal::Following | TargetJournal::RunsAhead, FoundQemu::Complete)
+        // Whatever became of it since: it has arrived.
+        | (TargetJournal::Runs, _) => (TargetState::Running { follows: false }, vec![]),
         (TargetJournal::Released, FoundQemu::Stopped) => (
             TargetState::Releasing { follows: false },
             vec![TargetAction::Continue],
         ),
         // Its processors may wait for memory; whether they ever ran is not known.
-        (TargetJournal::Following, FoundQemu::Running) => {
+        (TargetJournal::Following, FoundQemu::Running)
+        // Not told to go on if it stands still: it ran, and somebody stopped it.
+        | (TargetJournal::RunsAhead, FoundQemu::Running | FoundQemu::Stopped) => {
             (TargetState::Running { follows: true }, vec![])
         }
         (TargetJournal::Following, FoundQemu::Stopped) => (
             TargetState::Releasing { follows: true },
             vec![TargetAction::Continue],
         ),
-        (TargetJournal::Released | TargetJournal::Following, FoundQemu::Gone) => (
+        (
+            TargetJournal::Released | TargetJournal::Following | TargetJournal::RunsAhead,
+            FoundQemu::Gone,
+        ) => (
             TargetState::Lost("its QEMU ended while the agent was away".into()),
             vec![],
         ),

@@ -43,6 +43,8 @@ enum SourceQemu {
 enum TargetQemu {
     Stopped,
     Running,
+    /// It ran, and a person stopped it.
+    Paused,
     Gone,
 }
 
@@ -238,6 +240,12 @@ impl World {
             TargetAction::Journal(journal) => self.target_journal = Some(journal),
             TargetAction::Kill => self.target_qemu = TargetQemu::Gone,
             TargetAction::Continue => {
+                let is_paused = self.target_qemu == TargetQemu::Paused;
+                assert!(
+                    !is_paused,
+                    "a person has stopped it\n{}",
+                    self.log.join("\n")
+                );
                 if self.target_qemu == TargetQemu::Gone {
                     self.tell_target(TargetEvent::QemuGone("killed".into()));
                 } else if self.faults && self.dice.roll(10) == 0 {
@@ -445,7 +453,7 @@ impl World {
             self.target = Some(TargetMove::default());
             let found = match self.target_qemu {
                 TargetQemu::Gone => FoundQemu::Gone,
-                TargetQemu::Stopped => FoundQemu::Stopped,
+                TargetQemu::Stopped | TargetQemu::Paused => FoundQemu::Stopped,
                 TargetQemu::Running if self.is_postcopy && !self.is_whole => FoundQemu::Running,
                 TargetQemu::Running => FoundQemu::Complete,
             };
@@ -458,7 +466,7 @@ impl World {
     fn step(&mut self) {
         self.now += Duration::from_millis(500);
         let now = self.now;
-        match self.dice.roll(if self.faults { 16 } else { 8 }) {
+        match self.dice.roll(if self.faults { 17 } else { 8 }) {
             0 | 1 => self.source_acts(),
             2 | 3 => self.target_acts(),
             4 => self.target_serves(),
@@ -476,6 +484,7 @@ impl World {
             12 => self.link_up = !self.link_up,
             13 => self.tell_source(SourceEvent::Cancel),
             14 => self.lose_session(),
+            15 => self.person_stops_it(),
             _ => self.kill_target_qemu(),
         }
     }
@@ -492,11 +501,27 @@ impl World {
         }
     }
 
+    /// A person stops the VM at its target, once its agent knows that it runs, or has known.
+    fn person_stops_it(&mut self) {
+        let known = matches!(
+            self.target_journal,
+            Some(TargetJournal::Runs | TargetJournal::RunsAhead)
+        );
+        if known && self.target_qemu == TargetQemu::Running && self.dice.roll(8) == 0 {
+            self.log.push("a person stops the VM".into());
+            self.target_qemu = TargetQemu::Paused;
+        }
+    }
+
+    /// Whether the VM runs at its target, or has run there.
+    fn has_run(&self) -> bool {
+        matches!(self.target_qemu, TargetQemu::Running | TargetQemu::Paused)
+    }
+
     fn check(&self, seed: u64) {
-        let both =
-            self.source_qemu == SourceQemu::Running && self.target_qemu == TargetQemu::Running;
+        let both = self.source_qemu == SourceQemu::Running && self.has_run();
         assert!(!both, "seed {seed}: two VMs run\n{}", self.log.join("\n"));
-        let none = self.source_qemu == SourceQemu::Gone && self.target_qemu != TargetQemu::Running;
+        let none = self.source_qemu == SourceQemu::Gone && !self.has_run();
         assert!(!none, "seed {seed}: no VM is left\n{}", self.log.join("\n"));
         let memory_lost =
             self.source_qemu == SourceQemu::Gone && self.is_postcopy && !self.is_whole;
@@ -522,7 +547,7 @@ impl World {
 
 #[test]
 fn never_two_and_never_none_whatever_dies_whenever() {
-    let (mut moved, mut stayed, mut person, mut resumed) = (0, 0, 0, 0);
+    let (mut moved, mut stayed, mut person, mut resumed, mut paused) = (0, 0, 0, 0, 0);
     let mut lost_again = 0;
     for seed in 0..6_000 {
         let mut world = World::new(seed);
@@ -538,14 +563,14 @@ fn never_two_and_never_none_whatever_dies_whenever() {
             world.check(seed);
         }
         world.heal(seed);
-        let running = usize::from(world.source_qemu == SourceQemu::Running)
-            + usize::from(world.target_qemu == TargetQemu::Running);
+        let running =
+            usize::from(world.source_qemu == SourceQemu::Running) + usize::from(world.has_run());
         let asked = matches!(
             world.source.as_ref().map(SourceMove::state),
             Some(SourceState::NeedsPerson { .. })
         );
         match (running, asked) {
-            (1, _) if world.target_qemu == TargetQemu::Running => moved += 1,
+            (1, _) if world.has_run() => moved += 1,
             (1, _) => stayed += 1,
             (_, true) => person += 1,
             _ => panic!("seed {seed}: {running} VMs run\n{}", world.log.join("\n")),
@@ -559,16 +584,18 @@ fn never_two_and_never_none_whatever_dies_whenever() {
         );
         let is_whole = world.is_whole || !world.is_postcopy;
         assert!(
-            is_whole || world.target_qemu != TargetQemu::Running,
+            is_whole || !world.has_run(),
             "seed {seed}: memory does not follow\n{}",
             world.log.join("\n")
         );
         resumed += u32::from(world.log.iter().any(|line| line.contains("hears Resumed")));
         lost_again += world.lost_agreeing;
+        paused += u32::from(world.target_qemu == TargetQemu::Paused);
     }
     assert!(
-        moved > 500 && stayed > 500 && resumed > 100 && lost_again > 50,
-        "{moved} moved, {stayed} stayed, {person} need a person; {resumed} were resumed, \
+        moved > 500 && stayed > 500 && resumed > 100 && lost_again > 50 && paused > 50,
+        "{moved} moved, {paused} of them were stopped there, {stayed} stayed, {person} need a person; \
+         {resumed} were resumed, \
          {lost_again} times it was lost again before both QEMUs had agreed"
     );
 }

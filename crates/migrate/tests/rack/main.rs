@@ -13,11 +13,14 @@ mod rng;
 #[path = "../round_trip/target.rs"]
 mod target;
 
+mod arrival;
+mod faults;
 mod host;
 mod world;
 
+use faults::Faults;
 use rng::Rng;
-use world::{Faults, World};
+use world::World;
 
 /// Seeds of the large test; a failing one is printed by it.
 const SEEDS: u64 = 10_000;

@@ -4,96 +4,23 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use content::{Place, Recent};
+use content::Place;
 use index::{ClientNo, Table};
-use migrate::exchange::{Action, Came, Lookup, Store, Waiter};
+use migrate::exchange::{Action, Came, Waiter};
 use migrate::pack::{repair_front, urgent_front};
-use migrate::unpack::{Ack, Batch, Contents, Found, Segment, literal_runs, remotes};
+use migrate::unpack::{Ack, Batch, literal_runs, remotes};
 use page::{ContentId, ContentKey, EntryId, FrameSharing, HostNo, PAGE_SIZE, PageBytes};
 use wire::index::{EntryRun, Item, Verdict};
-use wire::{Reached, Remote, split_pages_body};
+use wire::{Reached, split_pages_body};
 
-use crate::guest::{NOT_REPAIRABLE, bytes_of, content_of, is_fill, marks};
+use crate::arrival::{TargetContents, expect, map, read_checked, remember};
+use crate::faults::Faults;
+use crate::guest::{NOT_REPAIRABLE, bytes_of, is_fill, marks};
 use crate::host::{Asked, Body, Crossed, Host, Inbox, Kind, bytes_written};
 use crate::rng::Rng;
-use crate::target::TargetQemu;
 
 /// More steps than any run takes: a run that gets here waits for something that never comes.
 const MAX_STEPS: u64 = 2_000_000;
-
-/// What goes wrong. Percentages are of the messages or pages of the kind.
-#[derive(Clone, Copy)]
-pub(crate) struct Faults {
-    /// Contents between target hosts that get lost.
-    forward_lost: usize,
-    /// Pulls that get lost.
-    pull_lost: usize,
-    /// Contents between target hosts that are other bytes.
-    forward_wrong: usize,
-    /// Pages read from a guest's memory that have changed.
-    changed: usize,
-    /// After so many steps the index is gone.
-    index_dies_at: Option<u64>,
-    /// After so many steps host 0's target agent is gone.
-    host_dies_at: Option<u64>,
-    /// After so many steps hosts 0 and 1 cannot talk.
-    cut_at: Option<u64>,
-    /// Contents are registered before; the guests write on meanwhile.
-    prepared: bool,
-    /// Room for what came, in pages.
-    shelf_pages: usize,
-    /// How long a step takes: with long steps everything is late for somebody.
-    step: Duration,
-    /// Of 100 pages, so many are said to share their frame at the source, truly or not.
-    marked: usize,
-    /// Of those that are to be mapped, so many cannot be.
-    unmappable: usize,
-    /// Of 100 VMs, so many go over to post-copy.
-    postcopy: usize,
-}
-
-impl Faults {
-    pub(crate) const NONE: Self = Self {
-        forward_lost: 0,
-        pull_lost: 0,
-        forward_wrong: 0,
-        changed: 0,
-        index_dies_at: None,
-        host_dies_at: None,
-        cut_at: None,
-        prepared: false,
-        shelf_pages: 1 << 18,
-        step: Duration::from_nanos(1),
-        marked: 0,
-        unmappable: 0,
-        postcopy: 0,
-    };
-
-    /// Nothing fails, after a preparation.
-    pub(crate) const PREPARED: Self = Self {
-        prepared: true,
-        ..Self::NONE
-    };
-
-    pub(crate) fn random(rng: &mut Rng) -> Self {
-        let at = |rng: &mut Rng| rng.chance(25).then(|| rng.next() % 20_000);
-        Self {
-            forward_lost: [0, 0, 10, 100][rng.below(4)],
-            pull_lost: [0, 0, 10, 100][rng.below(4)],
-            forward_wrong: [0, 0, 0, 20][rng.below(4)],
-            changed: [0, 20][rng.below(2)],
-            index_dies_at: at(rng),
-            host_dies_at: at(rng),
-            cut_at: at(rng),
-            prepared: rng.chance(50),
-            shelf_pages: rng.below(40),
-            step: Duration::from_micros([100, 1000][rng.below(2)]),
-            marked: [0, 30, 100][rng.below(3)],
-            unmappable: [0, 0, 20][rng.below(3)],
-            postcopy: [0, 50, 100][rng.below(3)],
-        }
-    }
-}
 
 enum Message {
     Contents(Vec<EntryId>, Vec<u8>),
@@ -668,191 +595,6 @@ impl World {
                     index.carried(ClientNo(no.0), EntryRun { first, count: 1 });
                 }
             }
-        }
-    }
-}
-
-/// Maps the pages that are to be mapped, but for some; returns how many are.
-fn map(
-    host: &mut Host,
-    vm: usize,
-    (batch, own): (&mut Batch<Body>, &[u8]),
-    (key, rng, unmappable): (&ContentKey, &mut Rng, usize),
-) -> u64 {
-    if batch.shared.is_empty() {
-        return 0;
-    }
-    let (m, target) = (&mut host.moves[vm], &mut host.targets[vm]);
-    if m.unpacker.maps_after().is_some() {
-        // It is waited for: QEMU empties its memory before.
-        while target.pongs.is_empty() {
-            assert!(target.unread() > 0, "the ping is not written");
-            target.load(target.unread(), &m.source);
-        }
-    }
-    let mut is_mapped = Vec::new();
-    for shared in &batch.shared {
-        let bytes = match &shared.bytes {
-            Segment::Head(_) => panic!("no page"),
-            Segment::Own(at) => &own[*at..][..PAGE_SIZE],
-            Segment::Held(body, at) => &body[*at..][..PAGE_SIZE],
-            Segment::Scratch(at) => &batch.scratch[*at..][..PAGE_SIZE],
-        };
-        let bytes: &PageBytes = bytes.try_into().unwrap();
-        let row = host.moves[vm].source.layout.row(shared.block, shared.page);
-        is_mapped.push(!rng.chance(unmappable));
-        if is_mapped.last() == Some(&true) {
-            host.targets[vm].map(row, content_of(bytes), &host.moves[vm].source);
-        }
-        let Some(entry) = shared.entry else { continue };
-        let (block, page) = (shared.block, shared.page);
-        place(
-            host,
-            entry,
-            Some(key.id_of(bytes)),
-            Place {
-                vm: u16::try_from(vm).unwrap(),
-                block,
-                page,
-            },
-        );
-    }
-    host.moves[vm].unpacker.shared_done(&is_mapped, batch);
-    is_mapped.iter().filter(|is_mapped| **is_mapped).count() as u64
-}
-
-/// Checks the pages that may be mapped when QEMU places them, and counts them.
-fn expect(host: &Host, vm: usize, batch: &Batch<Body>, own: &[u8]) -> u64 {
-    let m = &host.moves[vm];
-    for expected in &batch.expected {
-        assert!(m.unpacker.has_switched());
-        let given = batch.given.contains(&(expected.block, expected.page));
-        assert!(given, "QEMU does not get {expected:?}");
-        let bytes = match &batch.segments[expected.segment] {
-            Segment::Head(_) => panic!("no page"),
-            Segment::Own(at) => &own[*at..][..PAGE_SIZE],
-            Segment::Held(body, at) => &body[*at..][..PAGE_SIZE],
-            Segment::Scratch(at) => &batch.scratch[*at..][..PAGE_SIZE],
-        };
-        let row = m.source.layout.row(expected.block, expected.page);
-        assert_eq!(content_of(bytes.try_into().unwrap()), m.source.read(row));
-        assert!(expected.entry.is_none() || !is_fill(m.source.read(row)));
-    }
-    batch.expected.len() as u64
-}
-
-fn remember(host: &mut Host, vm: usize, batch: &Batch<Body>, body: &[u8], key: &ContentKey) {
-    for placed in &batch.placed {
-        let id = placed
-            .literal_at
-            .map(|at| key.id_of(body[at..][..PAGE_SIZE].try_into().unwrap()));
-        let at = Place {
-            vm: u16::try_from(vm).unwrap(),
-            block: placed.block,
-            page: placed.page,
-        };
-        place(host, placed.entry, id, at);
-    }
-}
-
-fn place(host: &mut Host, entry: EntryId, id: Option<ContentId>, at: Place) {
-    if !entry.is_local() {
-        host.store.place(entry, id, at);
-    } else if let Some(id) = id.or_else(|| host.places.id(entry)) {
-        host.places.put(entry, id, at);
-    }
-}
-
-fn read_checked(
-    target: &TargetQemu,
-    key: &ContentKey,
-    (id, place): (ContentId, Place),
-    faults: Faults,
-    rng: &mut Rng,
-) -> Option<PageBytes> {
-    let mut bytes = target.read(place.block, place.page);
-    if rng.chance(faults.changed) {
-        bytes[rng.below(PAGE_SIZE)] ^= 1;
-    }
-    (key.id_of(&bytes) == id).then_some(bytes)
-}
-
-/// What a target host has, for one VM's thread.
-struct TargetContents<'a> {
-    recent: &'a Recent<Body>,
-    places: &'a content::Places,
-    store: &'a mut Store<Body>,
-    targets: &'a [TargetQemu],
-    waiter: Waiter,
-    key: &'a ContentKey,
-    now: Duration,
-    faults: Faults,
-    rng: &'a mut Rng,
-    actions: &'a mut Vec<Action>,
-}
-
-impl TargetContents<'_> {
-    fn placed(
-        &mut self,
-        id: ContentId,
-        place: Place,
-        scratch: &mut Vec<u8>,
-    ) -> Option<Found<Body>> {
-        let target = &self.targets[usize::from(place.vm)];
-        let bytes = read_checked(target, self.key, (id, place), self.faults, self.rng)?;
-        scratch.extend_from_slice(&bytes);
-        Some(Found::Scratch(scratch.len() - PAGE_SIZE))
-    }
-
-    fn of_session(&mut self, entry: EntryId, scratch: &mut Vec<u8>) -> Found<Body> {
-        if let Some(page) = self.recent.find(entry) {
-            return Found::Held(Arc::clone(page.body), page.offset);
-        }
-        let placed = self.places.find(entry);
-        placed
-            .and_then(|(id, place)| self.placed(id, place, scratch))
-            .unwrap_or(Found::Missing)
-    }
-}
-
-impl Contents<Body> for TargetContents<'_> {
-    fn find(
-        &mut self,
-        (first, count): (EntryId, u32),
-        remote: Option<&Remote<'_>>,
-        scratch: &mut Vec<u8>,
-        found: &mut Vec<Found<Body>>,
-    ) {
-        if first.is_local() {
-            let entries = (0..count).map(|index| first.plus(index));
-            found.extend(entries.map(|entry| self.of_session(entry, scratch)));
-            return;
-        }
-        let mut lookups = Vec::new();
-        let (waiter, now) = (self.waiter, self.now);
-        let out = (&mut lookups, &mut *self.actions);
-        self.store.find(waiter, (first, count), remote, now, out);
-        for (lookup, index) in lookups.into_iter().zip(0..) {
-            let lookup = match lookup {
-                Lookup::Placed(id, place) => match self.placed(id, place, scratch) {
-                    Some(one) => {
-                        found.push(one);
-                        continue;
-                    }
-                    None => {
-                        let entry = (first, index);
-                        let actions = &mut *self.actions;
-                        self.store.not_there(waiter, entry, remote, now, actions)
-                    }
-                },
-                other => other,
-            };
-            found.push(match lookup {
-                Lookup::Here(body, at) => Found::Held(body, at),
-                Lookup::Coming => Found::Coming,
-                Lookup::Missing => Found::Missing,
-                Lookup::Placed(..) => unreachable!("it is not there"),
-            });
         }
     }
 }
