@@ -407,7 +407,7 @@ fn a_page_that_the_stream_brings_after_its_mapping_is_the_streams() {
     assert!(library.settle().unwrap());
 
     let incoming = dir.path().join("in");
-    target.listen(&incoming, false).unwrap();
+    target.listen(&incoming, false, false).unwrap();
     source
         .start_migration(&incoming, &guest::MigrationParameters::default())
         .unwrap();

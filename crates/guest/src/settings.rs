@@ -24,6 +24,9 @@ const SWITCHOVER_BANDWIDTH: &str = "avail-switchover-bandwidth";
 /// Parameters that a move changes.
 const CHANGED_PARAMETERS: [&str; 3] = ["max-bandwidth", "downtime-limit", SWITCHOVER_BANDWIDTH];
 
+/// Pages that a processor waits for in post-copy have a channel of their own, since 7.1.
+pub(crate) const PREEMPT: &str = "postcopy-preempt";
+
 /// Capabilities that change the stream into one that cannot be carried, or make a loss of bytes
 /// in flight a loss of the VM; and why.
 const REFUSED_CAPABILITIES: [(&str, &str); 13] = [
@@ -38,7 +41,10 @@ const REFUSED_CAPABILITIES: [(&str, &str); 13] = [
         "postcopy-ram",
         "it is turned on by the move where a plan asks for post-copy",
     ),
-    ("postcopy-preempt", "its second channel is not carried"),
+    (
+        PREEMPT,
+        "it is turned on by the move where both QEMUs have it",
+    ),
     ("rdma-pin-all", "RDMA bypasses the agents"),
     ("x-colo", "COLO keeps both VMs in step through the stream"),
     (
@@ -70,6 +76,8 @@ pub struct MigrationParameters {
     pub pause_before_switchover: bool,
     /// Whether the migration may be told to go over to post-copy.
     pub postcopy: bool,
+    /// Whether pages that a processor waits for then come on a connection of their own; with `postcopy` only.
+    pub preempt: bool,
 }
 
 impl Default for MigrationParameters {
@@ -78,6 +86,7 @@ impl Default for MigrationParameters {
             downtime_limit_ms: DOWNTIME_LIMIT_MS_DEFAULT,
             pause_before_switchover: false,
             postcopy: false,
+            preempt: false,
         }
     }
 }
@@ -88,12 +97,13 @@ impl MigrationParameters {
     }
 
     /// Capabilities of the source and the values they need, as far as its QEMU has them.
-    fn capabilities(&self) -> [(&'static str, bool); 5] {
+    fn capabilities(&self) -> [(&'static str, bool); 6] {
         [
             // Without it QEMU takes bytes that a socket accepted for a success.
             ("return-path", true),
             ("events", true),
             ("postcopy-ram", self.postcopy),
+            (PREEMPT, self.postcopy && self.preempt),
             ("pause-before-switchover", self.pause_before_switchover),
             // Would make the source wait for a message that only a target set alike sends.
             ("switchover-ack", false),
@@ -206,13 +216,36 @@ fn capabilities(qmp: &Qmp) -> Result<BTreeMap<String, bool>, QmpError> {
     Ok(list.into_iter().map(|c| (c.capability, c.state)).collect())
 }
 
-/// What a target that may go over to post-copy needs beside its capability, if its QEMU has it: how
-/// long its processors wait for pages.
-pub(crate) fn postcopy_target(qmp: &Qmp) -> Result<Vec<(&'static str, bool)>, QmpError> {
+/// What a target that may go over to post-copy needs, the last two if its QEMU has them: how long its processors
+/// wait for pages, and if `preempt`, a channel of their own for those.
+pub(crate) fn postcopy_target(
+    qmp: &Qmp,
+    preempt: bool,
+) -> Result<Vec<(&'static str, bool)>, QmpError> {
     let known = capabilities(qmp)?;
-    let mut wanted = vec![("postcopy-ram", true), ("postcopy-blocktime", true)];
+    let mut wanted = vec![
+        ("postcopy-ram", true),
+        ("postcopy-blocktime", true),
+        (PREEMPT, preempt),
+    ];
     wanted.retain(|(name, _)| *name == "postcopy-ram" || known.contains_key(*name));
     Ok(wanted)
+}
+
+/// Leaves a target as one that never was to go over to post-copy.
+pub(crate) fn forget_postcopy(qmp: &Qmp) -> Result<(), QmpError> {
+    let known = capabilities(qmp)?;
+    // One stands on the other.
+    let off = [(PREEMPT, false), ("postcopy-ram", false)];
+    let off = off
+        .into_iter()
+        .filter(|(name, _)| known.contains_key(*name));
+    set_capabilities(qmp, off)
+}
+
+/// Whether this QEMU has a capability, and whether it is on.
+pub(crate) fn capability(qmp: &Qmp, name: &str) -> Result<Option<bool>, QmpError> {
+    Ok(capabilities(qmp)?.get(name).copied())
 }
 
 /// Turns capabilities on or off.

@@ -313,6 +313,14 @@ impl SourceGuest {
         self.execute("migrate-start-postcopy", Value::Null)
     }
 
+    /// Whether this QEMU has a channel for pages that a processor waits for in post-copy, and whether it is on.
+    ///
+    /// # Errors
+    /// If the monitor fails.
+    pub fn preempt(&self) -> Result<Option<bool>, GuestError> {
+        Ok(settings::capability(&self.qmp, settings::PREEMPT)?)
+    }
+
     /// Has QEMU connect to `socket` and go on with a migration that lost its stream in post-copy; its
     /// success shows in [`SourceGuest::migration`] and in `MIGRATION` events.
     ///

@@ -21,7 +21,7 @@ use crate::obstacle::mapping_obstacle_now;
 use crate::qmp::open_socket;
 use crate::qmp_wire::Band;
 use crate::ram::ram_blocks;
-use crate::settings::{postcopy_target, set_capabilities};
+use crate::settings::{PREEMPT, capability, forget_postcopy, postcopy_target, set_capabilities};
 use crate::source::unix_uri;
 use crate::state::{glance_at_state, run_state};
 use crate::{
@@ -228,7 +228,7 @@ impl TargetGuest {
             }
             thread::sleep(START_POLL);
         }
-        Ok(set_capabilities(&self.qmp, [("postcopy-ram", false)])?)
+        Ok(forget_postcopy(&self.qmp)?)
     }
 
     /// Has a QEMU whose stream was lost in post-copy wait at `socket` for its source QEMU to go on. Waits for
@@ -320,23 +320,33 @@ impl TargetGuest {
 
     /// Makes QEMU listen at `socket` for its migration; the socket exists afterwards. The first
     /// connection *is* the migration: never connect to try. If it breaks, QEMU ends. With `postcopy`
-    /// the migration may go over to post-copy.
+    /// the migration may go over to post-copy; with `preempt` too, of a QEMU that
+    /// [can](TargetGuest::can_preempt), the second connection is for pages that a processor waits for, and QEMU
+    /// may read nothing before it has come.
     ///
     /// # Errors
     /// If QEMU refuses or the path is too long.
-    pub fn listen(&self, socket: &Path, postcopy: bool) -> Result<(), GuestError> {
+    pub fn listen(&self, socket: &Path, postcopy: bool, preempt: bool) -> Result<(), GuestError> {
         let uri = unix_uri(socket)?;
         // Disks are taken over when the guest is let go, not when it was loaded: until then the
         // source may still need them.
         let mut wanted = vec![("events", true), ("late-block-activate", true)];
         if postcopy {
-            wanted.extend(postcopy_target(&self.qmp)?);
+            wanted.extend(postcopy_target(&self.qmp, preempt)?);
         }
         set_capabilities(&self.qmp, wanted)?;
         Ok(self
             .qmp
             .execute("migrate-incoming", json!({ "uri": uri }))
             .map(drop)?)
+    }
+
+    /// Whether this QEMU has a channel for pages that a processor waits for in post-copy.
+    ///
+    /// # Errors
+    /// If the monitor fails.
+    pub fn can_preempt(&self) -> Result<bool, GuestError> {
+        Ok(capability(&self.qmp, PREEMPT)?.is_some())
     }
 
     /// Whether the guest runs: `InMigrate` until it is loaded, then `Paused`.

@@ -417,7 +417,7 @@ fn a_target_whose_stream_breaks_is_gone(qemu: &Qemu) {
     let argv = qemu.argv(dir.path(), &[]);
     let target = Target::start(&argv, dir);
     let socket = target.dir.path().join("in");
-    target.guest.listen(&socket, false).unwrap();
+    target.guest.listen(&socket, false, false).unwrap();
     assert!(socket.exists());
     drop(std::os::unix::net::UnixStream::connect(&socket).unwrap());
     assert!(target.guest.process().wait_gone(SECONDS_10).unwrap());
@@ -497,7 +497,7 @@ fn load_target(vm: &Vm, source: &SourceGuest, to: &Qemu) -> Target {
     let target = Target::start(&argv, dir);
     let outgoing = vm.dir.path().join("out");
     let incoming = target.dir.path().join("in");
-    target.guest.listen(&incoming, false).unwrap();
+    target.guest.listen(&incoming, false, false).unwrap();
     relay(&outgoing, &incoming);
     let parameters = MigrationParameters::default();
     source.start_migration(&outgoing, &parameters).unwrap();

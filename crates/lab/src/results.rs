@@ -384,9 +384,9 @@ impl Run {
             name.push('+');
             name.push_str(sharing);
         }
-        // `stock-postcopy` says it already.
+        // `stock-postcopy` and `stock-postcopy-preempt` say it already.
         let is_said = ["pre-copy", ""].contains(&self.mode.as_str());
-        if !is_said && !self.technique.ends_with("postcopy") {
+        if !is_said && !self.technique.starts_with("stock-postcopy") {
             name.push(' ');
             name.push_str(&self.mode);
         }

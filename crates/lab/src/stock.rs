@@ -74,7 +74,7 @@ pub fn migrate(bench: &Bench<'_>, stock: Stock, log: &EventLog) -> Outcome {
     });
     let settings = Settings::of(stock, bench.scenario).text();
     let mut figures = vec![(SETTINGS.to_owned(), json!(settings))];
-    if stock == Stock::Postcopy {
+    if stock.is_postcopy() {
         figures.extend(postcopy::figures(bench, &[], log));
     }
     Outcome {
@@ -116,8 +116,11 @@ impl Settings {
                     parameters["multifd-zstd-level"] = MULTIFD_ZSTD_LEVEL.into();
                 }
             }
-            Stock::Postcopy => {
+            Stock::Postcopy | Stock::PostcopyPreempt => {
                 capabilities.push("postcopy-ram");
+                if stock == Stock::PostcopyPreempt {
+                    capabilities.push("postcopy-preempt");
+                }
                 if let Some(mbit) = scenario.push_mbit {
                     parameters["max-postcopy-bandwidth"] = bytes_per_s(mbit).into();
                 }
@@ -179,7 +182,7 @@ impl Move<'_> {
         );
         target.execute("migrate-incoming", json!({"uri": uri}))?;
         source.execute("migrate", json!({"uri": uri}))?;
-        if self.stock == Stock::Postcopy {
+        if self.stock.is_postcopy() {
             source.execute("migrate-start-postcopy", json!({}))?;
         }
         self.log
@@ -188,7 +191,7 @@ impl Move<'_> {
         moved.ended = Some(loaded);
         moved.pages = wait_for_source(&mut source)?;
         // In post-copy it runs already, and has written to its memory.
-        if self.stock != Stock::Postcopy {
+        if !self.stock.is_postcopy() {
             self.hand_over(&mut source, &mut target, loaded, moved)?;
         }
         source
@@ -200,9 +203,9 @@ impl Move<'_> {
     fn start_target(&self) -> anyhow::Result<Qmp> {
         let (vm, host) = (self.vm, &self.vm.target);
         let arguments = vm.arguments(host, self.bench.scenario, &self.bench.programs.image);
-        let extra: &[&str] = match self.stock {
-            Stock::Postcopy => &["-incoming", "defer"],
-            _ => &["-S", "-incoming", "defer"],
+        let extra: &[&str] = match self.stock.is_postcopy() {
+            true => &["-incoming", "defer"],
+            false => &["-S", "-incoming", "defer"],
         };
         guest::start(vm, host, &self.bench.programs.target, &arguments, extra)?;
         vm.qmp(host)
@@ -215,7 +218,7 @@ impl Move<'_> {
             on.push("return-path");
         }
         on.extend(settings.capabilities);
-        if side == "target" && self.stock == Stock::Postcopy {
+        if side == "target" && self.stock.is_postcopy() {
             on.push("postcopy-blocktime");
         }
         let capabilities: Vec<Value> = on
@@ -354,6 +357,9 @@ mod tests {
         );
         assert!(said(Stock::MultifdZstd, 128).contains("multifd-compression=zstd"));
         assert!(said(Stock::Postcopy, 128).contains("max-postcopy-bandwidth=1000000"));
+        assert!(
+            said(Stock::PostcopyPreempt, 128).starts_with("postcopy-ram=on postcopy-preempt=on ")
+        );
         assert!(said(Stock::AutoConverge, 128).starts_with("auto-converge=on"));
     }
 

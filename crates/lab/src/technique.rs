@@ -83,16 +83,19 @@ pub enum Stock {
     AutoConverge,
     /// The VM before its memory.
     Postcopy,
+    /// The same, with a channel of its own for the pages that a processor waits for.
+    PostcopyPreempt,
 }
 
 impl Stock {
-    const ALL: [Self; 6] = [
+    const ALL: [Self; 7] = [
         Self::Plain,
         Self::Xbzrle,
         Self::Multifd,
         Self::MultifdZstd,
         Self::AutoConverge,
         Self::Postcopy,
+        Self::PostcopyPreempt,
     ];
 
     /// As scenarios and results write it.
@@ -105,7 +108,14 @@ impl Stock {
             Self::MultifdZstd => "stock-multifd-zstd",
             Self::AutoConverge => "stock-auto-converge",
             Self::Postcopy => "stock-postcopy",
+            Self::PostcopyPreempt => "stock-postcopy-preempt",
         }
+    }
+
+    /// Whether VMs change hosts before their memory.
+    #[must_use]
+    pub fn is_postcopy(self) -> bool {
+        matches!(self, Self::Postcopy | Self::PostcopyPreempt)
     }
 }
 
@@ -172,7 +182,7 @@ impl Technique {
     #[must_use]
     pub fn mode(self) -> &'static str {
         match self {
-            Self::Stock(Stock::Postcopy) => "post-copy",
+            Self::Stock(stock) if stock.is_postcopy() => "post-copy",
             Self::Gangway {
                 mode: Mode::PostCopyHeld,
                 ..
@@ -276,6 +286,7 @@ mod tests {
             "full",
             "slm",
             "stock-postcopy",
+            "stock-postcopy-preempt",
             "gang+postcopy",
             "gang+zstd+postcopy-held",
             "oc+hybrid",

@@ -36,7 +36,7 @@ use page::{
     BlockIndex, ContentId, ContentKey, EntryId, FrameSharing, PAGE_SIZE, PageBytes, PageNo,
     fill_byte,
 };
-use qstream::{Decoder, Item, Step, StreamError};
+use qstream::{BlockList, Decoder, Item, Step, StreamError};
 use wire::index::Verdict;
 use wire::{OpWriter, RemoteContent};
 
@@ -225,6 +225,13 @@ impl Packer {
         self.ahead.extend(pages);
     }
 
+    /// These pages came on a second channel of QEMU's: no copies of them come here.
+    pub fn came_otherwise(&mut self, pages: impl IntoIterator<Item = (BlockIndex, PageNo)>) {
+        for page in pages {
+            self.ahead.remove(&page);
+        }
+    }
+
     /// Decodes as much of `input` as there is and hashes its pages. Returns the bytes used; the
     /// caller keeps `input` for [`Scan::resolve`], and offers the rest again, in front
     /// of what follows.
@@ -397,16 +404,10 @@ impl Packer {
         self.milestones
     }
 
-    /// Names of the stream's blocks, in its order, once they are known.
+    /// The stream's blocks, once they are known.
     #[must_use]
-    pub fn block_names(&self) -> Option<Vec<String>> {
-        let blocks = self.decoder.blocks()?;
-        Some(
-            blocks
-                .iter()
-                .map(|(_, block)| block.name.to_string())
-                .collect(),
-        )
+    pub fn blocks(&self) -> Option<&Arc<BlockList>> {
+        self.decoder.blocks()
     }
 }
 

@@ -26,6 +26,10 @@
 //!  Streaming ─discards, package begins─► Package ─last byte─► Streaming ─EndClosed─► ... ─► Tail
 //! ```
 //!
+//! With a second channel ([`Unpacker::preempting`]) the pages that a processor waits for go there, behind
+//! nothing else. RAM ends when each page that is owed was given, whichever way it came: what is on the second channel
+//! of the source may come behind the end of the first.
+//!
 //! Succeeds or fails, the target QEMU stays stopped: this machine only feeds it.
 
 mod batch;
@@ -38,7 +42,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use page::{BlockIndex, EntryId, FrameSharing, HostSet, PAGE_SIZE, PageNo};
-use qstream::{BlockList, Command, Decoder, Item, StreamError};
+use qstream::{BlockList, Command, Decoder, Item, PreemptEncoder, StreamError};
 use wire::{MAX_BODY, Op, OpReader, Remote, WireError, split_pages_body};
 
 pub use batch::{Ack, Arrived, Batch, Contents, Found, Placed, Segment};
@@ -130,6 +134,7 @@ pub struct Unpacker {
     state: State,
     next_ping: u32,
     mappable: HashMap<String, u32>,
+    preempts: bool,
 }
 
 impl Default for Unpacker {
@@ -138,11 +143,21 @@ impl Default for Unpacker {
             state: State::new(),
             next_ping: OUR_PING,
             mappable: HashMap::new(),
+            preempts: false,
         }
     }
 }
 
 impl Unpacker {
+    /// One for a target QEMU that takes pages on a second channel, and in which nothing is mapped.
+    #[must_use]
+    pub fn preempting() -> Self {
+        Self {
+            preempts: true,
+            ..Self::default()
+        }
+    }
+
     /// One for a VM in which pages can be mapped, of blocks with these names and numbers of pages,
     /// as the target QEMU has them.
     #[must_use]
@@ -261,6 +276,37 @@ impl Unpacker {
         Ok(())
     }
 
+    /// Applies an `Urgent` frame to `batch`, which is empty. Those of its pages for which the target QEMU has
+    /// `asked` go on its second channel, if it has one. No others: QEMU closes that channel once it has what it
+    /// asked for, with what is left in it.
+    ///
+    /// # Errors
+    /// As [`Unpacker::apply`].
+    pub fn apply_urgent<B>(
+        &mut self,
+        body: &[u8],
+        asked: impl Fn(BlockIndex, PageNo) -> bool,
+        contents: &mut impl Contents<B>,
+        batch: &mut Batch<B>,
+    ) -> Result<(), UnpackError> {
+        if self.preempts && self.has_switched() {
+            let parts = split_pages_body(body)?;
+            check_counts(parts.ops)?;
+            let mut block = BlockIndex(0);
+            for op in OpReader::new(parts.ops) {
+                match op? {
+                    Op::Block(now) => block = now,
+                    Op::Plain(run) => {
+                        let pages = run.pages().filter(|page| asked(block, *page));
+                        batch.asked.extend(pages.map(|page| (block, page)));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        self.apply(body, true, contents, batch)
+    }
+
     /// Says how it went with the pages of [`Batch::shared`], in their order: those that were not
     /// mapped are written, unless a newer version came in the meantime.
     ///
@@ -374,7 +420,10 @@ impl Unpacker {
                 batch.head.extend_from_slice(bytes);
                 if matches!(op, Op::RamStart(_)) {
                     let decoder = std::mem::take(decoder);
-                    let begun = Streaming::begin(decoder, *empties, &self.mappable)?;
+                    let mut begun = Streaming::begin(decoder, *empties, &self.mappable)?;
+                    if self.preempts {
+                        begun.preempt = Some(PreemptEncoder::new(Arc::clone(&begun.blocks)));
+                    }
                     self.state = State::Streaming(begun);
                 }
                 return Ok(());

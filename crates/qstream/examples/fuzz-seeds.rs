@@ -51,6 +51,26 @@ const ASKS_RAM: &[u8] = b"\x08\x00\x0a\x00\x07\x06pc.ram";
 const ASKS_ROM: &[u8] = b"\x08\x00\x0a\x00\x08\x07pc.bios";
 const RESUMES: &[u8] = b"\x08\x00\x09\x00\x00";
 
+/// Heads of records of the second channel: which page with its bytes, of which block; the last one is an end mark.
+/// There is no capture of it.
+const PREEMPT: [(&str, &[&[u8]]); 4] = [
+    ("pages", &[PREEMPT_NAMED, PREEMPT_NEXT]),
+    (
+        "pages-and-end",
+        &[
+            PREEMPT_NAMED,
+            PREEMPT_ZERO,
+            PREEMPT_NEXT,
+            b"\0\0\0\0\0\0\0\x10",
+        ],
+    ),
+    ("no-block", &[PREEMPT_NEXT]),
+    ("outside", &[b"\0\0\0\0\x10\0\0\x02\x06pc.ram\0"]),
+];
+const PREEMPT_NAMED: &[u8] = b"\0\0\0\0\0\x01\x20\x08\x06pc.ram";
+const PREEMPT_NEXT: &[u8] = b"\0\0\0\0\0\0\x30\x28";
+const PREEMPT_ZERO: &[u8] = b"\0\0\0\0\0\0\0\x02\x07pc.bios\0";
+
 fn main() {
     let refused = golden("refused").into_iter().map(|(name, mut stream)| {
         stream.truncate(REFUSED_BYTES);
@@ -71,6 +91,15 @@ fn main() {
     );
     let recovery = RECOVERY.map(|(name, commands)| (name.to_owned(), commands.concat()));
     write("qstream_recovery", recovery.into_iter());
+    let preempt = PREEMPT.map(|(name, heads)| {
+        let records = heads.iter().flat_map(|head| {
+            // The low bits of a word say whether a page's bytes follow.
+            let bytes = if head[7] & 0x08 != 0 { 4096 } else { 0 };
+            [*head, &[0x5a; 4096][..bytes]].concat()
+        });
+        (name.to_owned(), records.collect())
+    });
+    write("qstream_preempt", preempt.into_iter());
 }
 
 fn write(target: &str, seeds: impl Iterator<Item = (String, Vec<u8>)>) {

@@ -385,10 +385,7 @@ impl Ram {
             }
             record::ZERO | record::ZERO_CONTINUE => {
                 let (block, page) = self.address(reader, word)?;
-                let fill = reader.u8()?;
-                if fill != 0 {
-                    return Err(StreamError::BadFill(fill).into());
-                }
+                zero_fill(reader)?;
                 self.current = Some(block);
                 Ok(Item::Zero { block, page })
             }
@@ -399,21 +396,7 @@ impl Ram {
     /// The block and page of a record.
     #[inline]
     fn address(&self, reader: &mut Reader<'_>, word: u64) -> Decoded<(BlockIndex, PageNo)> {
-        let index = if word & record::CONTINUE != 0 {
-            self.current.ok_or(StreamError::NoCurrentBlock)?
-        } else {
-            std::str::from_utf8(reader.counted()?)
-                .ok()
-                .and_then(|name| self.blocks.index_of(name))
-                .ok_or(StreamError::UnknownBlock)?
-        };
-        let block = &self.blocks[index];
-        let offset = word & !record::FLAGS;
-        let outside = || StreamError::PageOutside {
-            offset,
-            block: block.name.clone(),
-        };
-        Ok((index, block.page_at(offset).ok_or_else(outside)?))
+        address(&self.blocks, self.current, reader, word)
     }
 
     fn close<'a>(&mut self, reader: &mut Reader<'a>, word: u64) -> Decoded<Item<'a>> {
@@ -439,6 +422,40 @@ impl Ram {
             section::FOOTER => check_id(reader.be32()?, section_id),
             other => Err(StreamError::NoFooter(other).into()),
         }
+    }
+}
+
+/// The block and page of a record that begins with `word`; `current` is the block of the one before.
+#[inline]
+pub(crate) fn address(
+    blocks: &BlockList,
+    current: Option<BlockIndex>,
+    reader: &mut Reader<'_>,
+    word: u64,
+) -> Decoded<(BlockIndex, PageNo)> {
+    let index = if word & record::CONTINUE != 0 {
+        current.ok_or(StreamError::NoCurrentBlock)?
+    } else {
+        std::str::from_utf8(reader.counted()?)
+            .ok()
+            .and_then(|name| blocks.index_of(name))
+            .ok_or(StreamError::UnknownBlock)?
+    };
+    let block = &blocks[index];
+    let offset = word & !record::FLAGS;
+    let outside = || StreamError::PageOutside {
+        offset,
+        block: block.name.clone(),
+    };
+    Ok((index, block.page_at(offset).ok_or_else(outside)?))
+}
+
+/// Reads the byte that a page of zeros is filled with.
+#[inline]
+pub(crate) fn zero_fill(reader: &mut Reader<'_>) -> Decoded<()> {
+    match reader.u8()? {
+        0 => Ok(()),
+        fill => Err(StreamError::BadFill(fill).into()),
     }
 }
 
@@ -512,7 +529,7 @@ fn check_id(found: u32, expected: u32) -> Decoded<()> {
 }
 
 /// Checks that a record is the one that ends a section; the others are refused by name.
-fn end_of_section(word: u64) -> Result<(), StreamError> {
+pub(crate) fn end_of_section(word: u64) -> Result<(), StreamError> {
     match word & record::FLAGS & !record::CONTINUE {
         _ if word == record::EOS => Ok(()),
         record::XBZRLE => Err(StreamError::Unsupported(Feature::Xbzrle)),

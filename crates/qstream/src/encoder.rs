@@ -97,18 +97,30 @@ impl Encoder {
     #[inline]
     fn record(&mut self, kind: u64, block: BlockIndex, page: PageNo, out: &mut Vec<u8>) {
         self.begin_part(out);
-        if self.current == Some(block) {
-            out.extend_from_slice(&(page.offset() | kind | record::CONTINUE).to_be_bytes());
-        } else {
-            out.extend_from_slice(&(page.offset() | kind).to_be_bytes());
-            let name = self.blocks[block].name.as_bytes();
-            #[expect(
-                clippy::cast_possible_truncation,
-                reason = "a list's names have 1 to 255 bytes"
-            )]
-            out.push(name.len() as u8);
-            out.extend_from_slice(name);
-            self.current = Some(block);
-        }
+        write_record(&self.blocks, &mut self.current, kind, (block, page), out);
+    }
+}
+
+/// Appends the head of a record; `current` is the block of the one before.
+#[inline]
+pub(crate) fn write_record(
+    blocks: &BlockList,
+    current: &mut Option<BlockIndex>,
+    kind: u64,
+    (block, page): (BlockIndex, PageNo),
+    out: &mut Vec<u8>,
+) {
+    if *current == Some(block) {
+        out.extend_from_slice(&(page.offset() | kind | record::CONTINUE).to_be_bytes());
+    } else {
+        out.extend_from_slice(&(page.offset() | kind).to_be_bytes());
+        let name = blocks[block].name.as_bytes();
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "a list's names have 1 to 255 bytes"
+        )]
+        out.push(name.len() as u8);
+        out.extend_from_slice(name);
+        *current = Some(block);
     }
 }

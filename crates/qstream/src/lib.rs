@@ -32,6 +32,7 @@ mod encoder;
 mod error;
 mod format;
 mod header;
+mod preempt;
 mod reader;
 mod recovery;
 mod return_path;
@@ -42,6 +43,7 @@ pub use command::{Command, Discard, MAX_PACKAGE, encode_command};
 pub use decoder::{Decoder, Item, MAX_ITEM, Step};
 pub use encoder::Encoder;
 pub use error::{Feature, StreamError};
+pub use preempt::{PreemptDecoder, PreemptEncoder, PreemptItem, PreemptStep};
 pub use recovery::{Recovery, RecoveryStep, decode_recovery, full_bitmap};
 pub use return_path::{
     MAX_BITMAP, MAX_RETURN_ITEM, ReturnDecoder, ReturnError, ReturnMessage, ReturnStep,

@@ -118,6 +118,10 @@ pub struct OpenMove {
     /// Whether the migration may switch to post-copy.
     #[serde(default)]
     pub postcopy: bool,
+    /// Whether the source QEMU can send pages that a processor waits for on a channel of their own. Left out if
+    /// not: a target that does not know it refuses the message, and is asked again without.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub preempt: bool,
 }
 
 /// What the source asks of the target, about the move `id`.
@@ -193,6 +197,9 @@ pub enum ControlReply {
         pid: u32,
         /// What a person should know: why pages cannot be shared here.
         note: Option<String>,
+        /// Whether both QEMUs are to have that channel; only if it was asked for.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        preempt: bool,
     },
     /// Not done; nothing was left behind.
     Refused {
@@ -251,6 +258,23 @@ mod tests {
         );
         let odd = br#"{"abort":{"id":"x","reason":"y","force":true}}"#;
         assert!(decode_control::<ControlRequest>(odd).is_err());
+    }
+
+    #[test]
+    fn a_channel_that_is_not_asked_for_is_not_spoken_of() {
+        let ready = |preempt| ControlReply::Ready {
+            pid: 7,
+            note: None,
+            preempt,
+        };
+        let json = |reply| String::from_utf8(encode_control(&reply).unwrap().split_off(4)).unwrap();
+        assert_eq!(json(ready(false)), r#"{"ready":{"pid":7,"note":null}}"#);
+        let asked = json(ready(true));
+        assert!(asked.contains("preempt"));
+        assert_eq!(
+            decode_control::<ControlReply>(asked.as_bytes()),
+            Ok(ready(true))
+        );
     }
 
     #[test]

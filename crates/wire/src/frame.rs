@@ -52,6 +52,8 @@ pub enum FrameKind {
     /// Bytes of a source QEMU for the target QEMU, as they are: the rest of a post-copy that was
     /// interrupted.
     Relay = 10,
+    /// Likewise, of the channel on which it sends what a processor waits for. Overtakes every other frame.
+    RelayPreempt = 11,
     /// A [`BackMessage`].
     Back = 32,
     /// Nothing; says that the sender lives.
@@ -71,6 +73,7 @@ impl FrameKind {
             8 => Self::Urgent,
             9 => Self::Hurry,
             10 => Self::Relay,
+            11 => Self::RelayPreempt,
             32 => Self::Back,
             33 => Self::BackHeartbeat,
             _ => return None,

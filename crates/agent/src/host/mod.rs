@@ -70,6 +70,8 @@ impl HostMover {
         std::fs::create_dir_all(&config.run_dir)
             .with_context(|| format!("creating {}", config.run_dir.display()))?;
         let lock = claim(&config.state_dir)?;
+        crate::source::remove_leftovers(&config.run_dir)
+            .with_context(|| format!("clearing {}", config.run_dir.display()))?;
         let journal =
             |role| Journal::open(config.state_dir.join(role)).context("opening the journal");
         target::restore_leftover(&config.state_dir);

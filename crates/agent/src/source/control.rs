@@ -50,10 +50,21 @@ impl Control {
         }
     }
 
-    /// Has the target QEMU started; returns what a person should know of it.
-    pub(crate) fn open(&mut self, request: OpenMove) -> Result<Option<String>, LinkError> {
-        match self.ask(&ControlRequest::Open(request), OPEN_TIMEOUT)? {
-            ControlReply::Ready { note, .. } => Ok(note),
+    /// Has the target QEMU started; returns what a person should know of it, and whether it has a second channel
+    /// for post-copy, as was asked for. A target of a version that does not know of that closes the connection;
+    /// one that has begun something refuses the second request.
+    pub(crate) fn open(
+        &mut self,
+        mut request: OpenMove,
+    ) -> Result<(Option<String>, bool), LinkError> {
+        let asks = request.preempt;
+        let mut reply = self.ask(&ControlRequest::Open(request.clone()), OPEN_TIMEOUT);
+        if asks && matches!(reply, Err(LinkError::Closed)) {
+            request.preempt = false;
+            reply = self.ask(&ControlRequest::Open(request), OPEN_TIMEOUT);
+        }
+        match reply? {
+            ControlReply::Ready { note, preempt, .. } => Ok((note, asks && preempt)),
             ControlReply::Refused { reason } => Err(LinkError::Refused(reason)),
             other => Err(unexpected(&other)),
         }

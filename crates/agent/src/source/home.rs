@@ -1,6 +1,6 @@
 //! The source QEMU in the hands of a move: taken, migrated, brought back or quit.
 
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -13,6 +13,7 @@ use guest::{
 };
 use sys::ProcessMemory;
 
+use super::listening::Listening;
 use super::run::Input;
 use super::session::spawn;
 use super::stream::{GuestMemory, Stream};
@@ -100,22 +101,28 @@ impl Home {
         self.guest.as_ref()?.migration().ok()
     }
 
-    /// Has QEMU migrate into a socket at `path`; returns our end.
+    /// Has QEMU migrate into a socket at `path`; returns our end, and where its second connection comes, if it makes
+    /// one.
     pub(crate) fn migrate(
         &mut self,
         path: &Path,
         parameters: &MigrationParameters,
-    ) -> anyhow::Result<UnixStream> {
+    ) -> anyhow::Result<(UnixStream, Listening)> {
         let guest = self.guest.as_ref().ok_or_else(|| anyhow!("no QEMU"))?;
         self.touched = true;
-        let listener =
-            UnixListener::bind(path).with_context(|| format!("listening on {}", path.display()))?;
-        let connected = guest
+        let listening = Listening::at(path)?;
+        guest
             .start_migration(path, parameters)
-            .context("starting the migration in the source QEMU")
-            .and_then(|()| accept(&listener).context("waiting for the source QEMU to connect"));
-        let _ = std::fs::remove_file(path);
-        connected
+            .context("starting the migration in the source QEMU")?;
+        let socket = listening.accept(QEMU_PATIENCE);
+        let socket = socket.context("waiting for the source QEMU to connect")?;
+        Ok((socket, listening))
+    }
+
+    /// Whether QEMU sends pages that it is asked for on a second connection.
+    pub(crate) fn preempts(&self) -> anyhow::Result<bool> {
+        let guest = self.guest.as_ref().ok_or_else(|| anyhow!("no QEMU"))?;
+        Ok(guest.preempt()? == Some(true))
     }
 
     /// Stops the guest, unless it was stopped already, and has QEMU go over to post-copy; in between
@@ -166,17 +173,17 @@ impl Home {
         }
     }
 
-    /// Has QEMU go on with a paused post-copy into a socket at `path`; returns our end.
-    pub(crate) fn resume(&self, path: &Path) -> anyhow::Result<UnixStream> {
+    /// Has QEMU go on with a paused post-copy into a socket at `path`; returns our end, and where its second
+    /// connection comes, if it makes one.
+    pub(crate) fn resume(&self, path: &Path) -> anyhow::Result<(UnixStream, Listening)> {
         let guest = self.guest.as_ref().ok_or_else(|| anyhow!("no QEMU"))?;
-        let listener =
-            UnixListener::bind(path).with_context(|| format!("listening on {}", path.display()))?;
-        let connected = guest
+        let listening = Listening::at(path)?;
+        guest
             .resume_migration(path)
-            .context("resuming the migration in the source QEMU")
-            .and_then(|()| accept(&listener).context("waiting for the source QEMU to connect"));
-        let _ = std::fs::remove_file(path);
-        connected
+            .context("resuming the migration in the source QEMU")?;
+        let socket = listening.accept(QEMU_PATIENCE);
+        let socket = socket.context("waiting for the source QEMU to connect")?;
+        Ok((socket, listening))
     }
 
     /// Has a QEMU in post-copy end its migration: from 10.0 on it does not cancel it any more, and
@@ -222,7 +229,8 @@ impl Home {
         let path = run_dir.join(format!("v-{}.sock", guest.pid()));
         let _ = std::fs::remove_file(&path);
         let blocks = guest.ram_blocks()?;
-        let socket = self.resume(&path)?;
+        // A second connection is only looked for: nothing is asked for, so nothing comes on it.
+        let (socket, _listening) = self.resume(&path)?;
         let swallowed = super::void::swallow(socket, &blocks);
         if is_paused()? {
             return Err(swallowed
@@ -345,26 +353,6 @@ pub(crate) fn shares_memory(memory: &GuestMemory) -> bool {
         Err(error) => {
             tracing::warn!("whether a VM shares memory cannot be seen: {error}");
             false
-        }
-    }
-}
-
-/// Accepts the one connection of a source QEMU.
-fn accept(listener: &UnixListener) -> anyhow::Result<UnixStream> {
-    listener.set_nonblocking(true)?;
-    let deadline = Instant::now() + QEMU_PATIENCE;
-    loop {
-        match listener.accept() {
-            Ok((socket, _)) => {
-                socket.set_nonblocking(false)?;
-                return Ok(socket);
-            }
-            Err(error)
-                if error.kind() == std::io::ErrorKind::WouldBlock && Instant::now() < deadline =>
-            {
-                std::thread::sleep(Duration::from_millis(2));
-            }
-            Err(error) => return Err(error.into()),
         }
     }
 }

@@ -108,8 +108,9 @@ pub(crate) fn run(
         if let Some(shared) = stream.take_shared() {
             packer.set_shared(shared);
         }
-        let ahead = stream.take_ahead();
+        let (ahead, aside) = stream.take_ahead();
         packer.sent_ahead(ahead);
+        packer.came_otherwise(aside);
         scanned = packer.scan(&buffer[..filled], scanned)?;
         let switches = packer.awaits_switch(&buffer[..filled], scanned);
         if !blocks_known {
@@ -271,10 +272,10 @@ pub(super) fn receive(
 
 /// Tells repairs where the blocks are.
 fn learn_blocks(packer: &Packer, stream: &Stream) -> bool {
-    let Some(names) = packer.block_names() else {
+    let Some(blocks) = packer.blocks() else {
         return false;
     };
-    stream.set_blocks(names);
+    stream.set_blocks(blocks);
     true
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 use guest::{MigrationParameters, QmpEvent, SavedSettings};
 use migrate::handover::{SourceAction, SourceEvent, SourceJournal, SourceMove, SourceState};
 use serde::{Deserialize, Serialize};
@@ -21,7 +21,6 @@ use super::convergence::Convergence;
 use super::home::Home;
 use super::index_link::IndexLinks;
 use super::progress::ProgressMeter;
-use super::reader::Way;
 use super::session::{Session, SessionContext, Sessions, spawn};
 use super::stream::Stream;
 
@@ -162,6 +161,8 @@ struct Run {
     reported: Instant,
     /// Its QEMU was told to go over to post-copy.
     switched: bool,
+    /// Both QEMUs have a second channel in post-copy.
+    preempts: bool,
     /// Number of the stream, whose news count; those of earlier ones do not.
     feed: u32,
     resume: Resume,
@@ -199,6 +200,7 @@ impl Run {
             convergence: Convergence::new(limit),
             reported: Instant::now(),
             switched: false,
+            preempts: false,
             feed: 0,
             resume: Resume::None,
             earlier: None,
@@ -493,31 +495,6 @@ impl Run {
                 None
             }
         }
-    }
-
-    fn start_stream(&mut self) -> anyhow::Result<()> {
-        let (Some(stream), Some(session)) = (&self.stream, &self.session) else {
-            return Err(anyhow!("the move was not prepared"));
-        };
-        let socket_name = format!("m-{}-{}.sock", stream.vm, &session.id[..8]);
-        let path = self.context.run_dir.join(socket_name);
-        let socket = self.home.migrate(&path, &parameters(&self.spec))?;
-        stream.attach(socket.try_clone()?);
-        let packer = self.packer(stream)?;
-        let way = Way {
-            outbox: Arc::clone(&session.outbox),
-            rack: session.rack.clone(),
-            prepared: self.prepared(),
-        };
-        let (stream, hold) = (Arc::clone(stream), self.context.session.hold.clone());
-        spawn("gw-read", move || {
-            if let Err(error) = super::reader::run(&socket, &stream, &way, packer, &hold) {
-                stream.tell(Input::Failed(error.to_string()));
-                super::reader::drain_if_asked(&socket, &stream);
-            }
-        })?;
-        self.enter(Phase::Bulk, "memory is being copied".into());
-        Ok(())
     }
 
     fn await_confirmation(&mut self) -> Option<SourceEvent> {

@@ -347,7 +347,7 @@ impl Sender {
             let raw = frame.packed.raw_len();
             // A processor waits for an urgent page: it goes as it is, and leaves what the compressor
             // knows as it was.
-            let is_urgent = frame.kind == FrameKind::Urgent;
+            let is_urgent = matches!(frame.kind, FrameKind::Urgent | FrameKind::RelayPreempt);
             let sent = self.link.send_frame(
                 (frame.kind, frame.stream.vm),
                 pieces(&frame),

@@ -1,22 +1,22 @@
 //! One VM's stream as its session, its reader and its mover share it.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashSet, VecDeque};
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use guest::VmMemory;
 use migrate::pack::{PackCounts, SharedPages};
 use migrate::window::{Rates, Window};
-use page::{BlockIndex, EntryId, HostAddr, PageNo, PageRun};
-use sys::ProcessMemory;
+use page::{BlockIndex, EntryId, PageNo, PageRun};
+use qstream::BlockList;
 use wire::{FaultTimes, Reached};
 
 use crate::link::Bucket;
 
+pub(crate) use super::guest_memory::GuestMemory;
 use super::right_of_way::Place;
 use super::run::Input;
 use super::urgent::Requests;
@@ -26,34 +26,8 @@ use super::urgent::Requests;
 const WINDOW_POLL: Duration = Duration::from_millis(200);
 const YIELD_POLL: Duration = Duration::from_millis(10);
 
-/// What repairs are read from: the source QEMU's memory, by the stream's block indices.
-pub(crate) struct GuestMemory {
-    pub(crate) memory: ProcessMemory,
-    /// By block name.
-    pub(crate) addresses: HashMap<String, HostAddr>,
-    /// By block index, once the stream has opened.
-    pub(crate) bases: Mutex<Vec<Option<HostAddr>>>,
-    /// Pages of each block, likewise.
-    pub(crate) lengths: Mutex<Vec<u32>>,
-    /// The process and its blocks, and their names.
-    pub(crate) layout: (VmMemory, Vec<String>),
-}
-
-impl GuestMemory {
-    /// How many pages a block of the stream has; none if QEMU does not tell where it is.
-    pub(crate) fn len(&self, block: BlockIndex) -> u32 {
-        let lengths = lock(&self.lengths);
-        lengths.get(usize::from(block.0)).copied().unwrap_or(0)
-    }
-
-    /// Where a block of the stream starts, if QEMU tells it.
-    pub(crate) fn base(&self, block: BlockIndex) -> Option<HostAddr> {
-        lock(&self.bases)
-            .get(usize::from(block.0))
-            .copied()
-            .flatten()
-    }
-}
+/// Where pages are.
+pub(crate) type PlacesOfPages = Vec<(BlockIndex, PageNo)>;
 
 /// What is known of a stream that may go over to post-copy.
 #[derive(Default)]
@@ -62,7 +36,11 @@ struct Postcopy {
     /// Names of the stream's blocks.
     blocks: Vec<String>,
     /// Pages that were sent ahead, until the reader takes them.
-    ahead: Vec<(BlockIndex, PageNo)>,
+    ahead: PlacesOfPages,
+    /// Those of them that were asked for and that QEMU's second channel, if it has one, has not brought.
+    asked: HashSet<(BlockIndex, PageNo)>,
+    /// Those that it has brought, until the reader takes them.
+    aside: PlacesOfPages,
     /// Groups of neighbours that were sent ahead.
     groups: HashSet<(BlockIndex, u32)>,
     /// How long faults took, once the target has said so.
@@ -82,6 +60,11 @@ pub(crate) struct Stream {
     window: Mutex<Flow>,
     moved: Condvar,
     socket: Mutex<Option<UnixStream>>,
+    /// QEMU's second channel, once it is open.
+    second: Mutex<Option<UnixStream>>,
+    /// QEMU has, or will have, a second channel.
+    preempts: AtomicBool,
+    blocks: OnceLock<Arc<BlockList>>,
     /// Who is told, and as which of the VM's streams.
     mover: Mutex<(Sender<Input>, u32)>,
     /// Bytes of QEMU's streams before this one.
@@ -157,6 +140,9 @@ impl Stream {
             }),
             moved: Condvar::new(),
             socket: Mutex::new(None),
+            second: Mutex::new(None),
+            preempts: AtomicBool::new(false),
+            blocks: OnceLock::new(),
             mover: Mutex::new(mover),
             earlier: AtomicU64::new(0),
             wire_bytes: AtomicU64::new(0),
@@ -212,6 +198,20 @@ impl Stream {
     /// The QEMU socket, to write the return path to and to close.
     pub(crate) fn attach(&self, socket: UnixStream) {
         *lock(&self.socket) = Some(socket);
+    }
+
+    /// QEMU has a second channel, or will have one.
+    pub(crate) fn set_preempts(&self) {
+        self.preempts.store(true, Ordering::Relaxed);
+    }
+
+    /// QEMU's second channel, to close with the first.
+    pub(crate) fn attach_second(&self, socket: UnixStream) {
+        let mut second = lock(&self.second);
+        if self.is_closed() {
+            let _ = socket.shutdown(std::net::Shutdown::Both);
+        }
+        *second = Some(socket);
     }
 
     /// Passes a return-path message on to the source QEMU.
@@ -346,7 +346,10 @@ impl Stream {
     }
 
     /// The stream's blocks are known.
-    pub(crate) fn set_blocks(&self, names: Vec<String>) {
+    pub(crate) fn set_blocks(&self, blocks: &Arc<BlockList>) {
+        let _ = self.blocks.set(Arc::clone(blocks));
+        let names = blocks.iter().map(|(_, block)| block.name.to_string());
+        let names: Vec<String> = names.collect();
         let (layout, known) = &self.memory.layout;
         let lengths = names.iter().map(|name| {
             let at = known.iter().position(|known| known == name);
@@ -358,6 +361,11 @@ impl Stream {
         let bases = names.iter().map(|name| addresses.get(name).copied());
         *lock(&self.memory.bases) = bases.collect();
         lock(&self.postcopy).blocks = names;
+    }
+
+    /// The stream's blocks, once they are known.
+    pub(crate) fn blocks(&self) -> Option<Arc<BlockList>> {
+        self.blocks.get().cloned()
     }
 
     /// Pages that a message of the target QEMU asks for.
@@ -374,14 +382,28 @@ impl Stream {
         lock(&self.postcopy).groups.insert((block, group))
     }
 
-    /// These pages are on their way ahead of the stream.
-    pub(crate) fn went_ahead(&self, pages: impl Iterator<Item = (BlockIndex, PageNo)>) {
-        lock(&self.postcopy).ahead.extend(pages);
+    /// These pages are on their way ahead of the stream; the first of them, so many, were asked for.
+    pub(crate) fn went_ahead(&self, block: BlockIndex, pages: &[PageNo], asked: usize) {
+        let mut postcopy = lock(&self.postcopy);
+        let pages = pages.iter().map(|page| (block, *page));
+        if self.preempts.load(Ordering::Relaxed) {
+            postcopy.asked.extend(pages.clone().take(asked));
+        }
+        postcopy.ahead.extend(pages);
     }
 
-    /// Pages that went ahead since the last call.
-    pub(crate) fn take_ahead(&self) -> Vec<(BlockIndex, PageNo)> {
-        std::mem::take(&mut lock(&self.postcopy).ahead)
+    /// QEMU's second channel has brought a page. Whether it went ahead when it was asked for.
+    pub(crate) fn came_aside(&self, block: BlockIndex, page: PageNo) -> bool {
+        let mut postcopy = lock(&self.postcopy);
+        postcopy.aside.push((block, page));
+        postcopy.asked.remove(&(block, page))
+    }
+
+    /// Pages that went ahead since the last call, and those of which QEMU's copy came on its second channel.
+    pub(crate) fn take_ahead(&self) -> (PlacesOfPages, PlacesOfPages) {
+        let mut postcopy = lock(&self.postcopy);
+        let ahead = std::mem::take(&mut postcopy.ahead);
+        (ahead, std::mem::take(&mut postcopy.aside))
     }
 
     pub(crate) fn set_faults(&self, times: FaultTimes) {
@@ -446,8 +468,11 @@ impl Stream {
         self.place.set_near_end(false);
         self.place.set_stopped(false);
         self.moved.notify_all();
-        if close_socket && let Some(socket) = lock(&self.socket).take() {
-            let _ = socket.shutdown(std::net::Shutdown::Both);
+        let sockets = [&self.socket, &self.second];
+        for socket in sockets.into_iter().filter(|_| close_socket) {
+            if let Some(socket) = lock(socket).take() {
+                let _ = socket.shutdown(std::net::Shutdown::Both);
+            }
         }
     }
 
@@ -545,6 +570,6 @@ impl Stream {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -80,6 +80,7 @@ pub(crate) fn serve(stream: &Arc<Stream>, message: &[u8], outbox: &Outbox, pool:
         return;
     };
     let mut pages: Vec<PageNo> = run.pages().collect();
+    let asked = pages.len();
     let group = run.start.0 / NEIGHBOURS;
     if stream.is_new_group(block, group) {
         pages.extend(neighbours(run, stream.memory.len(block)));
@@ -112,7 +113,7 @@ pub(crate) fn serve(stream: &Arc<Stream>, message: &[u8], outbox: &Outbox, pool:
         buffer: Some(Arc::new(buffer)),
     });
     // Only now: what is left out of the stream must be on its way.
-    stream.went_ahead(pages.into_iter().map(|page| (block, page)));
+    stream.went_ahead(block, &pages, asked);
 }
 
 /// Says which pages follow, and how they share their frames.

@@ -25,6 +25,9 @@ pub(super) struct Entry {
     /// What its QEMU keeps of our connection to its monitor, in post-copy.
     #[serde(default)]
     pub(super) monitor: Option<KeptMonitor>,
+    /// Its QEMU has a second channel in post-copy.
+    #[serde(default)]
+    pub(super) preempts: bool,
 }
 
 impl Entry {

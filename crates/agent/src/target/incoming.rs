@@ -57,6 +57,16 @@ pub(crate) struct TargetContext {
     pub(crate) cow_library: Option<PathBuf>,
 }
 
+/// What the source is told of a target QEMU that waits for it.
+pub(crate) struct Opened {
+    /// Its process.
+    pub(crate) pid: u32,
+    /// What a person should know.
+    pub(crate) note: Option<String>,
+    /// It has a second channel in post-copy.
+    pub(crate) preempts: bool,
+}
+
 /// One incoming move.
 pub(crate) struct Incoming {
     pub(super) entry: Mutex<Entry>,
@@ -79,7 +89,7 @@ impl Incoming {
         request: &OpenMove,
         context: &TargetContext,
         clock: Instant,
-    ) -> anyhow::Result<(Arc<Self>, Option<String>)> {
+    ) -> anyhow::Result<(Arc<Self>, Opened)> {
         let log = context
             .log_dir
             .join(format!("{}.log", file_name(&request.id)));
@@ -91,16 +101,21 @@ impl Incoming {
         if let Some(note) = &note {
             tracing::warn!(vm = request.vm_name, note);
         }
+        // Pages that are mapped are announced on one channel, one after the other.
+        let wants_preempt = request.preempt && request.postcopy && !request.share;
+        let preempts = wants_preempt && guest.can_preempt()?;
+        let pid = guest.pid();
         let entry = Entry {
             id: request.id.clone(),
             vm_name: request.vm_name.clone(),
             resume: request.resume,
-            pid: guest.pid(),
+            pid,
             started: guest.process().start_time().unwrap_or(0),
             qmp: guest.qmp_path().to_owned(),
             memory_bytes: request.memory_bytes,
             state: TargetJournal::Loading,
             monitor: None,
+            preempts,
         };
         let incoming = Arc::new(Self {
             entry: Mutex::new(entry),
@@ -119,7 +134,12 @@ impl Incoming {
             incoming.handle(TargetEvent::Failed(format!("{error:#}")));
             return Err(error);
         }
-        Ok((incoming, note))
+        let opened = Opened {
+            pid,
+            note,
+            preempts,
+        };
+        Ok((incoming, opened))
     }
 
     /// Takes up what the journal says, and what is there of it.
@@ -184,16 +204,22 @@ impl Incoming {
         let name = file_name(&lock(&self.entry).id);
         // Paths of unix sockets are short; the process id makes it unique on this host.
         let path = self.context.run_dir.join(format!("i-{}.sock", guest.pid()));
+        let preempts = lock(&self.entry).preempts;
         guest
-            .listen(&path, postcopy)
+            .listen(&path, postcopy, preempts)
             .context("having the target QEMU listen")?;
         if postcopy {
             let kept = guest.keep_monitor().context("keeping its monitor")?;
             lock(&self.entry).monitor = Some(kept);
             self.write_journal(TargetJournal::Loading)?;
         }
-        let socket = UnixStream::connect(&path)
-            .with_context(|| format!("connecting to the target QEMU of {name}"))?;
+        let connect = || {
+            let socket = UnixStream::connect(&path);
+            socket.with_context(|| format!("connecting to the target QEMU of {name}"))
+        };
+        let socket = connect()?;
+        // QEMU tells its channels apart by their order, and 7.2 reads nothing before it has both.
+        let second = preempts.then(connect).transpose()?;
         let _ = std::fs::remove_file(&path);
         let addresses: HashMap<String, _> = guest
             .ram_blocks()?
@@ -218,7 +244,12 @@ impl Incoming {
         );
         session.add_sink(vm, handle);
         let returns = sink.returns();
-        let number = self.begin_feed(Some(socket.try_clone()?));
+        let mut sockets = vec![socket.try_clone()?];
+        if let Some(second) = second {
+            sockets.push(second.try_clone()?);
+            sink.preempt_on(second);
+        }
+        let number = self.begin_feed(sockets);
         let switched = Arc::clone(self);
         sink.when_switched(Box::new(move || switched.watch_switch(number)));
         let incoming = Arc::clone(self);

@@ -184,7 +184,11 @@ impl Listener {
                         reason: "there is no such session".into(),
                     },
                     Some(session) => match self.arrivals.open(&session, request) {
-                        Ok((pid, note)) => ControlReply::Ready { pid, note },
+                        Ok(opened) => ControlReply::Ready {
+                            pid: opened.pid,
+                            note: opened.note,
+                            preempt: opened.preempts,
+                        },
                         Err(error) => ControlReply::Refused {
                             reason: format!("{error:#}"),
                         },
@@ -199,7 +203,11 @@ impl Listener {
                         reason: "there is no such session".into(),
                     },
                     Some(session) => match self.arrivals.resume(&session, &id, vm) {
-                        Ok(Resumption::Ready { pid }) => ControlReply::Ready { pid, note: None },
+                        Ok(Resumption::Ready { pid }) => ControlReply::Ready {
+                            pid,
+                            note: None,
+                            preempt: false,
+                        },
                         Ok(Resumption::Not(state)) => ControlReply::State(state),
                         Err(error) => ControlReply::Refused {
                             reason: format!("{error:#}"),

@@ -41,7 +41,7 @@ pub(crate) fn run(
             // Nothing of it is entered anywhere: it overtakes what is in the store.
             FrameKind::Urgent => {
                 if let Some(sink) = session.sink(header.vm()) {
-                    sink.push_urgent(Arc::new(body));
+                    sink.push_urgent(SinkFrame::Urgent(Arc::new(body)));
                 }
             }
             FrameKind::Hurry => {
@@ -52,6 +52,11 @@ pub(crate) fn run(
             FrameKind::Relay => {
                 if let Some(sink) = session.sink(header.vm()) {
                     sink.push(SinkFrame::Relay(Arc::new(body)));
+                }
+            }
+            FrameKind::RelayPreempt => {
+                if let Some(sink) = session.sink(header.vm()) {
+                    sink.push_urgent(SinkFrame::Relay(Arc::new(body)));
                 }
             }
             FrameKind::Close => session.remove_sink(header.vm()),

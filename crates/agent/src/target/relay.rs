@@ -3,7 +3,7 @@
 //! The two QEMUs agree by themselves on what is missing, and each page comes once. Nothing that was
 //! queued for the earlier stream gets here: that has a queue and a socket of its own, and both are closed.
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -61,6 +61,29 @@ impl Relay {
     }
 }
 
+/// Passes on what comes for the second channel of a QEMU, in a thread of its own, until nobody is left who sends any.
+/// If it cannot be written, QEMU has closed both of its channels: that is told of the first.
+pub(super) fn pass_on(
+    urgent: Receiver<SinkFrame>,
+    queued: Arc<AtomicUsize>,
+    mut socket: UnixStream,
+) -> io::Result<()> {
+    std::thread::Builder::new()
+        .name("gw-relay-2".into())
+        .spawn(move || {
+            for frame in urgent {
+                queued.fetch_sub(frame.counted(), Ordering::Relaxed);
+                if let SinkFrame::Relay(body) = frame
+                    && let Err(error) = socket.write_all(&body)
+                {
+                    tracing::debug!(%error, "the target QEMU does not take what it asked for");
+                    return;
+                }
+            }
+        })
+        .map(drop)
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Read;
@@ -73,7 +96,7 @@ mod tests {
 
     fn relay() -> (SinkHandle, Relay) {
         let session = Arc::new(TargetSession::new(ContentKey::new([1; 32]), 0, None));
-        let (handle, frames, queued) = SinkHandle::plain();
+        let (handle, frames, _, queued) = SinkHandle::new();
         let relay = Relay {
             frames,
             queued,

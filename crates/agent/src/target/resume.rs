@@ -9,7 +9,7 @@ use migrate::handover::{FoundQemu, TargetEvent, TargetJournal};
 use wire::{BackMessage, MoveState};
 
 use super::incoming::Incoming;
-use super::relay::Relay;
+use super::relay::{self, Relay};
 use super::returns::{Returns, read_return_path};
 use super::session::{TargetSession, lock};
 use super::sink::{SinkError, SinkHandle};
@@ -31,16 +31,16 @@ pub(crate) enum Resumption {
 pub(super) struct Feed {
     /// Which of them: what an earlier one comes to does not count any more.
     number: u64,
-    /// Its way into QEMU.
-    socket: Option<UnixStream>,
+    /// Its ways into QEMU: the first channel, and the second, if there is one.
+    sockets: Vec<UnixStream>,
 }
 
 impl Incoming {
-    /// QEMU is fed over this socket from now on; returns the number of the feed.
-    pub(super) fn begin_feed(&self, socket: Option<UnixStream>) -> u64 {
+    /// QEMU is fed over these sockets from now on; returns the number of the feed.
+    pub(super) fn begin_feed(&self, sockets: Vec<UnixStream>) -> u64 {
         let mut feed = lock(&self.feed);
         feed.number += 1;
-        feed.socket = socket;
+        feed.sockets = sockets;
         feed.number
     }
 
@@ -54,7 +54,7 @@ impl Incoming {
     pub(super) fn interrupt(&self) {
         let mut feed = lock(&self.feed);
         feed.number += 1;
-        if let Some(socket) = feed.socket.take() {
+        for socket in feed.sockets.drain(..) {
             let _ = socket.shutdown(std::net::Shutdown::Both);
         }
     }
@@ -100,13 +100,14 @@ impl Incoming {
                 return Ok(Resumption::Not(self.answer()));
             }
         }
-        let (handle, frames, queued) = SinkHandle::plain();
+        let (handle, frames, urgent, queued) = SinkHandle::new();
+        let preempts = lock(&self.entry).preempts;
         *lock(&self.session) = Some((Arc::clone(session), vm));
         session.add_sink(vm, handle);
-        let number = self.begin_feed(None);
+        let number = self.begin_feed(Vec::new());
         let relay = Relay {
             frames,
-            queued,
+            queued: Arc::clone(&queued),
             session: Arc::clone(session),
             vm,
         };
@@ -116,8 +117,14 @@ impl Incoming {
             .spawn(move || {
                 let connect = || {
                     let socket = UnixStream::connect(&path);
+                    // Behind the first: QEMU tells them apart by their order.
+                    let second = preempts.then(|| UnixStream::connect(&path)).transpose();
                     let _ = std::fs::remove_file(&path);
-                    incoming.hear(socket?, &session_too, (vm, number))
+                    let (socket, second) = (socket?, second?);
+                    if let Some(second) = &second {
+                        relay::pass_on(urgent, queued, second.try_clone()?)?;
+                    }
+                    incoming.hear((socket, second), &session_too, (vm, number))
                 };
                 if let Err(error) = relay.run(connect) {
                     incoming.fail(number, &error.to_string());
@@ -135,7 +142,7 @@ impl Incoming {
     /// Takes up the return path of a QEMU that is about to go on; returns what it is fed over.
     fn hear(
         self: &Arc<Self>,
-        socket: UnixStream,
+        (socket, second): (UnixStream, Option<UnixStream>),
         session: &Arc<TargetSession>,
         (vm, number): (u16, u64),
     ) -> Result<UnixStream, SinkError> {
@@ -145,7 +152,8 @@ impl Incoming {
             if feed.number != number {
                 return Err(SinkError::Unexpected);
             }
-            feed.socket = Some(known);
+            feed.sockets.push(known);
+            feed.sockets.extend(second);
         }
         let (incoming, session) = (Arc::clone(self), Arc::clone(session));
         std::thread::Builder::new()

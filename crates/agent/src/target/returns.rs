@@ -103,6 +103,11 @@ impl Returns {
         }
     }
 
+    /// Whether QEMU has asked for the page, and was not given it since.
+    pub(crate) fn is_asked(&self, block: BlockIndex, page: PageNo) -> bool {
+        lock(&self.faults).open.contains_key(&(block, page))
+    }
+
     /// How long faults took, if there were any.
     pub(crate) fn fault_times(&self) -> Option<FaultTimes> {
         let mut took = std::mem::take(&mut lock(&self.faults).took);

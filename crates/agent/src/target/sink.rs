@@ -1,5 +1,7 @@
 //! Feeds one target QEMU: frames in, QEMU's stream out; acknowledgements back.
 
+mod queue;
+
 use std::collections::HashMap;
 use std::io::{self, IoSlice, Write};
 use std::os::unix::net::UnixStream;
@@ -7,9 +9,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, select_biased, unbounded};
+use crossbeam_channel::{Receiver, select_biased};
 use guest::CowError;
-use migrate::unpack::{Ack, Arrived, Batch, Segment, UnpackError, Unpacker};
+use migrate::unpack::{Ack, Batch, Segment, UnpackError, Unpacker};
 use page::{
     BlockIndex, ContentId, EntryId, FrameSharing, HostNo, PAGE_SIZE, PageBytes, PageNo, fill_byte,
 };
@@ -23,9 +25,8 @@ use super::pressure::{Pressure, UnderPressure};
 use super::returns::{Ping, Returns};
 use super::session::{GuestMemory, TargetSession};
 
-/// Most bytes that wait for one QEMU. The source's window keeps far below it (8 MiB of QEMU's
-/// stream, and repairs); beyond it the source is not honest, and the VM's move fails.
-pub(super) const MAX_QUEUED: usize = 128 << 20;
+pub(super) use queue::MAX_QUEUED;
+pub(crate) use queue::{SinkFrame, SinkHandle};
 
 /// Slices of one write: the kernel's limit for one call.
 const MAX_SLICES: usize = 1024;
@@ -36,85 +37,6 @@ const EMPTIED: Duration = Duration::from_secs(10);
 
 /// The source hears of so many more pages that were mapped: 16 MiB.
 const SAY_MAPPED: u64 = 4096;
-
-/// What comes for one VM.
-pub(crate) enum SinkFrame {
-    /// From its source.
-    Frame { body: Arc<Buffer>, is_repair: bool },
-    /// From its source, before all others: a processor waits for it.
-    Urgent(Arc<Buffer>),
-    /// From its source QEMU, as it is.
-    Relay(Arc<Buffer>),
-    /// Contents that it waits for.
-    Arrived(Vec<Arrived<Arc<Buffer>>>),
-    /// Contents that it waits for in vain.
-    NotComing {
-        carrier: HostNo,
-        entries: Vec<EntryId>,
-    },
-    /// What it waits for is to come at once, or not at all.
-    Hurry,
-}
-
-impl SinkFrame {
-    /// Bytes that count against the queue's limit: contents are bounded by the pages that wait.
-    pub(super) fn counted(&self) -> usize {
-        match self {
-            Self::Frame { body, .. } | Self::Urgent(body) | Self::Relay(body) => body.len(),
-            Self::Arrived(_) | Self::NotComing { .. } | Self::Hurry => 0,
-        }
-    }
-}
-
-/// The receiver's end of a sink.
-#[derive(Clone)]
-pub(crate) struct SinkHandle {
-    frames: Sender<SinkFrame>,
-    urgent: Sender<SinkFrame>,
-    queued: Arc<AtomicUsize>,
-}
-
-impl SinkHandle {
-    /// Of no QEMU: what comes is for a test.
-    #[cfg(test)]
-    pub(crate) fn alone() -> (Self, Receiver<SinkFrame>) {
-        let (handle, frames, _) = Self::plain();
-        (handle, frames)
-    }
-
-    /// Of one queue, whose length in bytes the last of the three counts: nothing is urgent in it.
-    pub(crate) fn plain() -> (Self, Receiver<SinkFrame>, Arc<AtomicUsize>) {
-        let (frames, receiver) = unbounded();
-        let (urgent, _) = unbounded();
-        let queued = Arc::<AtomicUsize>::default();
-        let handle = Self {
-            frames,
-            urgent,
-            queued: Arc::clone(&queued),
-        };
-        (handle, receiver, queued)
-    }
-
-    /// The queue is bounded in bytes: above the limit frames are dropped, and the sink fails on
-    /// the gap that they leave.
-    pub(crate) fn push(&self, frame: SinkFrame) {
-        self.push_to(&self.frames, frame);
-    }
-
-    /// As [`SinkHandle::push`], before everything that waits.
-    pub(crate) fn push_urgent(&self, body: Arc<Buffer>) {
-        self.push_to(&self.urgent, SinkFrame::Urgent(body));
-    }
-
-    fn push_to(&self, queue: &Sender<SinkFrame>, frame: SinkFrame) {
-        let len = frame.counted();
-        if self.queued.fetch_add(len, Ordering::Relaxed) + len > MAX_QUEUED {
-            tracing::error!("a source sends faster than its window allows; its VM's move fails");
-            return;
-        }
-        let _ = queue.send(frame);
-    }
-}
 
 /// Why a target QEMU was not fed to the end.
 #[derive(Debug, thiserror::Error)]
@@ -146,6 +68,8 @@ pub(crate) struct Sink {
     session: Arc<TargetSession>,
     vm: u16,
     socket: UnixStream,
+    /// QEMU's second channel, for pages that it has asked for.
+    preempt: Option<UnixStream>,
     memory: Option<MemorySource>,
     /// Blocks whose contents can be found again, by index.
     has_memory: Vec<bool>,
@@ -169,14 +93,7 @@ impl Sink {
         (memory, mapper): (MemorySource, Option<Mapper>),
         pressure: &Arc<Pressure>,
     ) -> (Self, SinkHandle) {
-        let (sender, frames) = unbounded();
-        let (urgent_sender, urgent) = unbounded();
-        let queued = Arc::new(AtomicUsize::new(0));
-        let handle = SinkHandle {
-            frames: sender,
-            urgent: urgent_sender,
-            queued: Arc::clone(&queued),
-        };
+        let (handle, frames, urgent, queued) = SinkHandle::new();
         let sink = Self {
             frames,
             urgent,
@@ -187,6 +104,7 @@ impl Sink {
             session: Arc::clone(session),
             vm,
             socket,
+            preempt: None,
             memory: Some(memory),
             has_memory: Vec::new(),
             mapper,
@@ -195,6 +113,11 @@ impl Sink {
             fills: HashMap::new(),
         };
         (sink, handle)
+    }
+
+    /// Has pages that QEMU has asked for go over its second channel. Only if nothing is mapped.
+    pub(crate) fn preempt_on(&mut self, socket: UnixStream) {
+        self.preempt = Some(socket);
     }
 
     /// What the reader of the return path shares with this.
@@ -210,7 +133,10 @@ impl Sink {
     /// Feeds QEMU until the source closes the VM's stream or the session ends.
     pub(crate) fn run(mut self) -> Result<(), SinkError> {
         let mappable = self.mapper.as_ref().map(Mapper::mappable);
-        let mut unpacker = Unpacker::mapping(mappable.unwrap_or_default());
+        let mut unpacker = match self.preempt {
+            Some(_) => Unpacker::preempting(),
+            None => Unpacker::mapping(mappable.unwrap_or_default()),
+        };
         let mut batch = Batch::default();
         while let Some(frame) = self.next() {
             // What was pushed to the one queue before a frame to the other is seen before it: the end
@@ -270,7 +196,11 @@ impl Sink {
                 given,
             });
         }
-        write_batch(&mut self.socket, batch, body)?;
+        if let Some(second) = self.preempt.as_mut().filter(|_| !batch.preempt.is_empty()) {
+            write_batch(second, &batch.preempt, batch, body)?;
+            self.returns.given(&batch.preempted);
+        }
+        write_batch(&mut self.socket, &batch.segments, batch, body)?;
         self.returns.given(&batch.given);
         self.tell(unpacker, batch);
         self.remember(batch, body);
@@ -346,7 +276,8 @@ impl Sink {
                     vm: self.vm,
                     pool: None,
                 };
-                unpacker.apply(body, true, &mut contents, batch)?;
+                let asked = |block, page| self.returns.is_asked(block, page);
+                unpacker.apply_urgent(body, asked, &mut contents, batch)?;
                 Ok(body)
             }
             SinkFrame::Relay(_) => Err(SinkError::Unexpected),
@@ -547,9 +478,15 @@ fn bytes_of<'a>(
     }
 }
 
-fn write_batch(socket: &mut UnixStream, batch: &Batch<Arc<Buffer>>, body: &[u8]) -> io::Result<()> {
-    let mut slices = Vec::with_capacity(batch.segments.len().min(MAX_SLICES));
-    for chunk in batch.segments.chunks(MAX_SLICES) {
+/// Writes segments of a batch.
+fn write_batch(
+    socket: &mut UnixStream,
+    segments: &[Segment<Arc<Buffer>>],
+    batch: &Batch<Arc<Buffer>>,
+    body: &[u8],
+) -> io::Result<()> {
+    let mut slices = Vec::with_capacity(segments.len().min(MAX_SLICES));
+    for chunk in segments.chunks(MAX_SLICES) {
         slices.clear();
         slices.extend(
             chunk

@@ -81,6 +81,9 @@ pub struct Batch<B> {
     pub head: Vec<u8>,
     /// What to write, in order.
     pub segments: Vec<Segment<B>>,
+    /// What to write on the second channel, before that: pages that a processor waits for, or the end of the
+    /// channel. Empty unless the machine [preempts](super::Unpacker::preempting).
+    pub preempt: Vec<Segment<B>>,
     /// Pages that were read or made for this batch.
     pub scratch: Vec<u8>,
     /// Contents and where they are now.
@@ -95,10 +98,14 @@ pub struct Batch<B> {
     pub forgotten: Vec<(BlockIndex, PageRun)>,
     /// Pages that are given to a target QEMU that waits for them, after a switch to post-copy.
     pub given: Vec<(BlockIndex, PageNo)>,
+    /// Those of them that go on the second channel, of which a ping on the first says nothing.
+    pub preempted: Vec<(BlockIndex, PageNo)>,
     /// Pages to ask the source for.
     pub repair: Vec<(BlockIndex, PageRun)>,
     /// To be acknowledged once the batch is loaded.
     pub ack: Option<Ack>,
+    /// Pages of this frame that a processor waits for.
+    pub(super) asked: Vec<(BlockIndex, PageNo)>,
     pub(super) found: Vec<Found<B>>,
     /// End of the last head segment.
     head_done: usize,
@@ -126,14 +133,17 @@ impl<B> Default for Batch<B> {
         Self {
             head: Vec::new(),
             segments: Vec::new(),
+            preempt: Vec::new(),
             scratch: Vec::new(),
             placed: Vec::new(),
             shared: Vec::new(),
             expected: Vec::new(),
             forgotten: Vec::new(),
             given: Vec::new(),
+            preempted: Vec::new(),
             repair: Vec::new(),
             ack: None,
+            asked: Vec::new(),
             found: Vec::new(),
             head_done: 0,
         }
@@ -145,12 +155,15 @@ impl<B> Batch<B> {
     pub fn clear(&mut self) {
         self.head.clear();
         self.segments.clear();
+        self.preempt.clear();
         self.scratch.clear();
         self.placed.clear();
         self.shared.clear();
         self.expected.clear();
         self.forgotten.clear();
         self.given.clear();
+        self.preempted.clear();
+        self.asked.clear();
         self.repair.clear();
         self.found.clear();
         self.ack = None;
@@ -168,6 +181,15 @@ impl<B> Batch<B> {
     pub(super) fn push_page(&mut self, segment: Segment<B>) {
         self.close_head();
         self.segments.push(segment);
+    }
+
+    /// Bytes of the second channel that `write` appends to the head.
+    pub(super) fn push_preempt(&mut self, write: impl FnOnce(&mut Vec<u8>)) {
+        self.close_head();
+        write(&mut self.head);
+        let range = self.head_done..self.head.len();
+        self.head_done = self.head.len();
+        self.preempt.push(Segment::Head(range));
     }
 
     pub(super) fn ask_for(&mut self, block: BlockIndex, page: PageNo) {

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use page::{BlockIndex, EntryId, FrameSharing, PAGE_SIZE, PageNo, PageRun};
-use qstream::{BlockList, Command, Decoder, Encoder, Item, Step, encode_command};
+use qstream::{BlockList, Command, Decoder, Encoder, Item, PreemptEncoder, Step, encode_command};
 use wire::Remote;
 
 use super::batch::{Ack, Batch, Contents, Found, Placed, Segment};
@@ -15,6 +15,8 @@ use super::{MAX_HELD_TAIL, MAX_WAITING, OUR_PING, UnpackError};
 
 pub(super) struct Streaming {
     pub(super) encoder: Encoder,
+    /// Of the second channel, until its end.
+    pub(super) preempt: Option<PreemptEncoder>,
     pub(super) blocks: Arc<BlockList>,
     /// Checks what is forwarded between sections.
     pub(super) decoder: Decoder,
@@ -101,6 +103,7 @@ impl Streaming {
         let encoder = Encoder::new(Arc::clone(&blocks), section, footers);
         Ok(Self {
             encoder,
+            preempt: None,
             untouched: Untouched::new(&blocks, mappable),
             blocks,
             decoder,
@@ -144,6 +147,7 @@ impl Streaming {
     }
 
     pub(super) fn flush<B>(&mut self, next_ping: &mut u32, batch: &mut Batch<B>) {
+        let is_owing = self.is_owing();
         match &mut self.phase {
             Phase::Parts => {
                 if let Some(reached) = self.waiting.progress() {
@@ -158,16 +162,29 @@ impl Streaming {
                 }
                 return;
             }
-            Phase::Flushing { tail } if self.waiting.is_empty() => {
+            Phase::Flushing { tail } if self.waiting.is_empty() && !is_owing => {
                 self.encoder.close(&mut batch.head);
                 batch.head.append(tail);
                 self.phase = Phase::Tail;
+                self.end_preempt(batch);
             }
             // Inside a package no ping can be put in between either; QEMU reads it in one go.
             Phase::Package { .. } | Phase::End | Phase::Flushing { .. } | Phase::Tail => {}
         }
         if let Some(reached) = self.waiting.progress() {
             batch.ack = Some(Ack::OnWrite { reached });
+        }
+    }
+
+    /// Whether pages are to come, on a second channel, behind the end of the first.
+    fn is_owing(&self) -> bool {
+        self.preempt.is_some() && self.owed.as_ref().is_some_and(|owed| owed.left() > 0)
+    }
+
+    /// Nothing more goes on the second channel; one that was never used is left alone.
+    fn end_preempt<B>(&mut self, batch: &mut Batch<B>) {
+        if let Some(encoder) = self.preempt.take().filter(|_| self.owed.is_some()) {
+            batch.push_preempt(|out| encoder.end(out));
         }
     }
 
@@ -180,6 +197,17 @@ impl Streaming {
         batch: &mut Batch<B>,
     ) {
         self.untouched.touch(block, page);
+        if let Some(encoder) = &mut self.preempt
+            && batch.asked.contains(&(block, page))
+        {
+            batch.push_preempt(|out| encoder.page(block, page, out));
+            batch.preempt.push(bytes);
+            batch.preempted.push((block, page));
+            if let Some(owed) = &mut self.owed {
+                owed.give(block, page);
+            }
+            return;
+        }
         self.give(block, page, batch);
         self.encoder.page(block, page, &mut batch.head);
         batch.push_page(bytes);
@@ -489,8 +517,9 @@ impl Streaming {
                 what: "the end of RAM",
             });
         }
-        self.phase = if self.waiting.is_empty() {
+        self.phase = if self.waiting.is_empty() && !self.is_owing() {
             self.encoder.close(&mut batch.head);
+            self.end_preempt(batch);
             Phase::Tail
         } else {
             Phase::Flushing { tail: Vec::new() }

@@ -540,7 +540,7 @@ pub(crate) fn bytes_written(batch: &Batch<Body>, own: &[u8]) -> Vec<u8> {
     out
 }
 
-fn bytes_of_segment<'a>(
+pub(crate) fn bytes_of_segment<'a>(
     segment: &'a Segment<Body>,
     batch: &'a Batch<Body>,
     own: &'a [u8],

@@ -3,22 +3,25 @@
 use std::sync::Arc;
 
 use anyhow::{Context, anyhow};
-use guest::{RunState, SourceGuest, target_argv};
+use guest::{MigrationParameters, RunState, SourceGuest, target_argv};
 use migrate::handover::SourceJournal;
 use migrate::pack::{IdenticalPages, Packer, SharedPages};
 use page::{ContentKey, FrameSharing, PAGE_SIZE};
 use wire::OpenMove;
 
 use crate::prepare::{Prepared, SharedAlike};
-use crate::types::{Compression, MoveSpec, Scope, Sharing};
+use crate::types::{Compression, MoveSpec, Phase, Scope, Sharing};
 
 use super::super::home::{SHARED_MIN_PAGES, guest_memory, shares_memory};
 use super::super::index_link::IndexKey;
+use super::super::listening::NAMED;
+use super::super::preempt;
 use super::super::progress::ProgressMeter;
+use super::super::reader::{self, Way};
 use super::super::right_of_way::Place;
-use super::super::session::{SessionKey, SessionRack, describe};
+use super::super::session::{SessionKey, SessionRack, describe, spawn};
 use super::super::stream::Stream;
-use super::{Control, Run, parameters, plain};
+use super::{Control, Input, Run, parameters, plain};
 
 impl Run {
     /// Attaches to the VM, opens the session, has the target QEMU started.
@@ -91,6 +94,9 @@ impl Run {
         self.write_journal(SourceJournal::Begun)?;
         let memory_bytes = guest.memory_bytes().0;
         let resume = self.home.was_running;
+        let postcopy = parameters(&spec).postcopy;
+        // Pages that are to be mapped are announced one after the other, and on one channel.
+        let preempt = postcopy && !share && guest.preempt()?.is_some();
         let open = OpenMove {
             id: spec.id.clone(),
             vm_name: spec.vm.clone(),
@@ -99,15 +105,55 @@ impl Run {
             resume,
             memory_bytes,
             share,
-            postcopy: parameters(&spec).postcopy,
+            postcopy,
+            preempt,
         };
-        let note = self
-            .control
-            .open(open)
-            .map_err(|e| anyhow!("the target cannot receive it: {}", plain(&e)))?;
+        let opened = self.control.open(open);
+        let (note, preempts) =
+            opened.map_err(|e| anyhow!("the target cannot receive it: {}", plain(&e)))?;
+        self.preempts = preempts;
         if let Some(message) = note {
             self.note(message);
         }
+        Ok(())
+    }
+
+    /// Has QEMU migrate into our hands, and its stream read.
+    pub(super) fn start_stream(&mut self) -> anyhow::Result<()> {
+        let (Some(stream), Some(session)) = (&self.stream, &self.session) else {
+            return Err(anyhow!("the move was not prepared"));
+        };
+        let socket_name = format!("{NAMED}{}-{}.sock", stream.vm, &session.id[..8]);
+        let path = self.context.run_dir.join(socket_name);
+        let parameters = MigrationParameters {
+            preempt: self.preempts,
+            ..parameters(&self.spec)
+        };
+        let (socket, listening) = self.home.migrate(&path, &parameters)?;
+        stream.attach(socket.try_clone()?);
+        if self.preempts {
+            stream.set_preempts();
+            let (stream, outbox) = (Arc::clone(stream), Arc::clone(&session.outbox));
+            spawn("gw-preempt", move || {
+                if let Err(error) = preempt::run(listening, &stream, &outbox) {
+                    stream.tell(Input::Failed(error.to_string()));
+                }
+            })?;
+        }
+        let packer = self.packer(stream)?;
+        let way = Way {
+            outbox: Arc::clone(&session.outbox),
+            rack: session.rack.clone(),
+            prepared: self.prepared(),
+        };
+        let (stream, hold) = (Arc::clone(stream), self.context.session.hold.clone());
+        spawn("gw-read", move || {
+            if let Err(error) = reader::run(&socket, &stream, &way, packer, &hold) {
+                stream.tell(Input::Failed(error.to_string()));
+                reader::drain_if_asked(&socket, &stream);
+            }
+        })?;
+        self.enter(Phase::Bulk, "memory is being copied".into());
         Ok(())
     }
 

@@ -12,6 +12,8 @@ use migrate::handover::{SourceEvent, SourceState};
 use wire::MoveState;
 
 use super::super::home::{Paused, guest_memory};
+use super::super::listening::NAMED;
+use super::super::preempt;
 use super::super::relay;
 use super::super::right_of_way::Place;
 use super::super::session::{Session, SessionKey, describe, spawn};
@@ -141,9 +143,18 @@ impl Run {
         if let Some(state) = answer {
             return Ok(Some(SourceEvent::Answer(state)));
         }
-        let name = format!("c-{}-{}.sock", std::process::id(), &session.id[..8]);
-        let socket = self.home.resume(&self.context.run_dir.join(name))?;
+        let name = format!("{NAMED}{}-{}.sock", stream.vm, &session.id[..8]);
+        let preempts = self.home.preempts()?;
+        let (socket, listening) = self.home.resume(&self.context.run_dir.join(name))?;
         stream.attach(socket.try_clone()?);
+        if preempts {
+            let (reads, outbox) = (Arc::clone(&stream), Arc::clone(&session.outbox));
+            spawn("gw-relay-2", move || {
+                if let Err(error) = preempt::relay(listening, &reads, &outbox) {
+                    reads.tell(Input::Failed(error.to_string()));
+                }
+            })?;
+        }
         let (reads, outbox) = (Arc::clone(&stream), Arc::clone(&session.outbox));
         self.session = Some(session);
         self.stream = Some(stream);

@@ -8,7 +8,7 @@ use anyhow::anyhow;
 use migrate::handover::TargetEvent;
 use wire::{MoveState, OpenMove};
 
-use super::{Entry, Incoming, Promises, TOMBSTONE_AGE, TargetContext, TargetSession, lock};
+use super::{Entry, Incoming, Opened, Promises, TOMBSTONE_AGE, TargetContext, TargetSession, lock};
 use crate::target::resume::Resumption;
 
 /// All incoming moves of this host.
@@ -77,29 +77,28 @@ impl Arrivals {
         });
     }
 
-    /// Starts the target QEMU of a move; returns its process id, and what a person should know.
+    /// Starts the target QEMU of a move.
     pub(crate) fn open(
         &self,
         session: &Arc<TargetSession>,
         request: OpenMove,
-    ) -> anyhow::Result<(u32, Option<String>)> {
+    ) -> anyhow::Result<Opened> {
         let _reserved = self.reserve(&request)?;
         let started = Incoming::start(session, &request, &self.context, self.clock);
-        let (incoming, note) = match started {
+        let (incoming, opened) = match started {
             Ok(started) => started,
             Err(error) => {
                 lock(&self.promises).redeem(&request.id);
                 return Err(error);
             }
         };
-        let pid = lock(&incoming.entry).pid;
         lock(&self.moves).insert(request.id.clone(), incoming);
         lock(&self.promises).redeem(&request.id);
         if session.is_over() {
             // It ended while QEMU was started, when the move was not yet known here.
             self.session_lost(session);
         }
-        Ok((pid, note))
+        Ok(opened)
     }
 
     /// Whether VMs that come here can share memory, as far as can be known before they come.
