@@ -297,6 +297,7 @@ impl Plan {
             group_bandwidth_bytes_per_s: None,
             downtime_limit_ms: self.downtime_limit_ms,
             postcopy_after_s: self.postcopy_after_s,
+            postcopy_preempt: self.postcopy_preempt,
             confirm_handover: self.confirm_handover,
             rack: (settings.scope == Scope::Rack).then(|| self.rack_spec(plan_move, &peers)),
         };

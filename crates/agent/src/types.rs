@@ -46,6 +46,10 @@ pub struct Plan {
     /// it converges or not; no limit if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub postcopy_after_s: Option<u64>,
+    /// In post-copy, give the pages that a VM waits for a connection of their own to its QEMU
+    /// (`postcopy-preempt`) where both QEMUs have that and the VM shares no memory at the target.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub postcopy_preempt: bool,
     /// Hold every VM, stopped, between its load at the target and its start there, until
     /// `continue` is said through the control API (for people and managers that check first).
     #[serde(default)]
@@ -177,6 +181,9 @@ pub struct MoveSpec {
     /// As in the plan.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub postcopy_after_s: Option<u64>,
+    /// As in the plan.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub postcopy_preempt: bool,
     /// As in the plan.
     pub confirm_handover: bool,
     /// What the two agents need to share contents with the rest of the group; with scope `rack`.

@@ -65,6 +65,9 @@ pub struct Run {
     /// What gangway does with sharing, where the technique's name does not say it: `identical`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sharing: Option<String>,
+    /// Whether gangway gave requested pages a channel of their own.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub preempt: bool,
     /// The fault that struck it, as a matrix of faults names it: `cut-2s@switch-over`.
     #[serde(default)]
     pub fault: Option<String>,
@@ -367,6 +370,7 @@ impl Run {
             mode: technique.mode().into(),
             compression: technique.compression().into(),
             sharing: technique.sharing().map(str::to_owned),
+            preempt: technique.preempts(),
             ..run
         }
     }
@@ -384,6 +388,7 @@ impl Run {
             name.push('+');
             name.push_str(sharing);
         }
+        name.push_str(if self.preempt { "+preempt" } else { "" });
         // `stock-postcopy` and `stock-postcopy-preempt` say it already.
         let is_said = ["pre-copy", ""].contains(&self.mode.as_str());
         if !is_said && !self.technique.starts_with("stock-postcopy") {

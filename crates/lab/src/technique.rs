@@ -30,6 +30,8 @@ pub struct Extras {
     pub zstd: bool,
     /// Pages with the same content share one at the target, whatever the source shares.
     pub identical: bool,
+    /// Pages that guests wait for in post-copy have a channel of their own.
+    pub preempt: bool,
 }
 
 /// When VMs change hosts.
@@ -201,6 +203,12 @@ impl Technique {
         }
     }
 
+    /// Whether gangway gives requested pages a channel of their own in post-copy.
+    #[must_use]
+    pub fn preempts(self) -> bool {
+        matches!(self, Self::Gangway { extras, .. } if extras.preempt)
+    }
+
     /// Gangway's sharing, where the preset does not say it.
     #[must_use]
     pub fn sharing(self) -> Option<&'static str> {
@@ -215,6 +223,7 @@ impl fmt::Display for Technique {
             Self::Gangway { extras, mode, .. } => {
                 f.write_str(if extras.zstd { "+zstd" } else { "" })?;
                 f.write_str(if extras.identical { "+identical" } else { "" })?;
+                f.write_str(if extras.preempt { "+preempt" } else { "" })?;
                 f.write_str(mode.suffix())
             }
             Self::Stock(_) => Ok(()),
@@ -234,9 +243,14 @@ impl FromStr for Technique {
             Some(base) => (base, true),
             None => (text, false),
         };
+        let (rest, preempt) = without(rest, "+preempt");
         let (rest, identical) = without(rest, "+identical");
         let (base, zstd) = without(rest, "+zstd");
-        let extras = Extras { zstd, identical };
+        let extras = Extras {
+            zstd,
+            identical,
+            preempt,
+        };
         if let Some(stock) = Stock::ALL.into_iter().find(|stock| stock.name() == text) {
             return Ok(Self::Stock(stock));
         }
@@ -253,7 +267,7 @@ impl FromStr for Technique {
                 format!(
                     "`{text}` is no technique; there are {stock}, oc, gang, irlm, slm (each with \
                      +zstd too) and full, all of Gangway's with +identical too, and with +postcopy, \
-                     +postcopy-held or +hybrid"
+                     +postcopy-held or +hybrid, before which +preempt may stand"
                 )
             })
     }
@@ -289,6 +303,7 @@ mod tests {
             "stock-postcopy-preempt",
             "gang+postcopy",
             "gang+zstd+postcopy-held",
+            "gang+preempt+postcopy",
             "oc+hybrid",
             "full+identical",
             "gang+zstd+identical",

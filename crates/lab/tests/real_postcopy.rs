@@ -125,7 +125,7 @@ fn real_pages_that_were_asked_for_come_on_a_channel_of_their_own_and_every_page_
         let look = scope.spawn(|| Look::look(&is_over));
         let over = Look(&is_over);
         let settings = [
-            "techniques=gang+postcopy",
+            "techniques=gang+preempt+postcopy",
             "hosts.vms_per_host=1",
             "vm.memory_mb=160",
             "vm.dirty_mb=16",

@@ -150,6 +150,7 @@ pub fn plan(a: &TestAgent, b: &TestAgent, moves: &[(&str, &str, &str)]) -> Plan 
         max_bandwidth_bytes_per_s: None,
         downtime_limit_ms: None,
         postcopy_after_s: None,
+        postcopy_preempt: false,
         confirm_handover: false,
         prepare: None,
         index: Vec::new(),

@@ -142,6 +142,7 @@ impl Agents {
             group_bandwidth_bytes_per_s: None,
             downtime_limit_ms: None,
             postcopy_after_s: None,
+            postcopy_preempt: false,
             confirm_handover: true,
             rack: None,
         }

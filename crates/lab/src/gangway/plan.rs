@@ -75,6 +75,9 @@ pub(super) fn text(bench: &Bench<'_>, vms: &[&Vm], settings: Settings) -> anyhow
     if settings.extras.zstd {
         plan["compression"] = "zstd".into();
     }
+    if settings.extras.preempt {
+        plan["postcopy_preempt"] = true.into();
+    }
     if settings.extras.identical {
         plan["sharing"] = "identical".into();
     }
