@@ -96,8 +96,7 @@ impl Run {
         let resume = self.home.was_running;
         let postcopy = parameters(&spec).postcopy;
         // Pages that are to be mapped are announced one after the other, and on one channel.
-        let preempt =
-            postcopy && spec.postcopy_preempt && !share && guest.preempt()?.is_some();
+        let preempt = postcopy && spec.postcopy_preempt && !share && guest.preempt()?.is_some();
         let open = OpenMove {
             id: spec.id.clone(),
             vm_name: spec.vm.clone(),
