@@ -14,7 +14,9 @@ fn blocks() -> Option<Arc<BlockList>> {
         used_len: ByteLen(pages * PAGE_SIZE as u64),
         host_page: ByteLen(PAGE_SIZE as u64),
     };
-    BlockList::new(vec![block("pc.ram", 1 << 16), block("pc.bios", 64)]).ok().map(Arc::new)
+    BlockList::new(vec![block("pc.ram", 1 << 16), block("pc.bios", 64)])
+        .ok()
+        .map(Arc::new)
 }
 
 fuzz_target!(|input: &[u8]| {
