@@ -1,5 +1,6 @@
 //! One run's surroundings: networks, hosts, the observer, and booted guests.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ use crate::load;
 use crate::meter::Meter;
 use crate::net::{Counters, Net, Rack};
 use crate::observer::Observer;
+use crate::saved::{self, Saved};
 use crate::scenario::Scenario;
 use crate::session::Session;
 use crate::shell::say;
@@ -25,6 +27,9 @@ const BOOT_PATIENCE: Duration = Duration::from_secs(240);
 /// How often a boot is checked for having failed.
 const BOOT_STEP: Duration = Duration::from_secs(2);
 
+/// Guests that were kept have settled before.
+const SETTLE_SAVED_S: u64 = 2;
+
 /// Programs of a scenario.
 #[derive(Clone, Debug)]
 pub struct Programs {
@@ -34,6 +39,16 @@ pub struct Programs {
     pub target: Qemu,
     /// What guests boot.
     pub image: Image,
+}
+
+/// What a VM begins as.
+enum Origin<'a> {
+    /// A machine that has just been switched on.
+    Boot,
+    /// The guest that was booted for all.
+    Template(&'a Template),
+    /// Itself, as it was kept.
+    Saved(&'a Path),
 }
 
 /// Fresh racks with running guests.
@@ -60,8 +75,26 @@ pub struct Bench<'a> {
 }
 
 impl<'a> Bench<'a> {
-    /// Builds the racks and boots every VM on its source host.
+    /// Builds the racks and starts every VM on its source host: as it was kept, or by booting it.
     pub fn start(
+        session: &Session,
+        scenario: &'a Scenario,
+        programs: &'a Programs,
+        saved: Option<&Saved>,
+    ) -> anyhow::Result<Self> {
+        let mut bench = Self::racks(session, scenario, programs)?;
+        bench.running = bench.boot(&bench.vms, saved)?;
+        // They end with the session, as everything on the hosts does.
+        bench.boot(&bench.residents, saved)?;
+        bench.settle(match saved {
+            Some(_) => scenario.settle_s.min(SETTLE_SAVED_S),
+            None => scenario.settle_s,
+        });
+        Ok(bench)
+    }
+
+    /// Builds the racks.
+    pub fn racks(
         session: &Session,
         scenario: &'a Scenario,
         programs: &'a Programs,
@@ -103,7 +136,7 @@ impl<'a> Bench<'a> {
         let residents = residents(&hosts, scenario, &storage);
         let servers = load::servers(&net, scenario, session.prefix())
             .context("starting the guests' servers")?;
-        let mut bench = Self {
+        Ok(Self {
             scenario,
             programs,
             servers,
@@ -113,16 +146,18 @@ impl<'a> Bench<'a> {
             vms,
             running: Vec::new(),
             residents,
-        };
-        bench.running = bench.boot_all(&bench.vms)?;
-        // They end with the session, as everything on the hosts does.
-        bench.boot_all(&bench.residents)?;
-        say(&format!(
-            "letting the guests settle for {} s",
-            scenario.settle_s
-        ));
-        thread::sleep(Duration::from_secs(scenario.settle_s));
-        Ok(bench)
+        })
+    }
+
+    /// Lets the guests come to rest.
+    pub fn settle(&self, seconds: u64) {
+        say(&format!("letting the guests settle for {seconds} s"));
+        thread::sleep(Duration::from_secs(seconds));
+    }
+
+    /// Those that move and those that stay.
+    pub fn all_vms(&self) -> impl Iterator<Item = &Vm> {
+        self.vms.iter().chain(&self.residents)
     }
 
     /// QEMU of the hosts of a rack.
@@ -160,33 +195,56 @@ impl<'a> Bench<'a> {
         self.net.counters()
     }
 
-    fn boot_all(&self, vms: &[Vm]) -> anyhow::Result<Vec<Running>> {
+    /// Starts the QEMUs of these VMs at their sources and waits until their guests are ready.
+    pub fn boot(&self, vms: &[Vm], saved: Option<&Saved>) -> anyhow::Result<Vec<Running>> {
         if vms.is_empty() {
             return Ok(Vec::new());
         }
         let template = self.template()?;
-        let cores = thread::available_parallelism().map_or(1, usize::from);
-        say(&format!("booting {} VMs, {cores} at a time", vms.len()));
-        let next = AtomicUsize::new(0);
-        let booted = thread::scope(|scope| {
-            let work = || {
-                let mut booted = Vec::new();
-                while let Some(vm) = vms.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    booted.push((vm.number, self.boot(vm, template.as_ref())?));
+        say(&format!("starting {} VMs", vms.len()));
+        self.each(vms, |vm| {
+            let origin = match (saved, &template) {
+                (Some(saved), _) => {
+                    let state = saved.state_of(&vm.name, self.scenario);
+                    Origin::Saved(state.with_context(|| format!("{} was not kept", vm.name))?)
                 }
-                Ok(booted)
+                (None, Some(template)) => Origin::Template(template),
+                (None, None) => Origin::Boot,
             };
-            let workers: Vec<_> = (0..cores).map(|_| scope.spawn(work)).collect();
+            self.start_vm(vm, &origin)
+        })
+    }
+
+    /// Does `work` for each of these VMs, as many at a time as there are processors.
+    pub fn each<T: Send>(
+        &self,
+        vms: &[Vm],
+        work: impl Fn(&Vm) -> anyhow::Result<T> + Sync,
+    ) -> anyhow::Result<Vec<T>> {
+        let workers = thread::available_parallelism().map_or(1, usize::from);
+        let next = AtomicUsize::new(0);
+        let done = thread::scope(|scope| {
+            let share = || {
+                let mut done = Vec::new();
+                loop {
+                    let nth = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(vm) = vms.get(nth) else {
+                        return anyhow::Ok(done);
+                    };
+                    done.push((nth, work(vm)?));
+                }
+            };
+            let workers: Vec<_> = (0..workers).map(|_| scope.spawn(share)).collect();
             let joined = workers.into_iter().map(|worker| {
                 worker
                     .join()
-                    .map_err(|_| anyhow::anyhow!("a booting thread panicked"))?
+                    .map_err(|_| anyhow::anyhow!("a thread that starts VMs panicked"))?
             });
             joined.collect::<anyhow::Result<Vec<Vec<_>>>>()
         })?;
-        let mut booted: Vec<(u32, Running)> = booted.into_iter().flatten().collect();
-        booted.sort_by_key(|(number, _)| *number);
-        Ok(booted.into_iter().map(|(_, running)| running).collect())
+        let mut done: Vec<(usize, T)> = done.into_iter().flatten().collect();
+        done.sort_by_key(|(nth, _)| *nth);
+        Ok(done.into_iter().map(|(_, one)| one).collect())
     }
 
     /// The guest that all others begin as, if the scenario has one.
@@ -208,7 +266,7 @@ impl<'a> Bench<'a> {
         guest::start(vm, &vm.source, &self.programs.source, &arguments, extra)
     }
 
-    fn boot(&self, vm: &Vm, template: Option<&Template>) -> anyhow::Result<Running> {
+    fn start_vm(&self, vm: &Vm, origin: &Origin<'_>) -> anyhow::Result<Running> {
         let began = UnixMs::now();
         vm.make_disk(self.scenario)?;
         for host in [&vm.source, &vm.target] {
@@ -217,14 +275,17 @@ impl<'a> Bench<'a> {
                 self.net.add_rack_tap(&host.address, &vm.rack_tap())?;
             }
         }
-        let running = match template {
-            None => self.start_qemu(vm, &[])?,
-            Some(template) => {
-                let running = self.start_qemu(vm, &["-S", "-incoming", "defer"])?;
-                template.wake(vm).with_context(|| self.last_words(vm))?;
-                running
-            }
+        let extra: &[&str] = match origin {
+            Origin::Boot => &[],
+            Origin::Template(_) | Origin::Saved(_) => &saved::WAITS,
         };
+        let running = self.start_qemu(vm, extra)?;
+        match origin {
+            Origin::Boot => Ok(()),
+            Origin::Template(template) => template.wake(vm),
+            Origin::Saved(state) => saved::wake(vm, state),
+        }
+        .with_context(|| self.last_words(vm))?;
         self.wait_until_ready(vm, &running)
             .with_context(|| self.last_words(vm))?;
         let took = UnixMs::now().s_since(began);
@@ -267,8 +328,25 @@ impl<'a> Bench<'a> {
     }
 }
 
+/// Names of all VMs of a scenario.
+pub fn names(scenario: &Scenario) -> impl Iterator<Item = String> {
+    let (moved, hosts) = (scenario.vms(), &scenario.hosts);
+    let stay = hosts.target * hosts.residents_per_host;
+    (1..=moved)
+        .map(moving)
+        .chain((moved + 1..=moved + stay).map(staying))
+}
+
+fn moving(number: u32) -> String {
+    format!("vm{number}")
+}
+
+fn staying(number: u32) -> String {
+    format!("stays{number}")
+}
+
 /// VMs of source host n go to target host n, round and round if there are fewer targets.
-fn place(hosts: &[Host], scenario: &Scenario, storage: &std::path::Path) -> Vec<Vm> {
+fn place(hosts: &[Host], scenario: &Scenario, storage: &Path) -> Vec<Vm> {
     let of = |rack| {
         hosts
             .iter()
@@ -280,7 +358,7 @@ fn place(hosts: &[Host], scenario: &Scenario, storage: &std::path::Path) -> Vec<
         .flat_map(|pair| (0..scenario.hosts.vms_per_host).map(move |_| pair))
         .zip(1..)
         .map(|((source, target), number)| Vm {
-            name: format!("vm{number}"),
+            name: moving(number),
             number,
             source: source.clone(),
             target: target.clone(),
@@ -290,7 +368,7 @@ fn place(hosts: &[Host], scenario: &Scenario, storage: &std::path::Path) -> Vec<
 }
 
 /// VMs that stay where they are.
-fn residents(hosts: &[Host], scenario: &Scenario, storage: &std::path::Path) -> Vec<Vm> {
+fn residents(hosts: &[Host], scenario: &Scenario, storage: &Path) -> Vec<Vm> {
     let targets = hosts
         .iter()
         .filter(|host| host.address.rack == Rack::Target);
@@ -298,7 +376,7 @@ fn residents(hosts: &[Host], scenario: &Scenario, storage: &std::path::Path) -> 
         .flat_map(|host| (0..scenario.hosts.residents_per_host).map(move |_| host))
         .zip(scenario.vms() + 1..)
         .map(|(host, number)| Vm {
-            name: format!("stays{number}"),
+            name: staying(number),
             number,
             source: host.clone(),
             target: host.clone(),

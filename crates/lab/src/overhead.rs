@@ -130,7 +130,7 @@ pub fn run(
 ) -> anyhow::Result<Run> {
     let mut scenario = scenario.clone();
     workload.clone_into(&mut scenario.vm.mode);
-    let bench = Bench::start(session, &scenario, programs)?;
+    let bench = Bench::start(session, &scenario, programs, None)?;
     let agents = Agents::start(&bench)?;
     let mut measured = Overhead {
         workload: workload.to_owned(),

@@ -1,4 +1,4 @@
-//! Runs a scenario: each technique, each repeat, on fresh guests; writes the results.
+//! Runs a scenario: each technique, each repeat, on guests that begin alike; writes the results.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -26,6 +26,7 @@ use crate::net::Rack;
 use crate::outcome::{EventLog, Figures, Outcome};
 use crate::overhead;
 use crate::results::{Results, Run, Topology};
+use crate::saved::Saved;
 use crate::scenario::{Preset, Scenario, Stock, Technique};
 use crate::session::Session;
 use crate::shell::{output, say};
@@ -51,6 +52,9 @@ pub fn scenario(name: &str, scenario: &Scenario, out: &Path) -> anyhow::Result<R
         command: std::env::args().collect(),
         started_unix_s: Some(seconds(UnixMs::now())),
     };
+    let mut saved = is_run_again(scenario)?
+        .then(|| Saved::place(&session))
+        .transpose()?;
     for (repeat, scenario) in scenario.rounds() {
         let scenario = &scenario;
         for run in overheads(&session, scenario, &programs, (repeat, out))? {
@@ -71,7 +75,8 @@ pub fn scenario(name: &str, scenario: &Scenario, out: &Path) -> anyhow::Result<R
                 let (nth, of) = (repeat + 1, scenario.repeats);
                 say(&format!("{name}: {what}, run {nth} of {of}"));
                 let log = EventLog::open(out, what.clone(), repeat)?;
-                let run = one(&session, &scenario, &programs, technique, &log);
+                let of = (&session, &programs);
+                let run = one(of, &scenario, technique, saved.as_mut(), &log);
                 let run = run.unwrap_or_else(|error| failed(&scenario, &error));
                 if let Some(failure) = &run.failure {
                     say(&format!("{what} failed: {failure}"));
@@ -154,6 +159,13 @@ struct Variant {
     scenario: Scenario,
 }
 
+/// Whether guests are wanted more than once.
+fn is_run_again(scenario: &Scenario) -> anyhow::Result<bool> {
+    let each = scenario.rounds().map(|(_, one)| Ok(variants(&one)?.len()));
+    let rounds: usize = each.sum::<anyhow::Result<usize>>()?;
+    Ok(rounds * scenario.techniques.len() > 1)
+}
+
 /// The scenario as it is, with each of what runs beside it, or with each fault of its matrix.
 fn variants(scenario: &Scenario) -> anyhow::Result<Vec<Variant>> {
     let Some(matrix) = &scenario.matrix else {
@@ -197,13 +209,20 @@ pub fn all_intact(results: &Results) -> bool {
 }
 
 fn one(
-    session: &Session,
+    (session, programs): (&Session, &Programs),
     scenario: &Scenario,
-    programs: &Programs,
     technique: Technique,
+    saved: Option<&mut Saved>,
     log: &EventLog,
 ) -> anyhow::Result<Run> {
-    let bench = Bench::start(session, scenario, programs)?;
+    let saved = match saved {
+        Some(saved) if Saved::can_hold(scenario, programs) => {
+            saved.complete(session, scenario, programs)?;
+            Some(&*saved)
+        }
+        _ => None,
+    };
+    let bench = Bench::start(session, scenario, programs, saved)?;
     let pids: Vec<u32> = bench.running.iter().map(|running| running.pid).collect();
     if scenario.agent.contains_key("ksm") {
         // Agents that drive KSM are ended without having put it back.

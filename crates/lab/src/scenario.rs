@@ -22,7 +22,7 @@ pub use crate::technique::{Preset, Stock, Technique};
 pub struct Scenario {
     /// One line for `gangway-lab list`.
     pub title: String,
-    /// In the order in which they run, each on freshly booted guests.
+    /// In the order in which they run, each on guests of its own, which begin alike.
     pub techniques: Vec<Technique>,
     /// How often each technique runs.
     #[serde(default = "once")]
@@ -67,7 +67,7 @@ pub struct Scenario {
     /// What the preparation phase costs the guests is measured, instead of moving them.
     #[serde(default)]
     pub preparation: Option<Preparation>,
-    /// Faults that are tried one after the other, each on freshly booted guests.
+    /// Faults that are tried one after the other, each on guests of its own, which begin alike.
     #[serde(default)]
     pub matrix: Option<Matrix>,
     /// What happens to the group once it has arrived; with Gangway's techniques only.

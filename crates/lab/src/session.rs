@@ -1,7 +1,7 @@
 //! One invocation of the lab on this machine: its names, and the certainty that nothing stays.
 //!
 //! Whatever the lab makes outside its own process carries the session's prefix `gw<pid>`: network
-//! namespaces `gw<pid>-HOST`, cgroups `gw<pid>`, the directory `gw<pid>` for sockets and logs.
+//! namespaces `gw<pid>-HOST`, cgroups `gw<pid>`, the directory `gw<pid>` for sockets and logs, and `gw<pid>-kept`.
 //! Every process of a run lives in one of the namespaces. So the name alone is enough to remove
 //! all of it: at the end, on a signal, or when a later session finds the leftovers of a dead one.
 
@@ -65,6 +65,12 @@ impl Session {
         dir_of(&self.prefix)
     }
 
+    /// Directory for what the runs of this session have in common. [`Session::clear`] leaves it.
+    #[must_use]
+    pub fn kept_dir(&self) -> PathBuf {
+        kept_dir_of(&self.prefix)
+    }
+
     /// Ends all processes of the session's namespaces and removes these, for a fresh run.
     pub fn clear(&self) -> anyhow::Result<()> {
         remove(&self.prefix);
@@ -74,7 +80,7 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        remove(&self.prefix);
+        remove_all(&self.prefix);
     }
 }
 
@@ -92,6 +98,10 @@ fn dir_of(prefix: &str) -> PathBuf {
     Path::new(DIR).join(prefix)
 }
 
+fn kept_dir_of(prefix: &str) -> PathBuf {
+    Path::new(DIR).join(format!("{prefix}-kept"))
+}
+
 fn remove_on_signal(prefix: String) -> anyhow::Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM]).context("watching for signals")?;
     std::thread::Builder::new()
@@ -99,7 +109,7 @@ fn remove_on_signal(prefix: String) -> anyhow::Result<()> {
         .spawn(move || {
             if let Some(signal) = signals.forever().next() {
                 say("interrupted: removing guests and networks");
-                remove(&prefix);
+                remove_all(&prefix);
                 std::process::exit(128 + signal);
             }
         })
@@ -120,7 +130,7 @@ fn remove_leftovers() {
     found.dedup();
     for prefix in found {
         say(&format!("removing what the dead session {prefix} left"));
-        remove(&prefix);
+        remove_all(&prefix);
     }
 }
 
@@ -141,7 +151,13 @@ fn entries(dir: &Path) -> Vec<String> {
         .collect()
 }
 
-/// Removes everything with the prefix. What cannot be removed is said, and left.
+/// Removes everything with the prefix.
+fn remove_all(prefix: &str) {
+    remove(prefix);
+    remove_dir(&kept_dir_of(prefix));
+}
+
+/// Removes all of a run. What cannot be removed is said, and left.
 fn remove(prefix: &str) {
     let namespaces: Vec<String> = entries(Path::new(NAMESPACES))
         .into_iter()
@@ -158,15 +174,19 @@ fn remove(prefix: &str) {
     cgroup::remove(prefix);
     let dir = dir_of(prefix);
     ksm::restore(&dir);
-    unmount_below(&dir);
-    if let Err(error) = fs::remove_dir_all(&dir)
+    remove_dir(&dir);
+}
+
+fn remove_dir(dir: &Path) {
+    unmount_below(dir);
+    if let Err(error) = fs::remove_dir_all(dir)
         && dir.exists()
     {
         say(&format!("removing {}: {error}", dir.display()));
     }
 }
 
-/// The small disks that faults are played on.
+/// The small disks that faults are played on, and what holds guests' memory.
 fn unmount_below(dir: &Path) {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     let paths = mounts.lines().filter_map(|line| line.split(' ').nth(1));

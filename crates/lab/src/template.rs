@@ -24,6 +24,7 @@ use crate::memory::GuestMemory;
 use crate::qmp::Qmp;
 use crate::scenario::Scenario;
 use crate::shell::say;
+use crate::state_file;
 
 /// Name and number of the template itself; guests are numbered from 1.
 const NAME: &str = "template";
@@ -90,8 +91,7 @@ impl Template {
         let state = dir.join("state");
         qmp.execute("stop", json!({}))?;
         ignore_shared(&mut qmp, true)?;
-        qmp.execute("migrate", json!({"uri": uri(&state)}))?;
-        wait_for_migration(&mut qmp, "writing the template's state")?;
+        state_file::write(&mut qmp, &state)?;
         qmp.execute("quit", json!({}))?;
         let memory = File::open(dir.join("ram")).context("opening the template's memory")?;
         Ok(Self {
@@ -104,8 +104,7 @@ impl Template {
     pub fn wake(&self, vm: &Vm) -> anyhow::Result<()> {
         let mut qmp = vm.qmp(&vm.source)?;
         ignore_shared(&mut qmp, true)?;
-        qmp.execute("migrate-incoming", json!({"uri": uri(&self.state)}))?;
-        wait_for_migration(&mut qmp, "loading the template's state")?;
+        state_file::load(&mut qmp, &self.state)?;
         // Its next migration is an ordinary one.
         ignore_shared(&mut qmp, false)?;
         let mut page = vec![0; PAGE];
@@ -115,10 +114,6 @@ impl Template {
         qmp.execute("cont", json!({}))?;
         Ok(())
     }
-}
-
-fn uri(state: &Path) -> String {
-    format!("file:{}", state.display())
 }
 
 fn ignore_shared(qmp: &mut Qmp, on: bool) -> anyhow::Result<()> {
@@ -142,19 +137,6 @@ fn wait_until_it_waits(vm: &Vm) -> anyhow::Result<()> {
             said.lines().last().unwrap_or_default()
         );
         thread::sleep(LOOK);
-    }
-}
-
-fn wait_for_migration(qmp: &mut Qmp, what: &str) -> anyhow::Result<()> {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let info = qmp.execute("query-migrate", json!({}))?;
-        match info["status"].as_str() {
-            Some("completed") => return Ok(()),
-            Some("failed") => bail!("{what}: {}", info["error-desc"]),
-            _ if Instant::now() >= deadline => bail!("{what} does not end"),
-            _ => thread::sleep(LOOK),
-        }
     }
 }
 

@@ -1,0 +1,142 @@
+//! Guests that have booted and settled, kept in files: every run of a scenario begins with the same.
+//!
+//! Two boots of a guest do not leave the same memory, and two dozen emulated guests take longer to
+//! boot than to be moved. So the VMs of a scenario boot once, their states go to files, as stock
+//! QEMU writes them, and each run starts its QEMUs from these. The racks on which they booted are
+//! gone by then: nothing of the writing is in a run's memory cgroups.
+//!
+//! Guests that a file cannot hold all of boot for each run: those with a disk, those that are
+//! copies of a template, and those that have connections to servers of their rack.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use rustix::mount::{MountFlags, mount};
+use serde_json::json;
+
+use crate::bench::{self, Bench, Programs};
+use crate::guest::Vm;
+use crate::scenario::{self, Scenario};
+use crate::session::Session;
+use crate::shell::say;
+use crate::state_file;
+
+/// The first version of QEMU that writes a migration into a file.
+const FIRST_WITH_FILES: u32 = 9;
+/// QEMU writes no slower than it can.
+const NO_LIMIT_BYTES_PER_S: u64 = 1 << 40;
+
+/// The guests kept so far.
+#[derive(Debug)]
+pub struct Saved {
+    dir: PathBuf,
+    guests: Vec<Guest>,
+}
+
+/// One of them: what it is decides whether a VM can begin as it.
+#[derive(Debug)]
+struct Guest {
+    name: String,
+    what: scenario::Vm,
+    state: PathBuf,
+}
+
+impl Saved {
+    /// A place for the guests of a scenario, in memory: what is measured must not wait for a disk.
+    pub fn place(session: &Session) -> anyhow::Result<Self> {
+        let dir = session.kept_dir();
+        std::fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
+        mount("tmpfs", &dir, "tmpfs", MountFlags::empty(), c"").context("mounting a tmpfs")?;
+        Ok(Self {
+            dir,
+            guests: Vec::new(),
+        })
+    }
+
+    /// Whether a file can hold all that the guests of `scenario` are.
+    #[must_use]
+    pub fn can_hold(scenario: &Scenario, programs: &Programs) -> bool {
+        let writes_files = major(&programs.source.version) >= Some(FIRST_WITH_FILES);
+        let vm = &scenario.vm;
+        writes_files && !vm.disk && !vm.template && !scenario.guests_share_links()
+    }
+
+    /// Boots those VMs of `scenario` that are not kept yet, on racks of their own.
+    pub fn complete(
+        &mut self,
+        session: &Session,
+        scenario: &Scenario,
+        programs: &Programs,
+    ) -> anyhow::Result<()> {
+        let is_missing = |name: &str| self.state_of(name, scenario).is_none();
+        if !bench::names(scenario).any(|name| is_missing(&name)) {
+            return Ok(());
+        }
+        let bench = Bench::racks(session, scenario, programs)?;
+        let missing = bench.all_vms().filter(|vm| is_missing(&vm.name));
+        let missing: Vec<Vm> = missing.cloned().collect();
+        let running = bench.boot(&missing, None)?;
+        bench.settle(scenario.settle_s);
+        say("keeping them as they are now");
+        let states = bench.each(&missing, |vm| {
+            let state = self.dir.join(format!("{}-{}", self.guests.len(), vm.name));
+            save(vm, &state).with_context(|| format!("keeping {}", vm.name))?;
+            Ok(state)
+        })?;
+        drop(running);
+        let kept = missing.iter().zip(states).map(|(vm, state)| Guest {
+            name: vm.name.clone(),
+            what: scenario.vm.clone(),
+            state,
+        });
+        self.guests.extend(kept);
+        Ok(())
+    }
+
+    /// What the VM of this name in `scenario` was when it had booted.
+    #[must_use]
+    pub fn state_of(&self, name: &str, scenario: &Scenario) -> Option<&Path> {
+        let same = |guest: &&Guest| guest.name == name && guest.what == scenario.vm;
+        let guest = self.guests.iter().find(same)?;
+        Some(&guest.state)
+    }
+}
+
+/// Stops a guest and writes what it is.
+fn save(vm: &Vm, state: &Path) -> anyhow::Result<()> {
+    let mut qmp = vm.qmp(&vm.source)?;
+    qmp.execute("stop", json!({}))?;
+    let parameters = json!({"max-bandwidth": NO_LIMIT_BYTES_PER_S});
+    qmp.execute("migrate-set-parameters", parameters)?;
+    state_file::write(&mut qmp, state)?;
+    qmp.execute("quit", json!({}))?;
+    Ok(())
+}
+
+/// Arguments of a QEMU that [`wake`] is for.
+pub const WAITS: [&str; 3] = ["-S", "-incoming", "defer"];
+
+/// Lets a guest go on from where it was kept.
+pub fn wake(vm: &Vm, state: &Path) -> anyhow::Result<()> {
+    let mut qmp = vm.qmp(&vm.source)?;
+    state_file::load(&mut qmp, state)?;
+    qmp.execute("cont", json!({}))?;
+    Ok(())
+}
+
+/// The first number of a version like `10.0.2 (Debian ...)`.
+fn major(version: &str) -> Option<u32> {
+    version.split('.').next()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_number_of_a_version_counts() {
+        assert_eq!(major("10.0.2 (Debian 1:10.0.2+ds-2)"), Some(10));
+        assert_eq!(major("7.2.19"), Some(7));
+        assert_eq!(major("unknown"), None);
+    }
+}
