@@ -382,6 +382,12 @@ impl Packer {
         !self.pieces.is_empty()
     }
 
+    /// How many steps of the stream were scanned and not taken.
+    #[must_use]
+    pub fn pieces(&self) -> usize {
+        self.pieces.len()
+    }
+
     /// Takes what was scanned since the last call.
     pub fn take(&mut self) -> Scan {
         // As many again, probably: the next buffer is as long.

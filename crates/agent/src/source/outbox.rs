@@ -168,6 +168,11 @@ impl Outbox {
         };
     }
 
+    /// Wire bytes for a thousand bytes of frames, as compression lately achieved.
+    pub(crate) fn ratio_permille(&self) -> u64 {
+        self.lock().ratio_permille()
+    }
+
     /// Ends the session: nothing is queued or sent any more.
     pub(crate) fn close(&self) {
         let mut inner = self.lock();
@@ -184,12 +189,14 @@ impl Outbox {
 }
 
 impl Inner {
+    fn ratio_permille(&self) -> u64 {
+        match self.ratio_permille {
+            0 => 1000,
+            ratio => ratio,
+        }
+    }
+
     fn estimate(&self, raw: usize) -> u64 {
-        let ratio = if self.ratio_permille == 0 {
-            1000
-        } else {
-            self.ratio_permille
-        };
-        raw as u64 * ratio / 1000
+        raw as u64 * self.ratio_permille() / 1000
     }
 }

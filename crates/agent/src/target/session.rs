@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use content::{Place, Places, Recent};
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
@@ -21,6 +21,12 @@ use super::sink::SinkHandle;
 
 /// How often the back connection says that it lives.
 const HEARTBEAT: Duration = Duration::from_secs(1);
+
+/// Acknowledgements are sent no more often than this: each takes a packet, and 100 bytes of the path back.
+const ACK_PAUSE: Duration = Duration::from_millis(2);
+
+/// Most messages that are sent in one go.
+const GATHERED: usize = 64;
 
 /// Messages that wait for the back connection. Acknowledgements are a few a second and VM; a
 /// connection that is this far behind is as good as dead.
@@ -165,20 +171,31 @@ impl TargetSession {
 
     /// The thread that owns the back connection; returns when the session is over.
     pub(crate) fn answer(&self, mut link: Link) -> Result<(), LinkError> {
-        let mut body = Vec::new();
+        let (mut body, mut frames) = (Vec::new(), Vec::new());
+        let mut acknowledged = Instant::now();
         while !self.is_over() {
-            let (vm, kind) = match self.back.1.recv_timeout(HEARTBEAT) {
-                Ok((vm, message)) => {
-                    message.encode(&mut body);
-                    (vm, FrameKind::Back)
-                }
-                Err(RecvTimeoutError::Timeout) => (0, FrameKind::BackHeartbeat),
+            let gathered = match self.back.1.recv_timeout(HEARTBEAT) {
+                Ok(first) => gather(first, &self.back.1, acknowledged + ACK_PAUSE),
+                Err(RecvTimeoutError::Timeout) => Vec::new(),
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
             };
-            let len = u32::try_from(body.len()).unwrap_or(u32::MAX);
-            let mut frame = FrameHeader::new(kind, vm, len, len).to_bytes().to_vec();
-            frame.append(&mut body);
-            link.write_all(&frame)?;
+            frames.clear();
+            if gathered.is_empty() {
+                let heartbeat = FrameHeader::new(FrameKind::BackHeartbeat, 0, 0, 0);
+                frames.extend_from_slice(&heartbeat.to_bytes());
+            }
+            for (vm, message) in &gathered {
+                body.clear();
+                message.encode(&mut body);
+                let len = u32::try_from(body.len()).unwrap_or(u32::MAX);
+                let header = FrameHeader::new(FrameKind::Back, *vm, len, len);
+                frames.extend_from_slice(&header.to_bytes());
+                frames.extend_from_slice(&body);
+            }
+            link.write_all(&frames)?;
+            if gathered.iter().any(is_ack) {
+                acknowledged = Instant::now();
+            }
         }
         Ok(())
     }
@@ -188,6 +205,28 @@ impl TargetSession {
     pub(crate) fn read_checked(&self, wanted: &[(ContentId, Place)], out: &mut [u8]) -> Vec<bool> {
         read_checked(&self.key, |vm| self.memory(vm), wanted, out)
     }
+}
+
+fn is_ack((_, message): &ToSource) -> bool {
+    matches!(message, BackMessage::Ack(_))
+}
+
+/// What is sent in one go: what waits, and as long as it is acknowledgements only, what comes until `due`. Of
+/// those about one VM the last says what the others say.
+fn gather(first: ToSource, queue: &Receiver<ToSource>, due: Instant) -> Vec<ToSource> {
+    let mut gathered = vec![first];
+    while gathered.len() < GATHERED {
+        let next = match gathered.iter().all(is_ack) {
+            true => queue.recv_deadline(due).ok(),
+            false => queue.try_recv().ok(),
+        };
+        let Some(next) = next else { break };
+        if is_ack(&next) {
+            gathered.retain(|earlier| !(is_ack(earlier) && earlier.0 == next.0));
+        }
+        gathered.push(next);
+    }
+    gathered
 }
 
 /// Reads the contents of places in guests' memory, which `memory` gives by their VMs' numbers.
@@ -284,4 +323,38 @@ impl GuestMemory {
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use wire::Reached;
+
+    fn ack(vm: u16, position: u64) -> ToSource {
+        let (received, complete) = (position, position);
+        (vm, BackMessage::Ack(Reached { received, complete }))
+    }
+
+    #[test]
+    fn of_many_acknowledgements_of_a_vm_the_last_goes_and_nothing_else_is_left_out_or_waits() {
+        let (sender, queue) = bounded(16);
+        let asks = |page| (1, BackMessage::ReturnPath(vec![page]));
+        for message in [ack(2, 7), ack(1, 20), asks(1), ack(1, 30), asks(2)] {
+            sender.send(message).unwrap();
+        }
+        let far = Instant::now() + Duration::from_secs(3600);
+        let gathered = gather(ack(1, 10), &queue, far);
+        assert_eq!(gathered, [ack(2, 7), asks(1), ack(1, 30), asks(2)]);
+    }
+
+    #[test]
+    fn acknowledgements_alone_wait_until_they_are_due_and_no_longer() {
+        let (sender, queue) = bounded(16);
+        let since = Instant::now();
+        assert_eq!(gather(ack(1, 10), &queue, since), [ack(1, 10)]);
+        sender.send(ack(1, 20)).unwrap();
+        let due = Instant::now() + Duration::from_millis(20);
+        assert_eq!(gather(ack(1, 10), &queue, due), [ack(1, 20)]);
+        assert!(Instant::now() >= due);
+    }
 }
