@@ -219,8 +219,7 @@ impl Packer {
         self.may_switch = true;
     }
 
-    /// These pages were read from memory and sent ahead, after the switch: QEMU's own copies of them
-    /// are left out.
+    /// These pages were read from memory and sent ahead, after the switch: QEMU's own copies are left out.
     pub fn sent_ahead(&mut self, pages: impl IntoIterator<Item = (BlockIndex, PageNo)>) {
         self.ahead.extend(pages);
     }
@@ -232,9 +231,8 @@ impl Packer {
         }
     }
 
-    /// Decodes as much of `input` as there is and hashes its pages. Returns the bytes used; the
-    /// caller keeps `input` for [`Scan::resolve`], and offers the rest again, in front
-    /// of what follows.
+    /// Decodes as much of `input` as there is and hashes its pages. Returns the bytes used; the caller keeps
+    /// `input` for [`Scan::resolve`], and offers the rest again, in front of what follows.
     ///
     /// # Errors
     /// A stream that is not QEMU's, or uses what cannot be carried.
