@@ -48,8 +48,9 @@ fn bring_up() -> anyhow::Result<()> {
         system::start_userland().context("starting the userland")?;
     }
     let health = Arc::new(Health::default());
-    heartbeat::start(&settings, Arc::clone(&health)).context("starting the heartbeat")?;
-    workload::start(&settings, &health).context("starting the workload")?;
+    let gate =
+        heartbeat::start(&settings, Arc::clone(&health)).context("starting the heartbeat")?;
+    workload::start(&settings, &health, &gate).context("starting the workload")?;
     println!("lab-init: {} is up", settings.id);
     Ok(())
 }

@@ -9,7 +9,7 @@ use lab_init::stamp::{self, Noise, PAGE, Page, Stamp};
 
 use crate::application;
 use crate::disk;
-use crate::heartbeat::Health;
+use crate::heartbeat::{Gate, Health};
 use crate::settings::{Mode, Settings};
 use crate::stress;
 use crate::touch::Touched;
@@ -31,7 +31,7 @@ const STAMP_WRITE_MB_PER_S: usize = 1;
 const CACHE_DIR: &str = "/tmp";
 
 /// Starts the threads of the workload. `health.ready` is set when its memory is filled.
-pub(crate) fn start(settings: &Settings, health: &Arc<Health>) -> anyhow::Result<()> {
+pub(crate) fn start(settings: &Settings, health: &Arc<Health>, gate: &Gate) -> anyhow::Result<()> {
     if settings.stamp_mb > 0 {
         let pace = Pace {
             check: STAMP_CHECK_MB_PER_S * PAGES_PER_MB / TURNS_PER_S,
@@ -82,6 +82,7 @@ pub(crate) fn start(settings: &Settings, health: &Arc<Health>) -> anyhow::Result
             })?;
         }
         Mode::TcpRr | Mode::Nfs | Mode::Iperf3 | Mode::Redis | Mode::RedisCluster => {
+            gate.pass(health)?;
             application::start(settings, health).context("starting the application")?;
         }
     }

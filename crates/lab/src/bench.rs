@@ -82,7 +82,7 @@ impl<'a> Bench<'a> {
         programs: &'a Programs,
         saved: Option<&Saved>,
     ) -> anyhow::Result<Self> {
-        let mut bench = Self::racks(session, scenario, programs)?;
+        let mut bench = Self::racks(session, scenario, programs, true)?;
         bench.running = bench.boot(&bench.vms, saved)?;
         // They end with the session, as everything on the hosts does.
         bench.boot(&bench.residents, saved)?;
@@ -93,11 +93,12 @@ impl<'a> Bench<'a> {
         Ok(bench)
     }
 
-    /// Builds the racks.
+    /// Builds the racks. Guests' applications start if `applications`.
     pub fn racks(
         session: &Session,
         scenario: &'a Scenario,
         programs: &'a Programs,
+        applications: bool,
     ) -> anyhow::Result<Self> {
         session.clear()?;
         let counts = &scenario.hosts;
@@ -108,7 +109,7 @@ impl<'a> Bench<'a> {
         let racks = [counts.source, counts.target];
         let net = Net::build(session, racks, scenario.links, scenario.beside())
             .context("building the networks")?;
-        let observer = Observer::start(&net.observer_namespace_file(), net.hosts())?;
+        let observer = Observer::start(&net.observer_namespace_file(), net.hosts(), applications)?;
         let hosts = net
             .hosts()
             .iter()
@@ -302,7 +303,7 @@ impl<'a> Bench<'a> {
         loop {
             let heard = self
                 .observer
-                .wait_for(&vm.name, BOOT_STEP, |beat| beat.ready);
+                .wait_for(&vm.name, BOOT_STEP, |beat| self.observer.is_ready(beat));
             match heard {
                 Ok(_) => return Ok(()),
                 Err(_) if running.gone_at().is_some() => bail!("its QEMU has ended"),

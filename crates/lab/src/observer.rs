@@ -37,8 +37,10 @@ pub struct Beat {
     pub boot: String,
     /// Counts up with each heartbeat of an instance.
     pub sequence: u64,
-    /// The guest has filled its memory.
+    /// The guest has filled its memory, and its application runs.
     pub ready: bool,
+    /// Its application waits for an answer.
+    pub waits: bool,
     /// Stamped pages looked at so far.
     pub checked: u64,
     /// Of these, how many were damaged.
@@ -132,13 +134,15 @@ impl Track {
 #[derive(Debug)]
 pub struct Observer {
     tracks: Arc<Mutex<HashMap<String, Track>>>,
+    answers: bool,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Observer {
-    /// Listens in the observer's namespace, on the link of each of `hosts`.
-    pub fn start(namespace: &Path, hosts: &[HostAddress]) -> anyhow::Result<Self> {
+    /// Listens in the observer's namespace, on the link of each of `hosts`. Guests whose applications
+    /// wait are answered if `answers`.
+    pub fn start(namespace: &Path, hosts: &[HostAddress], answers: bool) -> anyhow::Result<Self> {
         let tracks = Arc::new(Mutex::new(HashMap::new()));
         let stop = Arc::new(AtomicBool::new(false));
         let names: Vec<String> = hosts.iter().map(|host| host.name.clone()).collect();
@@ -151,7 +155,7 @@ impl Observer {
                 move || match listen(&namespace, names) {
                     Ok(links) => {
                         let _ = report.send(Ok(()));
-                        receive(&links, &tracks, &stop);
+                        receive(&links, answers, &tracks, &stop);
                     }
                     Err(error) => {
                         let _ = report.send(Err(error));
@@ -162,9 +166,16 @@ impl Observer {
         listening.recv().context("starting the observer")??;
         Ok(Self {
             tracks,
+            answers,
             stop,
             thread: Some(thread),
         })
+    }
+
+    /// Whether a guest that sent this does no more by itself.
+    #[must_use]
+    pub fn is_ready(&self, beat: &Beat) -> bool {
+        beat.ready || (beat.waits && !self.answers)
     }
 
     /// Everything heard of `vm` so far.
@@ -271,7 +282,7 @@ fn listen(namespace: &Path, hosts: Vec<String>) -> anyhow::Result<Vec<Link>> {
         .context("opening its sockets")
 }
 
-fn receive(links: &[Link], tracks: &Tracks, stop: &AtomicBool) {
+fn receive(links: &[Link], answers: bool, tracks: &Tracks, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
         let mut waits: Vec<PollFd<'_>> = links
             .iter()
@@ -281,8 +292,12 @@ fn receive(links: &[Link], tracks: &Tracks, stop: &AtomicBool) {
         let _ = poll(&mut waits, Some(&POLL));
         for link in links {
             let mut buffer = [0; 4096];
-            while let Ok(length) = link.socket.recv(&mut buffer) {
+            while let Ok((length, from)) = link.socket.recv_from(&mut buffer) {
                 if let Some((vm, beat)) = parse(&buffer[..length], &link.host) {
+                    if answers && beat.waits {
+                        // One that is lost is sent again with the next heartbeat.
+                        let _ = link.socket.send_to(b"go", from);
+                    }
                     lock(tracks).entry(vm).or_default().0.push(beat);
                 }
             }
@@ -301,13 +316,14 @@ fn parse(datagram: &[u8], host: &str) -> Option<(String, Beat)> {
     let vm = words.next()?.to_owned();
     let boot = words.next()?.to_owned();
     let mut number = || words.next()?.parse::<u64>().ok();
-    let (sequence, _guest_clock) = (number()?, number()?);
+    let (sequence, _guest_clock, stage) = (number()?, number()?, number()?);
     let beat = Beat {
         at: UnixMs::now(),
         host: host.to_owned(),
         boot,
         sequence,
-        ready: number()? == 1,
+        ready: stage == 1,
+        waits: stage == 2,
         checked: number()?,
         errors: number()?,
         rounds: number().unwrap_or(0),
@@ -329,6 +345,7 @@ mod tests {
             boot,
             sequence,
             ready: true,
+            waits: false,
             ..Beat::default()
         }
     }

@@ -5,8 +5,8 @@
 //! QEMU writes them, and each run starts its QEMUs from these. The racks on which they booted are
 //! gone by then: nothing of the writing is in a run's memory cgroups.
 //!
-//! Guests that a file cannot hold all of boot for each run: those with a disk, those that are
-//! copies of a template, and those that have connections to servers of their rack.
+//! Applications start in each run only: connections would not outlive this. Guests that a file
+//! cannot hold all of boot for each run: those with a disk, and those that are copies of a template.
 
 use std::path::{Path, PathBuf};
 
@@ -37,7 +37,7 @@ pub struct Saved {
 #[derive(Debug)]
 struct Guest {
     name: String,
-    what: scenario::Vm,
+    what: What,
     state: PathBuf,
 }
 
@@ -58,7 +58,7 @@ impl Saved {
     pub fn can_hold(scenario: &Scenario, programs: &Programs) -> bool {
         let writes_files = major(&programs.source.version) >= Some(FIRST_WITH_FILES);
         let vm = &scenario.vm;
-        writes_files && !vm.disk && !vm.template && !scenario.guests_share_links()
+        writes_files && !vm.disk && !vm.template
     }
 
     /// Boots those VMs of `scenario` that are not kept yet, on racks of their own.
@@ -72,7 +72,7 @@ impl Saved {
         if !bench::names(scenario).any(|name| is_missing(&name)) {
             return Ok(());
         }
-        let bench = Bench::racks(session, scenario, programs)?;
+        let bench = Bench::racks(session, scenario, programs, false)?;
         let missing = bench.all_vms().filter(|vm| is_missing(&vm.name));
         let missing: Vec<Vm> = missing.cloned().collect();
         let running = bench.boot(&missing, None)?;
@@ -86,7 +86,7 @@ impl Saved {
         drop(running);
         let kept = missing.iter().zip(states).map(|(vm, state)| Guest {
             name: vm.name.clone(),
-            what: scenario.vm.clone(),
+            what: What::of(scenario),
             state,
         });
         self.guests.extend(kept);
@@ -96,9 +96,27 @@ impl Saved {
     /// What the VM of this name in `scenario` was when it had booted.
     #[must_use]
     pub fn state_of(&self, name: &str, scenario: &Scenario) -> Option<&Path> {
-        let same = |guest: &&Guest| guest.name == name && guest.what == scenario.vm;
+        let what = What::of(scenario);
+        let same = |guest: &&Guest| guest.name == name && guest.what == what;
         let guest = self.guests.iter().find(same)?;
         Some(&guest.state)
+    }
+}
+
+/// What a scenario makes of a VM of some name.
+#[derive(Debug, PartialEq, Eq)]
+struct What {
+    vm: scenario::Vm,
+    /// Count of all VMs, if they have a second card: some ask others.
+    peers: Option<u32>,
+}
+
+impl What {
+    fn of(scenario: &Scenario) -> Self {
+        Self {
+            vm: scenario.vm.clone(),
+            peers: scenario.guests_share_links().then(|| scenario.vms()),
+        }
     }
 }
 

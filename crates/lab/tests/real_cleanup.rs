@@ -27,12 +27,13 @@ fn wait_for(what: &str, patience: Duration, come: impl Fn() -> bool) {
     }
 }
 
-/// Starts a run and waits until its guests are being booted.
+/// Starts two runs, so that guests will be kept, and waits until they are being booted.
 fn lab_with_booting_guests(out: &Path) -> Child {
-    let child = start_lab("pair", &[], out);
+    let child = start_lab("pair", &["repeats=2"], out);
     let console = format!("/tmp/gw{}/s1/vm1", child.id());
+    let kept = format!("/tmp/gw{}-kept", child.id());
     wait_for("no guest was started", Duration::from_secs(40), || {
-        Path::new(&console).exists()
+        Path::new(&console).exists() && Path::new(&kept).exists()
     });
     child
 }
