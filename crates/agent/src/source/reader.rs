@@ -31,8 +31,8 @@ const SHORT_FRAME: usize = 32 << 10;
 /// the compressed stream anew and is acknowledged; with 8 pages that was a sixth of all bytes of 24 VMs.
 const SHORT_STREAM: usize = 96 << 10;
 
-/// A frame after a switch ends with so many steps of the stream: most are zero pages then, which the
-/// target QEMU places one by one, in a millisecond.
+/// A frame after a switch ends with so many steps of the stream: if there are many, most are zero pages, which
+/// the target QEMU places one by one.
 const SHORT_STEPS: usize = 1024;
 
 /// Bytes read at once after a switch: 1800 zero pages.
