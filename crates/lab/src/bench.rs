@@ -82,10 +82,11 @@ impl<'a> Bench<'a> {
         programs: &'a Programs,
         saved: Option<&Saved>,
     ) -> anyhow::Result<Self> {
-        let mut bench = Self::racks(session, scenario, programs, true)?;
+        let mut bench = Self::racks(session, scenario, programs)?;
         bench.running = bench.boot(&bench.vms, saved)?;
         // They end with the session, as everything on the hosts does.
         bench.boot(&bench.residents, saved)?;
+        bench.start_applications()?;
         bench.settle(match saved {
             Some(_) => scenario.settle_s.min(SETTLE_SAVED_S),
             None => scenario.settle_s,
@@ -93,12 +94,11 @@ impl<'a> Bench<'a> {
         Ok(bench)
     }
 
-    /// Builds the racks. Guests' applications start if `applications`.
+    /// Builds the racks.
     pub fn racks(
         session: &Session,
         scenario: &'a Scenario,
         programs: &'a Programs,
-        applications: bool,
     ) -> anyhow::Result<Self> {
         session.clear()?;
         let counts = &scenario.hosts;
@@ -109,7 +109,7 @@ impl<'a> Bench<'a> {
         let racks = [counts.source, counts.target];
         let net = Net::build(session, racks, scenario.links, scenario.beside())
             .context("building the networks")?;
-        let observer = Observer::start(&net.observer_namespace_file(), net.hosts(), applications)?;
+        let observer = Observer::start(&net.observer_namespace_file(), net.hosts())?;
         let hosts = net
             .hosts()
             .iter()
@@ -196,7 +196,7 @@ impl<'a> Bench<'a> {
         self.net.counters()
     }
 
-    /// Starts the QEMUs of these VMs at their sources and waits until their guests are ready.
+    /// Starts the QEMUs of these VMs at their sources and waits until their guests have filled their memory.
     pub fn boot(&self, vms: &[Vm], saved: Option<&Saved>) -> anyhow::Result<Vec<Running>> {
         if vms.is_empty() {
             return Ok(Vec::new());
@@ -287,7 +287,7 @@ impl<'a> Bench<'a> {
             Origin::Saved(state) => saved::wake(vm, state),
         }
         .with_context(|| self.last_words(vm))?;
-        self.wait_until_ready(vm, &running)
+        self.wait_until_filled(vm, &running)
             .with_context(|| self.last_words(vm))?;
         let took = UnixMs::now().s_since(began);
         say(&format!(
@@ -298,12 +298,25 @@ impl<'a> Bench<'a> {
         Ok(running)
     }
 
-    fn wait_until_ready(&self, vm: &Vm, running: &Running) -> anyhow::Result<()> {
+    /// All at once: a guest starts slowly beside others that are at work already.
+    fn start_applications(&self) -> anyhow::Result<()> {
+        self.observer.answer();
+        for vm in self.all_vms() {
+            let ready = self
+                .observer
+                .wait_for(&vm.name, BOOT_PATIENCE, |beat| beat.ready);
+            ready.with_context(|| self.last_words(vm))?;
+        }
+        Ok(())
+    }
+
+    /// Until its memory is filled.
+    fn wait_until_filled(&self, vm: &Vm, running: &Running) -> anyhow::Result<()> {
         let deadline = Instant::now() + BOOT_PATIENCE;
         loop {
             let heard = self
                 .observer
-                .wait_for(&vm.name, BOOT_STEP, |beat| self.observer.is_ready(beat));
+                .wait_for(&vm.name, BOOT_STEP, |beat| beat.ready || beat.waits);
             match heard {
                 Ok(_) => return Ok(()),
                 Err(_) if running.gone_at().is_some() => bail!("its QEMU has ended"),

@@ -134,28 +134,28 @@ impl Track {
 #[derive(Debug)]
 pub struct Observer {
     tracks: Arc<Mutex<HashMap<String, Track>>>,
-    answers: bool,
+    answers: Arc<AtomicBool>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Observer {
-    /// Listens in the observer's namespace, on the link of each of `hosts`. Guests whose applications
-    /// wait are answered if `answers`.
-    pub fn start(namespace: &Path, hosts: &[HostAddress], answers: bool) -> anyhow::Result<Self> {
+    /// Listens in the observer's namespace, on the link of each of `hosts`.
+    pub fn start(namespace: &Path, hosts: &[HostAddress]) -> anyhow::Result<Self> {
         let tracks = Arc::new(Mutex::new(HashMap::new()));
-        let stop = Arc::new(AtomicBool::new(false));
+        let [answers, stop] = [false, false].map(|is| Arc::new(AtomicBool::new(is)));
         let names: Vec<String> = hosts.iter().map(|host| host.name.clone()).collect();
         let namespace = namespace.to_owned();
         let (report, listening) = std::sync::mpsc::sync_channel(1);
         let thread = std::thread::Builder::new()
             .name("observer".into())
             .spawn({
-                let (tracks, stop) = (Arc::clone(&tracks), Arc::clone(&stop));
+                let tracks = Arc::clone(&tracks);
+                let [answers, stop] = [&answers, &stop].map(Arc::clone);
                 move || match listen(&namespace, names) {
                     Ok(links) => {
                         let _ = report.send(Ok(()));
-                        receive(&links, answers, &tracks, &stop);
+                        receive(&links, &tracks, &answers, &stop);
                     }
                     Err(error) => {
                         let _ = report.send(Err(error));
@@ -172,10 +172,9 @@ impl Observer {
         })
     }
 
-    /// Whether a guest that sent this does no more by itself.
-    #[must_use]
-    pub fn is_ready(&self, beat: &Beat) -> bool {
-        beat.ready || (beat.waits && !self.answers)
+    /// From here on guests whose applications wait are answered, and these start.
+    pub fn answer(&self) {
+        self.answers.store(true, Ordering::Relaxed);
     }
 
     /// Everything heard of `vm` so far.
@@ -282,7 +281,7 @@ fn listen(namespace: &Path, hosts: Vec<String>) -> anyhow::Result<Vec<Link>> {
         .context("opening its sockets")
 }
 
-fn receive(links: &[Link], answers: bool, tracks: &Tracks, stop: &AtomicBool) {
+fn receive(links: &[Link], tracks: &Tracks, answers: &AtomicBool, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
         let mut waits: Vec<PollFd<'_>> = links
             .iter()
@@ -294,7 +293,7 @@ fn receive(links: &[Link], answers: bool, tracks: &Tracks, stop: &AtomicBool) {
             let mut buffer = [0; 4096];
             while let Ok((length, from)) = link.socket.recv_from(&mut buffer) {
                 if let Some((vm, beat)) = parse(&buffer[..length], &link.host) {
-                    if answers && beat.waits {
+                    if beat.waits && answers.load(Ordering::Relaxed) {
                         // One that is lost is sent again with the next heartbeat.
                         let _ = link.socket.send_to(b"go", from);
                     }

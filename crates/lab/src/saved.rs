@@ -72,7 +72,7 @@ impl Saved {
         if !bench::names(scenario).any(|name| is_missing(&name)) {
             return Ok(());
         }
-        let bench = Bench::racks(session, scenario, programs, false)?;
+        let bench = Bench::racks(session, scenario, programs)?;
         let missing = bench.all_vms().filter(|vm| is_missing(&vm.name));
         let missing: Vec<Vm> = missing.cloned().collect();
         let running = bench.boot(&missing, None)?;
