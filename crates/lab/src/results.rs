@@ -53,7 +53,7 @@ pub struct Topology {
     pub edge_bits_per_second: Option<u64>,
 }
 
-/// One technique, once: fresh guests, moved together.
+/// One technique, once: guests that begin alike, moved together.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Run {
     /// `stock`, `stock-xbzrle`, `stock-multifd-zstd`, `oc`, `gang`, ...

@@ -21,7 +21,7 @@ use crate::session::Session;
 use crate::shell::say;
 use crate::state_file;
 
-/// The first version of QEMU that writes a migration into a file.
+/// The first version of QEMU all of whose releases write a migration into a file.
 const FIRST_WITH_FILES: u32 = 9;
 /// QEMU writes no slower than it can.
 const NO_LIMIT_BYTES_PER_S: u64 = 1 << 40;
