@@ -24,7 +24,7 @@ const TRANSLATION_CACHE_MB: u32 = 64;
 /// A disk's size. It is a sparse file.
 const DISK_BYTES: u64 = 64 << 20;
 /// Mode of the guests that have nothing to do.
-const IDLE: &str = "idle";
+pub(crate) const IDLE: &str = "idle";
 /// How long a QEMU may take from its start to listening on its QMP socket.
 const QMP_PATIENCE: Duration = Duration::from_secs(20);
 

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::after::{self, Afterwards};
 use crate::balloon;
 use crate::bench::{Bench, Programs};
-use crate::bounds;
+use crate::bounds::{self, Bounds};
 use crate::clock::UnixMs;
 use crate::footprint::Footprint;
 use crate::frozen::{self, Frozen};
@@ -32,6 +32,9 @@ use crate::session::Session;
 use crate::shell::{output, say};
 use crate::stock;
 use crate::technique::{Extras, Mode};
+
+/// Name of the kernel's congestion control: namespaces are made with it.
+const TCP_CONGESTION: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
 
 /// Runs all of `scenario` and leaves `results.json` and `events.jsonl` in `out`. A run that fails
 /// is part of the results; only what keeps the lab itself from working is an error.
@@ -215,14 +218,11 @@ fn one(
     saved: Option<&mut Saved>,
     log: &EventLog,
 ) -> anyhow::Result<Run> {
-    let saved = match saved {
-        Some(saved) if Saved::can_hold(scenario, programs) => {
-            saved.complete(session, scenario, programs)?;
-            Some(&*saved)
-        }
-        _ => None,
-    };
-    let bench = Bench::start(session, scenario, programs, saved)?;
+    let mut saved = saved.filter(|_| Saved::can_hold(scenario, programs));
+    if let Some(saved) = &mut saved {
+        saved.complete(session, scenario, programs)?;
+    }
+    let bench = Bench::start(session, scenario, programs, saved.as_deref())?;
     let pids: Vec<u32> = bench.running.iter().map(|running| running.pid).collect();
     if scenario.agent.contains_key("ksm") {
         // Agents that drive KSM are ended without having put it back.
@@ -283,11 +283,7 @@ fn one(
     run.application
         .insert("pool_mappings_max".to_owned(), mappings);
     if scenario.bounds {
-        say("computing what the guests' memory comes to at best");
-        // What the move was measured to be holds without them.
-        run.bounds = bounds::compute(&bench)
-            .inspect_err(|error| say(&format!("they are not known: {error:#}")))
-            .ok();
+        run.bounds = bounds(&bench, saved);
     }
     say(&summary(&run));
     let (figures, trouble) = mover.afterwards(&bench, log)?;
@@ -304,6 +300,24 @@ fn one(
         target_footprint_bytes,
         failure,
         ..run
+    })
+}
+
+/// What the guests' memory comes to at best. Guests that begin alike and do nothing are measured once.
+fn bounds(bench: &Bench<'_>, mut saved: Option<&mut Saved>) -> Option<Bounds> {
+    let known = saved
+        .as_deref()
+        .and_then(|saved| saved.bounds(bench.scenario));
+    known.or_else(|| {
+        say("computing what the guests' memory comes to at best");
+        // What the move was measured to be holds without them.
+        let found = bounds::compute(bench)
+            .inspect_err(|error| say(&format!("they are not known: {error:#}")))
+            .ok()?;
+        if let Some(saved) = &mut saved {
+            saved.set_bounds(bench.scenario, found);
+        }
+        Some(found)
     })
 }
 
@@ -492,6 +506,10 @@ fn versions(scenario: &Scenario, programs: &Programs) -> anyhow::Result<BTreeMap
         .to_string_lossy()
         .into_owned();
     versions.insert("host_kernel".to_owned(), kernel);
+    // What share a move gets beside others depends on it.
+    if let Ok(name) = std::fs::read_to_string(TCP_CONGESTION) {
+        versions.insert("tcp_congestion_control".to_owned(), name.trim().to_owned());
+    }
     if scenario
         .techniques
         .iter()

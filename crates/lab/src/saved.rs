@@ -15,7 +15,8 @@ use rustix::mount::{MountFlags, mount};
 use serde_json::json;
 
 use crate::bench::{self, Bench, Programs};
-use crate::guest::Vm;
+use crate::bounds::Bounds;
+use crate::guest::{IDLE, Vm};
 use crate::scenario::{self, Scenario};
 use crate::session::Session;
 use crate::shell::say;
@@ -31,6 +32,27 @@ const NO_LIMIT_BYTES_PER_S: u64 = 1 << 40;
 pub struct Saved {
     dir: PathBuf,
     guests: Vec<Guest>,
+    bounds: Vec<(Idle, Bounds)>,
+}
+
+/// Guests whose memory is in each run what it is in the others: how many, and what they are.
+#[derive(Debug, PartialEq, Eq)]
+struct Idle {
+    what: What,
+    source_hosts: u32,
+    vms_per_host: u32,
+}
+
+impl Idle {
+    /// `None` if they do something.
+    fn of(scenario: &Scenario) -> Option<Self> {
+        let is_idle = scenario.vm.mode == IDLE && !scenario.guests_share_links();
+        is_idle.then(|| Self {
+            what: What::of(scenario),
+            source_hosts: scenario.hosts.source,
+            vms_per_host: scenario.hosts.vms_per_host,
+        })
+    }
 }
 
 /// One of them: what it is decides whether a VM can begin as it.
@@ -50,6 +72,7 @@ impl Saved {
         Ok(Self {
             dir,
             guests: Vec::new(),
+            bounds: Vec::new(),
         })
     }
 
@@ -100,6 +123,20 @@ impl Saved {
         let same = |guest: &&Guest| guest.name == name && guest.what == what;
         let guest = self.guests.iter().find(same)?;
         Some(&guest.state)
+    }
+
+    /// The bounds that an earlier run found for the guests of `scenario`.
+    #[must_use]
+    pub fn bounds(&self, scenario: &Scenario) -> Option<Bounds> {
+        let idle = Idle::of(scenario)?;
+        let same = self.bounds.iter().find(|(of, _)| *of == idle)?;
+        Some(same.1)
+    }
+
+    /// Keeps what a run found, for the runs that follow.
+    pub fn set_bounds(&mut self, scenario: &Scenario, bounds: Bounds) {
+        self.bounds
+            .extend(Idle::of(scenario).map(|idle| (idle, bounds)));
     }
 }
 
