@@ -30,6 +30,8 @@ const STORE_BYTES: RangeInclusive<u64> = MIB..=4096 * MIB;
 const COMPRESSION_WINDOW_BYTES: RangeInclusive<u64> = MIB..=128 * MIB;
 /// At least a few compressed blocks; at most 64 MiB, which a 10 Gbit/s link drains in 50 ms.
 const WINDOW_BYTES_MAX: RangeInclusive<u64> = MIB / 4..=64 * MIB;
+/// One is all that a network needs which is not shared with others; a dozen takes it from them.
+const SESSION_CONNECTIONS_MAX: RangeInclusive<u64> = 1..=16;
 /// A unix socket's path ends in a kernel buffer of 108 bytes; the run directory's sockets add a
 /// name of a group and a VM to it.
 const RUN_DIR_BYTES_MAX: usize = 40;
@@ -88,6 +90,10 @@ pub struct Config {
     /// Most logical bytes of a VM that its QEMU has written and the target has not loaded.
     #[serde(default = "default_window_bytes_max")]
     pub window_bytes_max: u64,
+    /// Most connections to a target host that share the frames of a group's moves: one for each VM, as
+    /// stock QEMU has, up to this.
+    #[serde(default = "default_session_connections_max")]
+    pub session_connections_max: u64,
     /// Test aid: a move waits at instant NAME while a file `NAME.VM` exists in this directory.
     #[serde(default)]
     pub hold_dir: Option<PathBuf>,
@@ -135,6 +141,11 @@ fn default_compression_window_bytes() -> u64 {
 }
 fn default_window_bytes_max() -> u64 {
     8 * MIB
+}
+
+// With four a move takes a fair share of a link that as many guests fill.
+fn default_session_connections_max() -> u64 {
+    4
 }
 
 /// Why a configuration file cannot be used.
@@ -241,6 +252,11 @@ impl Config {
                 COMPRESSION_WINDOW_BYTES,
             ),
             ("window_bytes_max", self.window_bytes_max, WINDOW_BYTES_MAX),
+            (
+                "session_connections_max",
+                self.session_connections_max,
+                SESSION_CONNECTIONS_MAX,
+            ),
         ];
         for (key, value, range) in numbers {
             if !range.contains(&value) {
@@ -335,6 +351,7 @@ mod tests {
         assert_eq!(parse("ksm = \"boost\"\n").unwrap().ksm, Ksm::Boost);
         assert_eq!(config.compression_window_bytes, 32 << 20);
         assert_eq!(config.window_bytes_max, 8 << 20);
+        assert_eq!(config.session_connections_max, 4);
         assert_eq!((config.control, config.insecure_plaintext), (None, false));
     }
 
@@ -367,6 +384,10 @@ mod tests {
             (
                 "window_bytes_max = 0",
                 "`window_bytes_max` is 0: it must be 262144 to 67108864",
+            ),
+            (
+                "session_connections_max = 17",
+                "`session_connections_max` is 17: it must be 1 to 16",
             ),
             (
                 "hold_dir = \"x\"",

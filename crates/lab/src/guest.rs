@@ -16,6 +16,7 @@ use crate::net::{HostAddress, OBSERVER, SERVER};
 use crate::observer;
 use crate::qmp::Qmp;
 use crate::scenario::{Machine, Scenario};
+use crate::session::making;
 use crate::template;
 
 /// Translated code that an emulating QEMU keeps. Its default of 1 GiB would drown the footprint of
@@ -329,6 +330,7 @@ pub fn start(
     let log_path = host.dir.join(format!("{}.log", vm.name));
     let log = std::fs::File::create(&log_path)
         .with_context(|| format!("creating {}", log_path.display()))?;
+    let _making = making();
     let child = host
         .command(&qemu.program)
         .args(arguments)

@@ -27,7 +27,7 @@ use std::process::Command;
 use anyhow::Context;
 use serde::Deserialize;
 
-use crate::session::Session;
+use crate::session::{Session, making};
 use crate::shell::{output, output_with_input};
 
 /// Where the observer listens, on every host's observation link.
@@ -373,6 +373,7 @@ impl Net {
             .chain(&self.core_namespaces)
             .chain([&self.observer_namespace]);
         let lines: String = all.map(|name| format!("netns add {name}\n")).collect();
+        let _making = making();
         output_with_input(Command::new("ip").args(["-batch", "-"]), &lines)?;
         Ok(())
     }

@@ -8,6 +8,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -26,6 +27,15 @@ const NAMESPACES: &str = "/run/netns";
 /// bytes.
 const DIR: &str = "/tmp";
 const PREFIX: &str = "gw";
+
+/// Closed for good by who removes everything on a signal: the run goes on meanwhile, finds its guests
+/// gone, and would make the next ones.
+static MAKING: RwLock<()> = RwLock::new(());
+
+/// To be held while a namespace, or a process in one, is made. Does not return once the lab is ending.
+pub fn making() -> RwLockReadGuard<'static, ()> {
+    MAKING.read().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// The names of one session. Dropping it removes all that carries them.
 #[derive(Debug)]
@@ -109,6 +119,7 @@ fn remove_on_signal(prefix: String) -> anyhow::Result<()> {
         .spawn(move || {
             if let Some(signal) = signals.forever().next() {
                 say("interrupted: removing guests and networks");
+                let _closed = MAKING.write().unwrap_or_else(PoisonError::into_inner);
                 remove_all(&prefix);
                 std::process::exit(128 + signal);
             }

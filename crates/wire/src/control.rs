@@ -12,6 +12,9 @@ use crate::{MAX_CONTROL, PROTOCOL_VERSION, WireError};
 pub enum Channel {
     /// Page operations, source to target.
     Forward,
+    /// More of the session's forward connection: frames that are numbered in one row with those on it.
+    /// A target that does not know it closes the connection, and the session goes on without.
+    Lane,
     /// Acknowledgements, target to source.
     Back,
     /// Requests about one move.

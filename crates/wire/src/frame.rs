@@ -130,7 +130,8 @@ pub struct FrameHeader {
     vm: U16,
     body_len: U32,
     raw_len: U32,
-    reserved: U32,
+    /// See [`order`](FrameHeader::order).
+    order: U32,
 }
 
 const _: () = assert!(size_of::<FrameHeader>() == HEADER_LEN);
@@ -149,7 +150,7 @@ impl FrameHeader {
             vm: vm.into(),
             body_len: body_len.into(),
             raw_len: raw_len.into(),
-            reserved: 0.into(),
+            order: 0.into(),
         }
     }
 
@@ -157,6 +158,13 @@ impl FrameHeader {
     #[must_use]
     pub fn with_compression(mut self, compressed: bool) -> Self {
         self.compressed = u8::from(compressed);
+        self
+    }
+
+    /// Numbers the frame among those of its session.
+    #[must_use]
+    pub fn with_order(mut self, order: u32) -> Self {
+        self.order = order.into();
         self
     }
 
@@ -217,6 +225,14 @@ impl FrameHeader {
     #[must_use]
     pub fn raw_len(&self) -> usize {
         self.raw_len.get() as usize
+    }
+
+    /// Place of the frame among those of its session, whatever connection brings it: 1, 2 and so on, and after
+    /// the last number 1 again. 0: nothing but the order on its own connection matters. An agent of
+    /// before [`Channel::Lane`](crate::Channel::Lane) sends 0 only.
+    #[must_use]
+    pub fn order(&self) -> u32 {
+        self.order.get()
     }
 
     /// Whether the body is compressed.

@@ -9,6 +9,7 @@
 //! ```text
 //!  source agent                                                target agent
 //!      │ ── forward: Pages, Repair, Heartbeat ─────────────────────► │   one for the session
+//!      │ ── lane: more of forward ─────────────────────────────────► │   if the session has several VMs
 //!      │ ◄─ back: Ack, ReturnPath, RepairRequest, Load*, Heartbeat ─ │   one for the session
 //!      │ ◄─ control: one request, one reply, JSON ─────────────────► │   one for each move
 //! ```
@@ -23,7 +24,8 @@
 //!
 //! Each direction of the bulk path has a connection of its own, so that one thread at each end
 //! owns it (and its TLS state) without a lock. Control is apart, so that a release or an abort
-//! never queues behind page bytes.
+//! never queues behind page bytes. Lanes take frames when the forward connection is full; the target takes all
+//! frames in the order of their numbers.
 //!
 //! Goals: run-length coded page operations, page bytes never copied by a codec, every length
 //! checked against a named limit before it is believed. Non-goals: sockets, clocks,

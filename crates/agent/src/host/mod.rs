@@ -108,6 +108,7 @@ impl HostMover {
             security,
             peer_timeout,
             hold,
+            connections_max: usize::try_from(config.session_connections_max)?,
             budget: Arc::default(),
         };
         let window_log = u8::try_from(config.compression_window_bytes.ilog2())?;

@@ -5,6 +5,7 @@ use std::net::{TcpStream, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustls::{ClientConfig, ClientConnection, ServerConfig, ServerConnection, StreamOwned};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -199,6 +200,19 @@ impl Link {
         }
     }
 
+    /// Whether the kernel takes more bytes at once.
+    pub(crate) fn has_room(&self) -> bool {
+        let tcp = match &self.stream {
+            Stream::Plain(tcp) => tcp,
+            Stream::Client(tls) => &tls.sock.tcp,
+            Stream::Server(tls) => &tls.sock.tcp,
+        };
+        let now = Timespec::default();
+        let mut fds = [PollFd::new(tcp, PollFlags::OUT)];
+        // What cannot be asked is found when it is written to.
+        poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+    }
+
     /// Says what the connection is for.
     pub(crate) fn send_hello(&mut self, hello: &Hello) -> Result<(), LinkError> {
         self.write_all(&MAGIC)?;
@@ -247,21 +261,29 @@ impl Link {
         unpacker: Option<&mut Decompressor>,
         packed: &mut Vec<u8>,
     ) -> Result<(FrameHeader, Buffer), LinkError> {
+        let (header, plain) = self.receive_packed(pool, packed)?;
+        let body = unpack(&header, plain, pool, unpacker, packed)?;
+        Ok((header, body))
+    }
+
+    /// Receives one frame as it is: its body into a buffer of the pool, or into `packed` if it is
+    /// compressed.
+    pub(crate) fn receive_packed(
+        &mut self,
+        pool: &Arc<Pool>,
+        packed: &mut Vec<u8>,
+    ) -> Result<(FrameHeader, Option<Buffer>), LinkError> {
         let mut header = [0; HEADER_LEN];
         self.read_exact(&mut header)?;
         let header = FrameHeader::parse(header)?;
-        let mut body = pool.take(header.raw_len());
         if header.is_compressed() {
-            let unpacker = unpacker.ok_or_else(|| {
-                WireError::Control("a compressed frame, and no compression was agreed".into())
-            })?;
             packed.resize(header.body_len(), 0);
             self.read_exact(packed)?;
-            unpacker.frame(packed, &mut body)?;
-        } else {
-            self.read_exact(&mut body)?;
+            return Ok((header, None));
         }
-        Ok((header, body))
+        let mut body = pool.take(header.raw_len());
+        self.read_exact(&mut body)?;
+        Ok((header, Some(body)))
     }
 
     /// Sends one frame, its body given in pieces; packs it if there is a compressor. Returns the
@@ -273,32 +295,28 @@ impl Link {
         compressor: Option<&mut Compressor>,
         packed: &mut Vec<u8>,
     ) -> Result<usize, LinkError> {
-        let raw: usize = pieces.clone().map(<[u8]>::len).sum();
-        let raw_len = u32::try_from(raw).unwrap_or(u32::MAX);
-        if raw > MAX_BODY {
-            return Err(WireError::TooLong {
-                what: "a frame",
-                length: raw_len.into(),
-                limit: MAX_BODY as u64,
-            }
-            .into());
+        let header = pack((kind, vm), pieces.clone(), compressor, packed)?;
+        self.send_packed(header, pieces, packed)?;
+        Ok(HEADER_LEN + header.body_len())
+    }
+
+    /// Sends one frame whose body is in `packed` if it is compressed, and in `pieces` if not.
+    pub(crate) fn send_packed<'a>(
+        &mut self,
+        header: FrameHeader,
+        pieces: impl Iterator<Item = &'a [u8]>,
+        packed: &[u8],
+    ) -> Result<(), LinkError> {
+        let head = header.to_bytes();
+        if header.is_compressed() {
+            return self.write_all_vectored(&mut [IoSlice::new(&head), IoSlice::new(packed)]);
         }
-        if let Some(compressor) = compressor.filter(|_| raw > 0) {
-            compressor.frame(pieces, raw, packed)?;
-            let body_len = u32::try_from(packed.len()).unwrap_or(u32::MAX);
-            let header = FrameHeader::new(kind, vm, body_len, raw_len).with_compression(true);
-            let header = header.to_bytes();
-            self.write_all_vectored(&mut [IoSlice::new(&header), IoSlice::new(packed)])?;
-            return Ok(HEADER_LEN + packed.len());
-        }
-        let header = FrameHeader::new(kind, vm, raw_len, raw_len).to_bytes();
         let mut slices: Vec<IoSlice<'_>> = Vec::with_capacity(66);
-        slices.push(IoSlice::new(&header));
+        slices.push(IoSlice::new(&head));
         for piece in pieces {
             slices.push(IoSlice::new(piece));
         }
-        self.write_all_vectored(&mut slices)?;
-        Ok(HEADER_LEN + raw)
+        self.write_all_vectored(&mut slices)
     }
 
     /// Changes how long the peer may make no progress.
@@ -415,6 +433,50 @@ impl Link {
             _ => Err(error.into()),
         }
     }
+}
+
+/// Head of a frame whose body is given in pieces; packs it if there is a compressor.
+pub(crate) fn pack<'a>(
+    (kind, vm): (FrameKind, u16),
+    pieces: impl Iterator<Item = &'a [u8]> + Clone,
+    compressor: Option<&mut Compressor>,
+    packed: &mut Vec<u8>,
+) -> Result<FrameHeader, LinkError> {
+    let raw: usize = pieces.clone().map(<[u8]>::len).sum();
+    let raw_len = u32::try_from(raw).unwrap_or(u32::MAX);
+    if raw > MAX_BODY {
+        return Err(WireError::TooLong {
+            what: "a frame",
+            length: raw_len.into(),
+            limit: MAX_BODY as u64,
+        }
+        .into());
+    }
+    let Some(compressor) = compressor.filter(|_| raw > 0) else {
+        return Ok(FrameHeader::new(kind, vm, raw_len, raw_len));
+    };
+    compressor.frame(pieces, raw, packed)?;
+    let body_len = u32::try_from(packed.len()).unwrap_or(u32::MAX);
+    Ok(FrameHeader::new(kind, vm, body_len, raw_len).with_compression(true))
+}
+
+/// The body of a frame that was received, `plain` or `packed`.
+pub(crate) fn unpack(
+    header: &FrameHeader,
+    plain: Option<Buffer>,
+    pool: &Arc<Pool>,
+    unpacker: Option<&mut Decompressor>,
+    packed: &[u8],
+) -> Result<Buffer, LinkError> {
+    if let Some(body) = plain {
+        return Ok(body);
+    }
+    let unpacker = unpacker.ok_or_else(|| {
+        WireError::Control("a compressed frame, and no compression was agreed".into())
+    })?;
+    let mut body = pool.take(header.raw_len());
+    unpacker.frame(packed, &mut body)?;
+    Ok(body)
 }
 
 /// Keeps what the kernel has taken and not sent short: what is urgent waits for all of it.

@@ -9,7 +9,7 @@ mod squeeze;
 
 pub(crate) use bucket::Bucket;
 pub(crate) use buffer::{Buffer, Pool};
-pub(crate) use connection::{Link, LinkError, Security, keep_short};
+pub(crate) use connection::{Link, LinkError, Security, keep_short, pack, unpack};
 pub(crate) use hold::Hold;
 pub(crate) use listen::{Serve, Terms, listen};
 pub(crate) use squeeze::{Compressor, Decompressor, SqueezeError};

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use content::HostTable;
 use migrate::pack::{Packed, Scan};
-use page::{ContentId, EntryId};
+use page::{ContentId, EntryId, PAGE_SIZE};
 use wire::FrameKind;
 use wire::index::Verdict;
 
@@ -28,6 +28,19 @@ pub(crate) struct OutFrame {
     pub(crate) packed: Packed,
     /// What the offsets of the packed pages refer to.
     pub(crate) buffer: Option<Arc<Buffer>>,
+}
+
+/// The body of a frame, piece by piece: neighbouring pages of the buffer are apart by QEMU's record
+/// headers.
+pub(crate) fn pieces<'a>(
+    packed: &'a Packed,
+    buffer: Option<&'a Arc<Buffer>>,
+) -> impl Iterator<Item = &'a [u8]> + Clone {
+    let pages = packed.pages.iter().filter_map(move |at| {
+        let at = *at as usize;
+        buffer.map(|buffer| &buffer[at..at + PAGE_SIZE])
+    });
+    std::iter::once(packed.front.as_slice()).chain(pages)
 }
 
 /// The queue. Its length is bounded by the windows of the streams that fill it.
@@ -77,7 +90,7 @@ impl Outbox {
         stream.sent(
             packed.position,
             inner.estimate(packed.raw_len()),
-            packed.pages.len() as u64 * page::PAGE_SIZE as u64,
+            packed.pages.len() as u64 * PAGE_SIZE as u64,
         );
         inner.frames.push_back(OutFrame {
             kind: FrameKind::Pages,

@@ -13,13 +13,14 @@ use wire::{
     PROTOCOL_VERSION, RackHello, WireCompression, WireError,
 };
 
-use crate::link::{Bucket, Compressor, Hold, Link, LinkError, Pool, Security, keep_short};
+use crate::link::{Bucket, Compressor, Hold, Link, LinkError, Pool, Security, keep_short, pack};
 
 use crate::target::store_name;
 use crate::types::RackSpec;
 
 use super::index_link::IndexLink;
-use super::outbox::{OutFrame, Outbox};
+use super::lanes::{Lanes, Load, Loads, Way};
+use super::outbox::{OutFrame, Outbox, pieces};
 use super::reader::{BUFFER, RackWay};
 use super::right_of_way::RightOfWay;
 use super::run::Input;
@@ -28,7 +29,7 @@ use super::stream::Stream;
 use super::urgent;
 
 /// How often a silent side says that it lives.
-const HEARTBEAT: Duration = Duration::from_secs(1);
+pub(crate) const HEARTBEAT: Duration = Duration::from_secs(1);
 
 /// Pages of one repair frame: a buffer full.
 const REPAIR_PAGES: usize = BUFFER / PAGE_SIZE;
@@ -112,6 +113,8 @@ pub(crate) struct SessionContext {
     pub(crate) security: Security,
     pub(crate) peer_timeout: Duration,
     pub(crate) hold: Hold,
+    /// Most connections that share the frames of a session.
+    pub(crate) connections_max: usize,
     /// The group's share of this agent.
     pub(crate) budget: Arc<Bucket>,
 }
@@ -129,6 +132,7 @@ pub(crate) struct Session {
     shared: Arc<Shared>,
     next_vm: AtomicU16,
     sockets: [TcpStream; 2],
+    lanes: Arc<Lanes>,
 }
 
 struct Shared {
@@ -170,6 +174,11 @@ impl Session {
             rack: rack.clone(),
         });
         let outbox = Arc::new(Outbox::default());
+        let (lanes, loads) = Lanes::new(Way {
+            address: key.target_bulk.clone(),
+            context: context.clone(),
+            hello: hello(Channel::Lane, None),
+        });
         let session = Arc::new(Self {
             id,
             outbox: Arc::clone(&outbox),
@@ -179,8 +188,10 @@ impl Session {
             shared: Arc::clone(&shared),
             next_vm: AtomicU16::new(0),
             sockets,
+            lanes,
         });
-        let sender = Sender::new(forward, compression, Arc::clone(&context.budget))?;
+        let budget = Arc::clone(&context.budget);
+        let sender = Sender::new(forward, loads, compression, budget)?;
         spawn("gw-send", {
             let (outbox, shared) = (Arc::clone(&outbox), Arc::clone(&shared));
             move || {
@@ -203,7 +214,15 @@ impl Session {
 
     /// Adds a VM's stream. If the session is over, it is told at once.
     pub(crate) fn add(&self, stream: &Arc<Stream>) {
-        self.shared.streams().insert(stream.vm, Arc::clone(stream));
+        let vms = {
+            let mut streams = self.shared.streams();
+            streams.insert(stream.vm, Arc::clone(stream));
+            streams.len()
+        };
+        self.lanes.grow(vms, {
+            let (shared, outbox) = (Arc::clone(&self.shared), Arc::clone(&self.outbox));
+            move |error| shared.end(&outbox, Some(describe(&error)))
+        });
         if let Some(frames) = &self.frames {
             frames.add(stream);
         }
@@ -234,6 +253,7 @@ impl Session {
 
     /// From here on frames are urgent now and then.
     pub(crate) fn expect_urgent(&self) {
+        self.lanes.close_to_more();
         if let Err(error) = keep_short(&self.sockets[0]) {
             tracing::debug!(%error, "urgent pages wait for what the kernel holds");
         }
@@ -254,6 +274,7 @@ impl Drop for Session {
         for socket in &self.sockets {
             let _ = socket.shutdown(std::net::Shutdown::Both);
         }
+        self.lanes.cut();
     }
 }
 
@@ -282,7 +303,11 @@ impl Shared {
     }
 }
 
-fn open(address: &str, context: &SessionContext, hello: &Hello) -> Result<Link, LinkError> {
+pub(crate) fn open(
+    address: &str,
+    context: &SessionContext,
+    hello: &Hello,
+) -> Result<Link, LinkError> {
     let mut link = Link::connect(address, &context.security, context.peer_timeout)?;
     link.send_hello(hello)?;
     match link.receive()? {
@@ -315,24 +340,31 @@ pub(crate) fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> std::io:
         .map(drop)
 }
 
-/// The thread that owns the forward connection.
+/// The thread that packs and numbers frames, and owns the forward connection.
 struct Sender {
     link: Link,
+    loads: Loads,
+    /// Number of the last frame.
+    order: u32,
     compressor: Option<Compressor>,
-    packed: Vec<u8>,
+    /// A body, compressed.
+    compressed: Vec<u8>,
     budget: Arc<Bucket>,
 }
 
 impl Sender {
     fn new(
         link: Link,
+        loads: Loads,
         compression: WireCompression,
         budget: Arc<Bucket>,
     ) -> Result<Self, LinkError> {
         Ok(Self {
             link,
+            loads,
+            order: 0,
             compressor: Compressor::new(compression)?,
-            packed: Vec::with_capacity(2 * BUFFER),
+            compressed: Vec::with_capacity(2 * BUFFER),
             budget,
         })
     }
@@ -345,21 +377,12 @@ impl Sender {
                 continue;
             };
             let raw = frame.packed.raw_len();
-            // Urgent pages, too: 32 KiB take the compressor a tenth of a millisecond, and much of them
-            // has crossed before.
-            let sent = self.link.send_frame(
-                (frame.kind, frame.stream.vm),
-                pieces(&frame),
-                self.compressor.as_mut(),
-                &mut self.packed,
-            )?;
+            let stream = Arc::clone(&frame.stream);
+            let sent = self.send(frame)?;
             outbox.learn_ratio(raw, sent);
-            frame
-                .stream
-                .wire_bytes
-                .fetch_add(sent as u64, Ordering::Relaxed);
+            stream.wire_bytes.fetch_add(sent as u64, Ordering::Relaxed);
             let now = Instant::now();
-            frame.stream.bucket.take(sent as u64, now);
+            stream.bucket.take(sent as u64, now);
             let wait = self.budget.take(sent as u64, now);
             if !wait.is_zero() {
                 outbox.rest(wait);
@@ -367,19 +390,49 @@ impl Sender {
         }
         Ok(())
     }
-}
 
-/// The body of a frame, piece by piece: neighbouring pages of the buffer are apart by QEMU's
-/// record headers.
-fn pieces(frame: &OutFrame) -> impl Iterator<Item = &[u8]> + Clone {
-    let pages = frame.packed.pages.iter().filter_map(|at| {
-        let at = *at as usize;
-        frame
-            .buffer
-            .as_ref()
-            .map(|buffer| &buffer[at..at + PAGE_SIZE])
-    });
-    std::iter::once(frame.packed.front.as_slice()).chain(pages)
+    /// Sends a frame, or gives it to a lane. Returns its bytes on the wire, before encryption.
+    fn send(&mut self, frame: OutFrame) -> Result<usize, LinkError> {
+        let OutFrame {
+            kind,
+            stream,
+            packed,
+            buffer,
+        } = frame;
+        // Urgent pages are packed, too: 32 KiB take the compressor a tenth of a millisecond, and much of
+        // them has crossed before.
+        let header = pack(
+            (kind, stream.vm),
+            pieces(&packed, buffer.as_ref()),
+            self.compressor.as_mut(),
+            &mut self.compressed,
+        )?;
+        // 0 is no number.
+        self.order = self.order.wrapping_add(1).max(1);
+        let header = header.with_order(self.order);
+        let sent = HEADER_LEN + header.body_len();
+        let mut load = Load {
+            header,
+            packed,
+            buffer,
+            compressed: std::mem::take(&mut self.compressed),
+        };
+        if header.is_compressed() {
+            // While it waits the reader can use its buffer again.
+            load.packed = Packed::default();
+            load.buffer = None;
+        }
+        if !self.link.has_room() {
+            let Some(back) = self.loads.give(load) else {
+                self.compressed = self.loads.spare();
+                return Ok(sent);
+            };
+            load = back;
+        }
+        load.send(&mut self.link)?;
+        self.compressed = load.compressed;
+        Ok(sent)
+    }
 }
 
 /// The thread that owns the back connection; returns why it ended.

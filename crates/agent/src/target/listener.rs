@@ -10,11 +10,12 @@ use page::{ContentKey, HostNo};
 use wire::{Channel, ControlReply, ControlRequest, Hello, WireCompression};
 
 use crate::index_host::IndexHost;
-use crate::link::{Link, LinkError, Serve, Terms};
+use crate::link::{Decompressor, Link, LinkError, Serve, Terms};
 
 use super::incoming::Arrivals;
 use super::peer::PeerContext;
 use super::rack::RackStores;
+use super::receiver::{self, ReceiveError};
 use super::resume::Resumption;
 use super::session::{TargetSession, lock};
 
@@ -51,10 +52,25 @@ pub(crate) fn listen(
     Ok(())
 }
 
+/// The source closes when its last move is over.
+fn ended(result: Result<(), ReceiveError>) -> anyhow::Result<()> {
+    match result {
+        Err(ReceiveError::Link(LinkError::Closed)) => Ok(()),
+        other => Ok(other?),
+    }
+}
+
 impl Serve for Listener {
     fn serve(&self, mut link: Link, hello: &Hello) -> anyhow::Result<()> {
         match hello.channel {
             Channel::Forward => self.forward(link, hello),
+            Channel::Lane => {
+                let session = self.welcome(&mut link, hello)?;
+                session.cut_at_end(link.socket()?);
+                let result = receiver::run(link, &session);
+                session.end();
+                ended(result)
+            }
             Channel::Back => {
                 let session = self.welcome(&mut link, hello)?;
                 let result = session.answer(link);
@@ -103,8 +119,9 @@ impl Listener {
             }
             None => None,
         };
-        let session = Arc::new(TargetSession::new(key, store, rack));
-        session.set_forward(link.socket()?);
+        let unpacker = Decompressor::new(hello.compression)?;
+        let session = Arc::new(TargetSession::new(key, store, rack, unpacker));
+        session.cut_at_end(link.socket()?);
         {
             let mut sessions = lock(&self.sessions);
             sessions.retain(|_, session| session.strong_count() > 0);
@@ -116,7 +133,7 @@ impl Listener {
             session = hello.session,
             "session begins"
         );
-        let result = super::receiver::run(link, &session, hello.compression);
+        let result = receiver::run(link, &session);
         session.end();
         self.arrivals.session_lost(&session);
         lock(&self.sessions).remove(&hello.session);
@@ -125,11 +142,7 @@ impl Listener {
             session = hello.session,
             "session ends"
         );
-        match result {
-            // The source closes when its last move is over.
-            Err(super::receiver::ReceiveError::Link(LinkError::Closed)) => Ok(()),
-            other => Ok(other?),
-        }
+        ended(result)
     }
 
     /// Another target host of a group.

@@ -25,6 +25,7 @@ mod resume;
 mod returns;
 mod session;
 mod sink;
+mod turns;
 
 pub(crate) use incoming::{Arrivals, TargetContext};
 pub(crate) use ksm::{KsmBoost, restore_leftover};

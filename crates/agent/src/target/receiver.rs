@@ -1,14 +1,16 @@
-//! The forward connection: frames come in, are unpacked, and go to their VM's sink.
+//! The forward connection and its lanes: frames come in, are unpacked in their order, and go to their
+//! VM's sink.
 
 use std::sync::Arc;
 
 use migrate::unpack::{UnpackError, literal_runs, remotes};
-use wire::{FrameKind, WireCompression, WireError};
+use wire::{FrameHeader, FrameKind, WireError};
 
-use crate::link::{Buffer, Decompressor, Link, LinkError, Pool};
+use crate::link::{Buffer, Link, LinkError, Pool, unpack};
 
 use super::session::{TargetSession, lock};
 use super::sink::SinkFrame;
+use super::turns::Waited;
 
 /// Size of the buffers that go round: a source's read buffer with its operations. Longer
 /// frames, which are rare, get a buffer of their own.
@@ -21,53 +23,64 @@ pub(crate) enum ReceiveError {
     Link(#[from] LinkError),
     #[error("a frame is malformed: {0}")]
     Frame(#[from] UnpackError),
+    #[error("frame {0} of the session came twice")]
+    Twice(u32),
 }
 
-/// Owns the forward connection until it ends.
-pub(crate) fn run(
-    mut link: Link,
-    session: &TargetSession,
-    compression: WireCompression,
-) -> Result<(), ReceiveError> {
+/// Owns the forward connection, or a lane, until it ends.
+pub(crate) fn run(mut link: Link, session: &TargetSession) -> Result<(), ReceiveError> {
     let pool = Pool::new(BODY);
     let mut packed = Vec::new();
-    let mut unpacker = Decompressor::new(compression).map_err(LinkError::from)?;
     while !session.is_over() {
-        let (header, body) = link.receive_frame(&pool, unpacker.as_mut(), &mut packed)?;
-        match header.kind() {
-            FrameKind::Heartbeat => {}
-            FrameKind::Pages => deliver(session, header.vm(), Arc::new(body), false)?,
-            FrameKind::Repair => deliver(session, header.vm(), Arc::new(body), true)?,
-            // Nothing of it is entered anywhere: it overtakes what is in the store.
-            FrameKind::Urgent => {
-                if let Some(sink) = session.sink(header.vm()) {
-                    sink.push_urgent(SinkFrame::Urgent(Arc::new(body)));
-                }
-            }
-            FrameKind::Hurry => {
-                if let Some(sink) = session.sink(header.vm()) {
-                    sink.push(SinkFrame::Hurry);
-                }
-            }
-            FrameKind::Relay => {
-                if let Some(sink) = session.sink(header.vm()) {
-                    sink.push(SinkFrame::Relay(Arc::new(body)));
-                }
-            }
-            FrameKind::RelayPreempt => {
-                if let Some(sink) = session.sink(header.vm()) {
-                    sink.push_urgent(SinkFrame::Relay(Arc::new(body)));
-                }
-            }
-            FrameKind::Close => session.remove_sink(header.vm()),
-            other => return Err(LinkError::from(WireError::UnexpectedKind(other as u8)).into()),
-        }
+        let (header, plain) = link.receive_packed(&pool, &mut packed)?;
+        let order = header.order();
+        let mut turn = match session.turns.wait(order, || session.is_over()) {
+            Waited::Due(turn) => turn,
+            Waited::Passed => return Err(ReceiveError::Twice(order)),
+            Waited::Over => return Ok(()),
+        };
+        let body = unpack(&header, plain, &pool, turn.unpacker.as_mut(), &packed)?;
+        take(session, &header, body)?;
+        session.turns.pass(order, turn);
     }
     Ok(())
 }
 
-/// Enters new contents, whoever they belong to, and hands the frame on. Never waits: one VM's
-/// QEMU must not hold up the others'.
+/// Hands a frame on. Never waits: one VM's QEMU must not hold up the others'.
+fn take(session: &TargetSession, header: &FrameHeader, body: Buffer) -> Result<(), ReceiveError> {
+    let vm = header.vm();
+    match header.kind() {
+        FrameKind::Heartbeat => {}
+        FrameKind::Pages => deliver(session, vm, Arc::new(body), false)?,
+        FrameKind::Repair => deliver(session, vm, Arc::new(body), true)?,
+        // Nothing of it is entered anywhere: it overtakes what is in the store.
+        FrameKind::Urgent => {
+            if let Some(sink) = session.sink(vm) {
+                sink.push_urgent(SinkFrame::Urgent(Arc::new(body)));
+            }
+        }
+        FrameKind::Hurry => {
+            if let Some(sink) = session.sink(vm) {
+                sink.push(SinkFrame::Hurry);
+            }
+        }
+        FrameKind::Relay => {
+            if let Some(sink) = session.sink(vm) {
+                sink.push(SinkFrame::Relay(Arc::new(body)));
+            }
+        }
+        FrameKind::RelayPreempt => {
+            if let Some(sink) = session.sink(vm) {
+                sink.push_urgent(SinkFrame::Relay(Arc::new(body)));
+            }
+        }
+        FrameKind::Close => session.remove_sink(vm),
+        other => return Err(LinkError::from(WireError::UnexpectedKind(other as u8)).into()),
+    }
+    Ok(())
+}
+
+/// Enters new contents, whoever they belong to, and hands the frame on.
 fn deliver(
     session: &TargetSession,
     vm: u16,

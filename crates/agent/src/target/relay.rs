@@ -95,7 +95,7 @@ mod tests {
     use crate::link::Pool;
 
     fn relay() -> (SinkHandle, Relay) {
-        let session = Arc::new(TargetSession::new(ContentKey::new([1; 32]), 0, None));
+        let session = Arc::new(TargetSession::new(ContentKey::new([1; 32]), 0, None, None));
         let (handle, frames, _, queued) = SinkHandle::new();
         let relay = Relay {
             frames,

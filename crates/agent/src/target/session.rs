@@ -14,10 +14,11 @@ use page::{
 use sys::ProcessMemory;
 use wire::{BackMessage, FrameHeader, FrameKind};
 
-use crate::link::{Buffer, Link, LinkError};
+use crate::link::{Buffer, Decompressor, Link, LinkError};
 
 use super::rack::RackStore;
 use super::sink::SinkHandle;
+use super::turns::Turns;
 
 /// How often the back connection says that it lives.
 const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -63,11 +64,19 @@ pub(crate) struct TargetSession {
     members: Mutex<HashMap<u16, u16>>,
     back: (Sender<ToSource>, Receiver<ToSource>),
     over: AtomicBool,
-    forward: Mutex<Option<TcpStream>>,
+    /// In what order frames are taken, whatever connection brings them.
+    pub(crate) turns: Turns,
+    /// The connections that bring frames.
+    sockets: Mutex<Vec<TcpStream>>,
 }
 
 impl TargetSession {
-    pub(crate) fn new(key: ContentKey, store_bytes: usize, rack: Option<Arc<RackStore>>) -> Self {
+    pub(crate) fn new(
+        key: ContentKey,
+        store_bytes: usize,
+        rack: Option<Arc<RackStore>>,
+        unpacker: Option<Decompressor>,
+    ) -> Self {
         Self {
             number: NEXT.fetch_add(1, Ordering::Relaxed),
             key,
@@ -79,7 +88,8 @@ impl TargetSession {
             members: Mutex::default(),
             back: bounded(BACK_QUEUE),
             over: AtomicBool::new(false),
-            forward: Mutex::new(None),
+            turns: Turns::new(unpacker),
+            sockets: Mutex::default(),
         }
     }
 
@@ -141,21 +151,27 @@ impl TargetSession {
         }
     }
 
-    pub(crate) fn set_forward(&self, socket: TcpStream) {
-        *lock(&self.forward) = Some(socket);
+    /// Cuts this connection when the session ends.
+    pub(crate) fn cut_at_end(&self, socket: TcpStream) {
+        let mut sockets = lock(&self.sockets);
+        if self.is_over() {
+            let _ = socket.shutdown(std::net::Shutdown::Both);
+        } else {
+            sockets.push(socket);
+        }
     }
 
     pub(crate) fn is_over(&self) -> bool {
         self.over.load(Ordering::Acquire)
     }
 
-    /// Ends the session: the forward connection is cut, sinks go home when they have nothing
-    /// left to do.
+    /// Ends the session: the connections that bring frames are cut, sinks go home when they have
+    /// nothing left to do.
     pub(crate) fn end(&self) {
         if self.over.swap(true, Ordering::AcqRel) {
             return;
         }
-        if let Some(socket) = lock(&self.forward).take() {
+        for socket in std::mem::take(&mut *lock(&self.sockets)) {
             let _ = socket.shutdown(std::net::Shutdown::Both);
         }
         let sinks = std::mem::take(&mut *lock(&self.sinks));

@@ -20,6 +20,7 @@ use crate::net::Rack;
 use crate::pki::Authority;
 use crate::process;
 use crate::results::AgentPeak;
+use crate::session::making;
 use crate::shell::say;
 
 /// Port of the control API for other agents.
@@ -258,6 +259,7 @@ fn spawn(host: &Host, program: &Path) -> anyhow::Result<Child> {
         .append(true)
         .open(log_path(host))
         .context("creating the agent's log")?;
+    let _making = making();
     host.command(program)
         .args(["agent", "--config"])
         .arg(config_path(host))

@@ -27,6 +27,7 @@ fn link(key: &IndexKey) -> IndexLink {
         security: Security::Plaintext,
         peer_timeout: PATIENCE,
         hold: Hold(None),
+        connections_max: 1,
         budget: Arc::default(),
     };
     IndexLink::connect(key, &ContentKey::new(SECRET), &context).unwrap()
