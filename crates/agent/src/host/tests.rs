@@ -1,6 +1,7 @@
 //! Both roles in one process, around real QEMUs with firmware and loaded data.
 
 mod following;
+mod lanes;
 
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};

@@ -67,9 +67,13 @@ impl Serve for Listener {
             Channel::Lane => {
                 let session = self.welcome(&mut link, hello)?;
                 session.cut_at_end(link.socket()?);
-                let result = receiver::run(link, &session);
-                session.end();
-                ended(result)
+                let result = ended(receiver::run(link, &session));
+                // One that the source closes has brought all that was on it; of one that breaks the
+                // source hears, too.
+                if result.is_err() {
+                    session.end();
+                }
+                result
             }
             Channel::Back => {
                 let session = self.welcome(&mut link, hello)?;
