@@ -28,11 +28,19 @@ pub(super) fn run(
     stream: &Arc<Stream>,
     outbox: &Outbox,
 ) -> Result<(), ReadError> {
+    match accept(listening, stream)? {
+        Some(socket) => read(&socket, stream, outbox),
+        None => Ok(()),
+    }
+}
+
+/// Waits for QEMU to open the channel; in vain if the stream is closed first.
+fn accept(listening: Listening, stream: &Stream) -> Result<Option<UnixStream>, ReadError> {
     let Some(socket) = listening.accept_while(|| !stream.is_closed())? else {
-        return Ok(());
+        return Ok(None);
     };
     stream.attach_second(socket.try_clone()?);
-    read(&socket, stream, outbox)
+    Ok(Some(socket))
 }
 
 fn read(socket: &UnixStream, stream: &Arc<Stream>, outbox: &Outbox) -> Result<(), ReadError> {
@@ -103,10 +111,9 @@ pub(super) fn relay(
     stream: &Arc<Stream>,
     outbox: &Outbox,
 ) -> Result<(), ReadError> {
-    let Some(socket) = listening.accept_while(|| !stream.is_closed())? else {
+    let Some(socket) = accept(listening, stream)? else {
         return Ok(());
     };
-    stream.attach_second(socket.try_clone()?);
     let mut piece = vec![0; PIECE];
     while let Received::Bytes(n) = receive(&socket, &mut piece, false)? {
         let front = piece[..n].to_vec();

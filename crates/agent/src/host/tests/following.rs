@@ -79,8 +79,11 @@ fn following(agents: &Agents, data: &Path) -> (Vm, Cable, Receiver<Happening>) {
     (vm, cable, receiver)
 }
 
-/// That what was loaded at the source is in the memory of the VM at its target, where QEMU's loader put it.
-fn assert_arrived(agents: &Agents, vm: &Vm, data: &Path) {
+/// That the rest of the memory comes, and what QEMU's loader put there at the source is in it.
+fn assert_arrives(agents: &Agents, (vm, receiver): (&Vm, &Receiver<Happening>), data: &Path) {
+    let unlimited = Bandwidth::default();
+    agents.source.set_bandwidth("g/v", unlimited).unwrap();
+    wait_for(receiver, Phase::Moved);
     let (loaded, after) = (std::fs::read(data).unwrap(), target_memory(agents, vm));
     assert!(
         after[16 << 20..][..loaded.len()] == loaded[..],
@@ -103,12 +106,7 @@ fn real_memory_goes_on_following_its_vm_when_a_cut_cable_is_mended() {
         cable.set_cut(false);
         wait_for(&receiver, Phase::PostCopy);
     }
-    agents
-        .source
-        .set_bandwidth("g/v", Bandwidth::default())
-        .unwrap();
-    wait_for(&receiver, Phase::Moved);
-    assert_arrived(&agents, &vm, &data);
+    assert_arrives(&agents, (&vm, &receiver), &data);
     // Its monitor is free again, and it could go on to another host.
     let (guest, _events) = SourceGuest::attach(&moved_qmp(&vm)).unwrap();
     assert_eq!(guest.run_state().unwrap(), guest::RunState::Running);
@@ -132,12 +130,7 @@ fn real_memory_goes_on_following_its_vm_when_its_resumption_is_cut_again() {
         cable.set_cut(true);
     }
     cable.set_cut(false);
-    agents
-        .source
-        .set_bandwidth("g/v", Bandwidth::default())
-        .unwrap();
-    wait_for(&receiver, Phase::Moved);
-    assert_arrived(&agents, &vm, &data);
+    assert_arrives(&agents, (&vm, &receiver), &data);
 }
 
 #[test]
@@ -159,12 +152,7 @@ fn real_memory_goes_on_following_its_vm_when_a_person_says_so_after_the_limit() 
     cable.set_cut(false);
     let receiver = again();
     wait_for(&receiver, Phase::PostCopy);
-    agents
-        .source
-        .set_bandwidth("g/v", Bandwidth::default())
-        .unwrap();
-    wait_for(&receiver, Phase::Moved);
-    assert_arrived(&agents, &vm, &data);
+    assert_arrives(&agents, (&vm, &receiver), &data);
 }
 
 #[test]
