@@ -178,6 +178,14 @@ impl Window {
         self.position - self.acked
     }
 
+    /// Of the backlog, bytes that the target has not received, and bytes that it has and that wait
+    /// for contents in front of them.
+    #[must_use]
+    pub fn behind(&self) -> (u64, u64) {
+        let received = self.received.max(self.acked);
+        (self.position - received, received - self.acked)
+    }
+
     /// Position that the target QEMU has loaded.
     #[must_use]
     pub fn acked(&self) -> u64 {
@@ -307,6 +315,9 @@ mod tests {
         w.set_near_end(true);
         w.acknowledged(up_to(64, 61), ms(8000));
         assert!(!w.is_open(), "3 MiB are much for a pause");
+        w.sent(65 << 20, 1 << 20, 1 << 20);
+        assert_eq!(w.behind(), (1 << 20, 3 << 20));
+        w.acknowledged(up_to(65, 62), ms(8050));
         w.set_guest_ahead();
         assert!(w.is_open(), "the guest runs already");
         w.acknowledged(all(64 << 20), ms(8100));

@@ -345,8 +345,9 @@ impl Run {
             let waits = self.stopped || stream.is_ending();
             if waits && stream.stalled_for() > self.context.stall_limit {
                 let reason = format!(
-                    "the target made no progress for {} s while the guest was stopped",
-                    self.context.stall_limit.as_secs()
+                    "the target made no progress for {} s while the guest was stopped: {}",
+                    self.context.stall_limit.as_secs(),
+                    stream.behind()
                 );
                 self.handle(SourceEvent::Failed(reason));
                 return;

@@ -461,6 +461,17 @@ impl Stream {
         }
     }
 
+    /// What the target is behind with, for people.
+    pub(crate) fn behind(&self) -> String {
+        let flow = lock(&self.window);
+        let (unreceived, incomplete) = flow.window.behind();
+        format!(
+            "of QEMU's stream {unreceived} bytes have not reached its QEMU, {incomplete} bytes wait \
+             there for contents, {} reads wait here for the index",
+            flow.unresolved
+        )
+    }
+
     /// Ends the stream: the reader goes home, and the socket is closed if `close_socket`, which
     /// makes a source QEMU that has not completed resume its guest.
     pub(crate) fn close(&self, close_socket: bool) {
