@@ -1,7 +1,7 @@
 //! Connections from one target host to another: contents, and pulls for them. Each direction has a
 //! connection of its own, which one thread owns.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -64,6 +64,8 @@ struct Queue {
     pulls: Vec<EntryId>,
     missing: Vec<EntryId>,
     contents: VecDeque<Content>,
+    /// The entries of `contents`: a pull for one of them is answered by waiting.
+    waiting: HashSet<EntryId>,
     is_running: bool,
     is_closed: bool,
 }
@@ -102,7 +104,7 @@ impl Outgoing {
         self.pool.take(len)
     }
 
-    /// Queues contents of a body; what does not fit is left out.
+    /// Queues contents of a body; what does not fit is left out, and what waits already.
     pub(crate) fn contents(
         &self,
         contents: impl Iterator<Item = (EntryId, usize)>,
@@ -110,7 +112,7 @@ impl Outgoing {
     ) {
         self.queue(|queue| {
             for (entry, at) in contents {
-                if queue.contents.len() * PAGE_SIZE < MAX_QUEUED {
+                if queue.contents.len() * PAGE_SIZE < MAX_QUEUED && queue.waiting.insert(entry) {
                     let body = Arc::clone(body);
                     queue.contents.push_back(Content { entry, body, at });
                 }
@@ -179,6 +181,7 @@ impl Shared {
         queue.pulls.clear();
         queue.missing.clear();
         queue.contents.clear();
+        queue.waiting.clear();
     }
 
     /// The host's own session may be a moment later than ours.
@@ -279,7 +282,11 @@ impl Shared {
         if count == 0 {
             return Some(Next::Nothing);
         }
-        Some(Next::Contents(queue.contents.drain(..count).collect()))
+        let contents: Vec<_> = queue.contents.drain(..count).collect();
+        for content in &contents {
+            queue.waiting.remove(&content.entry);
+        }
+        Some(Next::Contents(contents))
     }
 }
 
@@ -303,7 +310,7 @@ pub(crate) fn receive(
             FrameKind::Heartbeat => {}
             FrameKind::Contents => {
                 let (entries, at) = decode_contents(&body)?;
-                store.pushed(&entries, at, &Arc::new(body));
+                store.pushed(from, (&entries, at), &Arc::new(body));
             }
             FrameKind::Pull => store.pulled(from, &decode_entries(&body)?),
             FrameKind::Missing => store.missing(from, &decode_entries(&body)?),

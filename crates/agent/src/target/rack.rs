@@ -297,7 +297,8 @@ impl RackStore {
         if runs.iter().all(|run| run.first.is_local()) {
             return;
         }
-        let came = lock(&self.inner).store.brought(runs, body);
+        let now = self.clock.elapsed();
+        let came = lock(&self.inner).store.brought(runs, body, now);
         self.hand_out(came, body);
     }
 
@@ -311,8 +312,9 @@ impl RackStore {
     }
 
     /// Another target host brought contents.
-    pub(crate) fn pushed(&self, entries: &[EntryId], at: usize, body: &Arc<Buffer>) {
-        let came = lock(&self.inner).store.pushed(entries, at, body);
+    pub(crate) fn pushed(&self, from: HostNo, contents: (&[EntryId], usize), body: &Arc<Buffer>) {
+        let now = self.clock.elapsed();
+        let came = lock(&self.inner).store.pushed(from, contents, body, now);
         self.hand_out(came, body);
     }
 

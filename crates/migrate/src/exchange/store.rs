@@ -203,23 +203,38 @@ impl<B: Body> Store<B> {
     }
 
     /// A source of this host brought literals.
-    pub fn brought(&mut self, runs: &[LiteralRun], body: &B) -> Came<B> {
+    pub fn brought(&mut self, runs: &[LiteralRun], body: &B, now: Duration) -> Came<B> {
+        self.waits.heard_sources(now);
         let of_rack = || runs.iter().filter(|run| !run.first.is_local());
         let shelved = of_rack().map(|run| (run.first, run.count, run.at));
         self.own.push(shelved, body, body.bytes().len());
         let each = of_rack().flat_map(|run| run.contents());
         let mut came = self.came(each, body);
+        // Who has asked for it already gets it once.
+        let asked: HashSet<_> = came
+            .send
+            .iter()
+            .map(|(to, entry, _)| (*to, *entry))
+            .collect();
         for run in of_rack() {
             for host in run.forward.iter() {
                 let contents = run.contents().map(|(entry, at)| (host, entry, at));
-                came.send.extend(contents);
+                let unasked = contents.filter(|(to, entry, _)| !asked.contains(&(*to, *entry)));
+                came.send.extend(unasked);
             }
         }
         came
     }
 
     /// Another target host brought entries, whose pages follow each other from `at` on.
-    pub fn pushed(&mut self, entries: &[EntryId], at: usize, body: &B) -> Came<B> {
+    pub fn pushed(
+        &mut self,
+        from: HostNo,
+        (entries, at): (&[EntryId], usize),
+        body: &B,
+        now: Duration,
+    ) -> Came<B> {
+        self.waits.heard(from, now);
         let offsets = (0..).map(|index| at + index * PAGE_SIZE);
         let contents = entries.iter().copied().zip(offsets);
         let runs = contents.clone().map(|(entry, at)| (entry, 1, at));

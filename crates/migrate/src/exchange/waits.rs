@@ -5,15 +5,21 @@ use std::time::Duration;
 
 use page::{ContentId, EntryId, HostNo};
 
-/// How long a push may take before it is asked for: what a link of 100 Mbit/s needs for the 8 MiB
-/// of a VM's window and as much of pushes, twice.
+/// How long a push may take before it is asked for, since anything came from its carrier: what a link of
+/// 100 Mbit/s needs for the 8 MiB of a VM's window and as much of pushes, twice. What else the carrier
+/// sends is in front of it, and to ask for it would have it sent twice.
 const PUSH_PATIENCE: Duration = Duration::from_secs(3);
 
-/// How long anything may take before the page is read again from the source. A carrier that
-/// lives and is slow gets there; one that died is noticed by its connection.
+/// How long anything may take, since anything came from its carrier, before the page is read again from
+/// the source. A carrier that lives and is slow gets there; one that died is noticed by its
+/// connection. A push is asked for after this time whatever else comes.
 const PATIENCE: Duration = Duration::from_secs(8);
 
-/// How long a pull is parked: less than the asker's patience, so that it hears a word.
+/// How long anything may take whatever else comes.
+const PATIENCE_IN_ALL: Duration = Duration::from_secs(32);
+
+/// How long a pull is parked, since anything came from a source: less than the asker's patience, so
+/// that it hears a word.
 const PARK: Duration = Duration::from_secs(5);
 
 /// How long the last contents of a stopped guest may take: they are on their way, or it is quicker
@@ -62,14 +68,34 @@ struct Wanted {
     id: ContentId,
     carrier: HostNo,
     waiters: Vec<Waiter>,
-    /// When the carrier is asked, if it has not been.
-    pull_at: Option<Duration>,
-    give_up_at: Duration,
+    since: Duration,
+    /// Whether the carrier pushes it and has not been asked.
+    is_pushed: bool,
+    /// When it is given up because a stopped guest waits.
+    hurried: Option<Duration>,
+}
+
+impl Wanted {
+    fn pull_at(&self, heard: Duration) -> Option<Duration> {
+        let at = (self.since.max(heard) + PUSH_PATIENCE).min(self.since + PATIENCE);
+        self.is_pushed.then_some(at)
+    }
+
+    fn give_up_at(&self, heard: Duration) -> Duration {
+        let at = (self.since.max(heard) + PATIENCE).min(self.since + PATIENCE_IN_ALL);
+        self.hurried.map_or(at, |hurried| hurried.min(at))
+    }
 }
 
 struct Parked {
     hosts: Vec<HostNo>,
-    until: Duration,
+    since: Duration,
+}
+
+impl Parked {
+    fn until(&self, heard: Duration) -> Duration {
+        (self.since.max(heard) + PARK).min(self.since + PATIENCE_IN_ALL)
+    }
 }
 
 /// The machine; see the module above.
@@ -78,6 +104,8 @@ pub(super) struct Waits {
     wanted: HashMap<EntryId, Wanted>,
     parked: HashMap<EntryId, Parked>,
     gone_until: HashMap<HostNo, Duration>,
+    /// When contents last came from a host, or to this one from its sources.
+    heard: HashMap<HostNo, Duration>,
 }
 
 impl Waits {
@@ -88,7 +116,18 @@ impl Waits {
             wanted: HashMap::new(),
             parked: HashMap::new(),
             gone_until: HashMap::new(),
+            heard: HashMap::new(),
         }
+    }
+
+    /// Contents came from a host; from this one's sources, if it is this one.
+    pub(super) fn heard(&mut self, from: HostNo, now: Duration) {
+        self.heard.insert(from, now);
+    }
+
+    /// Contents came from sources of this host.
+    pub(super) fn heard_sources(&mut self, now: Duration) {
+        self.heard(self.me, now);
     }
 
     /// A page waits for an entry that is not here, or will (without a waiter). False: it will not
@@ -118,8 +157,9 @@ impl Waits {
             id,
             carrier,
             waiters: waiter.into_iter().collect(),
-            pull_at: (carrier != self.me && pushed).then_some(now + PUSH_PATIENCE),
-            give_up_at: now + PATIENCE,
+            since: now,
+            is_pushed: carrier != self.me && pushed,
+            hurried: None,
         };
         self.wanted.insert(entry, wanted);
         true
@@ -191,7 +231,7 @@ impl Waits {
         }
         let parked = self.parked.entry(entry).or_insert_with(|| Parked {
             hosts: Vec::new(),
-            until: now + PARK,
+            since: now,
         });
         if !parked.hosts.contains(&from) {
             parked.hosts.push(from);
@@ -231,7 +271,8 @@ impl Waits {
     pub(super) fn hurry(&mut self, entries: impl Iterator<Item = EntryId>, now: Duration) {
         for entry in entries {
             if let Some(wanted) = self.wanted.get_mut(&entry) {
-                wanted.give_up_at = wanted.give_up_at.min(now + HURRY);
+                let at = now + HURRY;
+                wanted.hurried = Some(wanted.hurried.map_or(at, |earlier| earlier.min(at)));
             }
         }
     }
@@ -239,11 +280,13 @@ impl Waits {
     /// Time passes.
     pub(super) fn tick(&mut self, now: Duration, actions: &mut Vec<Action>) {
         let mut late = Vec::new();
+        let heard = |host: HostNo| self.heard.get(&host).copied().unwrap_or_default();
         for (entry, wanted) in &mut self.wanted {
-            if wanted.give_up_at <= now {
+            let heard = heard(wanted.carrier);
+            if wanted.give_up_at(heard) <= now {
                 late.push(*entry);
-            } else if wanted.pull_at.is_some_and(|at| at <= now) {
-                wanted.pull_at = None;
+            } else if wanted.pull_at(heard).is_some_and(|at| at <= now) {
+                wanted.is_pushed = false;
                 let (to, entry) = (wanted.carrier, *entry);
                 actions.push(Action::Pull { to, entry });
             }
@@ -251,8 +294,9 @@ impl Waits {
         for entry in late {
             self.give_up(entry, actions);
         }
+        let heard = self.heard.get(&self.me).copied().unwrap_or_default();
         self.parked.retain(|entry, parked| {
-            let stays = parked.until > now;
+            let stays = parked.until(heard) > now;
             if !stays {
                 let missing = |to: &HostNo| Action::Missing {
                     to: *to,
@@ -331,6 +375,34 @@ mod tests {
         assert_eq!(tick(&mut exchange, 5), []);
         assert_eq!(tick(&mut exchange, 9), [given_up(5, OTHER)]);
         assert!(exchange.is_idle());
+    }
+
+    #[test]
+    fn while_the_carrier_sends_other_contents_there_is_patience_with_it_but_not_without_end() {
+        let mut exchange = Waits::new(ME);
+        want(&mut exchange, 5, OTHER, true);
+        let mut done = Vec::new();
+        for second in 1..=40 {
+            exchange.heard(OTHER, at(second));
+            done.extend(
+                tick(&mut exchange, second)
+                    .into_iter()
+                    .map(|what| (second, what)),
+            );
+        }
+        assert_eq!(done, [(8, pull(5)), (32, given_up(5, OTHER))]);
+        want(&mut exchange, 6, OTHER, true);
+        exchange.heard(OTHER, at(2));
+        exchange.heard(HostNo(2), at(4));
+        assert_eq!(tick(&mut exchange, 4), []);
+        assert_eq!(tick(&mut exchange, 5), [pull(6)]);
+        exchange.hurry([EntryId(6)].into_iter(), at(5));
+        exchange.heard(OTHER, at(6));
+        assert_eq!(
+            tick(&mut exchange, 6),
+            [given_up(6, OTHER)],
+            "a guest stands still"
+        );
     }
 
     #[test]

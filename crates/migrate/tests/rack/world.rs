@@ -388,7 +388,7 @@ impl World {
             let local = runs.iter().filter(|run| run.first.is_local());
             let local = local.map(|run| (run.first, run.count, run.at));
             self.hosts[host].recent.push(local, &body, body.len());
-            let came = self.hosts[host].store.brought(&runs, &body);
+            let came = self.hosts[host].store.brought(&runs, &body, self.now);
             self.hand_out(host, came, &body);
             for remote in remotes(&body).unwrap() {
                 let actions = self.hosts[host].store.named(&remote, self.now);
@@ -468,7 +468,8 @@ impl World {
         match message {
             Message::Contents(entries, bytes) => {
                 let body = Arc::new(bytes);
-                let came = self.hosts[to].store.pushed(&entries, 0, &body);
+                let store = &mut self.hosts[to].store;
+                let came = store.pushed(from_no, (&entries, 0), &body, self.now);
                 self.hand_out(to, came, &body);
             }
             Message::Missing(entry) => {
