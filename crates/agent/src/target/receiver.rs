@@ -6,15 +6,11 @@ use std::sync::Arc;
 use migrate::unpack::{UnpackError, literal_runs, remotes};
 use wire::{FrameHeader, FrameKind, WireError};
 
-use crate::link::{Buffer, Link, LinkError, Pool, unpack};
+use crate::link::{Buffer, Link, LinkError, unpack};
 
 use super::session::{TargetSession, lock};
 use super::sink::SinkFrame;
 use super::turns::Waited;
-
-/// Size of the buffers that go round: a source's read buffer with its operations. Longer
-/// frames, which are rare, get a buffer of their own.
-const BODY: usize = 320 << 10;
 
 /// Why a session's stream of frames ended.
 #[derive(Debug, thiserror::Error)]
@@ -29,17 +25,17 @@ pub(crate) enum ReceiveError {
 
 /// Owns the forward connection, or a lane, until it ends.
 pub(crate) fn run(mut link: Link, session: &TargetSession) -> Result<(), ReceiveError> {
-    let pool = Pool::new(BODY);
+    let pool = &session.bodies;
     let mut packed = Vec::new();
     while !session.is_over() {
-        let (header, plain) = link.receive_packed(&pool, &mut packed)?;
+        let (header, plain) = link.receive_packed(pool, &mut packed)?;
         let order = header.order();
         let mut turn = match session.turns.wait(order, || session.is_over()) {
             Waited::Due(turn) => turn,
             Waited::Passed => return Err(ReceiveError::Twice(order)),
             Waited::Over => return Ok(()),
         };
-        let body = unpack(&header, plain, &pool, turn.unpacker.as_mut(), &packed)?;
+        let body = unpack(&header, plain, pool, turn.unpacker.as_mut(), &packed)?;
         take(session, &header, body)?;
         session.turns.pass(order, turn);
     }

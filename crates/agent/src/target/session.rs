@@ -14,7 +14,7 @@ use page::{
 use sys::ProcessMemory;
 use wire::{BackMessage, FrameHeader, FrameKind};
 
-use crate::link::{Buffer, Decompressor, Link, LinkError};
+use crate::link::{Buffer, Decompressor, Link, LinkError, Pool};
 
 use super::rack::RackStore;
 use super::sink::SinkHandle;
@@ -32,6 +32,10 @@ const GATHERED: usize = 64;
 /// Messages that wait for the back connection. Acknowledgements are a few a second and VM; a
 /// connection that is this far behind is as good as dead.
 const BACK_QUEUE: usize = 4096;
+
+/// Size of the buffers that go round: a source's read buffer with its operations. Longer
+/// frames, which are rare, get a buffer of their own.
+const BODY: usize = 320 << 10;
 
 /// Number of the next session; 0 is none.
 static NEXT: AtomicU64 = AtomicU64::new(1);
@@ -66,6 +70,8 @@ pub(crate) struct TargetSession {
     over: AtomicBool,
     /// In what order frames are taken, whatever connection brings them.
     pub(crate) turns: Turns,
+    /// Buffers for the frames of all connections.
+    pub(crate) bodies: Arc<Pool>,
     /// The connections that bring frames.
     sockets: Mutex<Vec<TcpStream>>,
 }
@@ -89,6 +95,7 @@ impl TargetSession {
             back: bounded(BACK_QUEUE),
             over: AtomicBool::new(false),
             turns: Turns::new(unpacker),
+            bodies: Pool::new(BODY),
             sockets: Mutex::default(),
         }
     }
