@@ -73,7 +73,7 @@ impl Afterwards<'_> {
     fn hop(&self, (from, to): (&Host, &Host), wrong: &mut Vec<String>) -> anyhow::Result<Value> {
         thread::sleep(REST);
         say(&format!("moving on from {} to {}", from.name(), to.name()));
-        let before = from.cgroup.footprint_bytes();
+        let before = from.address.cgroup.footprint_bytes();
         let vms: Vec<Vm> = self
             .bench
             .vms
@@ -110,7 +110,7 @@ impl Afterwards<'_> {
             "mapped_pages": pages(|pages| pages.mapped),
             "pool_mappings_max": pool_mappings(&vms),
             "footprint_bytes_before": before,
-            "footprint_bytes_after": to.cgroup.footprint_bytes(),
+            "footprint_bytes_after": to.address.cgroup.footprint_bytes(),
         }))
     }
 }

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 
-use crate::cgroup::Cgroup;
 use crate::clock::UnixMs;
 use crate::guest::{self, Host, Running, Vm};
 use crate::install::{Image, Qemu};
@@ -117,17 +116,15 @@ impl<'a> Bench<'a> {
                 let dir = session.dir().join(&address.name);
                 std::fs::create_dir_all(&dir)
                     .with_context(|| format!("making {}", dir.display()))?;
-                let cgroup = Cgroup::create(session.prefix(), &address.name)?;
                 let limit = counts
                     .target_memory_mb
                     .filter(|_| address.rack == Rack::Target);
                 if let Some(mb) = limit {
-                    cgroup.limit_memory(mb << 20)?;
+                    address.cgroup.limit_memory(mb << 20)?;
                 }
                 Ok(Host {
                     address: address.clone(),
                     dir,
-                    cgroup,
                 })
             })
             .collect::<anyhow::Result<Vec<_>>>()?;
@@ -181,14 +178,16 @@ impl<'a> Bench<'a> {
     #[must_use]
     pub fn footprint_bytes(&self, rack: Rack) -> Option<u64> {
         self.rack(rack)
-            .map(|host| host.cgroup.footprint_bytes())
+            .map(|host| host.address.cgroup.footprint_bytes())
             .sum()
     }
 
     /// Processor time used by all hosts of a rack.
     #[must_use]
     pub fn processor_s(&self, rack: Rack) -> Option<f64> {
-        self.rack(rack).map(|host| host.cgroup.processor_s()).sum()
+        self.rack(rack)
+            .map(|host| host.address.cgroup.processor_s())
+            .sum()
     }
 
     /// Bytes that have crossed the links.

@@ -1,17 +1,28 @@
-//! Memory and processor time of a host: a cgroup for each, of version 1 or 2.
+//! Memory and processors of a host: a cgroup for each, of version 1 or 2.
+//!
+//! Hosts share the machine's processors in equal parts, however many threads each has, as far as
+//! they want them: what a host does with 20 guests takes nothing from another's server. Without it
+//! the kernel would give each session of processes (`setsid`) a part, and an agent starts each of its
+//! QEMUs in a session of its own.
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use anyhow::Context;
 
 const ROOT: &str = "/sys/fs/cgroup";
 
-/// The cgroup of one host. With version 1 it exists once for each of the two controllers.
-#[derive(Clone, Debug)]
+/// Joins the cgroups, goes into the network namespace and becomes the program.
+const ENTER: &str = r#"for f in "$1" "$2" "$3"; do echo $$ > "$f"; done; ns=$4; shift 4
+exec ip netns exec "$ns" "$@""#;
+
+/// The cgroup of one host. With version 1 it exists once for each of the controllers.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cgroup {
     memory: PathBuf,
-    processor: PathBuf,
+    time: PathBuf,
+    share: PathBuf,
 }
 
 impl Cgroup {
@@ -23,20 +34,25 @@ impl Cgroup {
             fs::create_dir_all(&parent).with_context(|| format!("making {}", parent.display()))?;
             enable_controllers(&parent);
         }
-        let [memory, processor] = controllers().map(|root| root.join(session).join(host));
-        for dir in [&memory, &processor] {
+        let [memory, time, share] = controllers().map(|root| root.join(session).join(host));
+        for dir in [&memory, &time, &share] {
             fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
         }
-        Ok(Self { memory, processor })
+        Ok(Self {
+            memory,
+            time,
+            share,
+        })
     }
 
-    /// Files that a process writes its own id into to join.
+    /// A command that runs the program which is its next argument in this cgroup and in a network
+    /// namespace. The process id of the child is the program's.
     #[must_use]
-    pub fn joins(&self) -> [PathBuf; 2] {
-        [
-            self.memory.join("cgroup.procs"),
-            self.processor.join("cgroup.procs"),
-        ]
+    pub fn enter(&self, namespace: &str) -> Command {
+        let joins = [&self.memory, &self.time, &self.share].map(|dir| dir.join("cgroup.procs"));
+        let mut command = Command::new("sh");
+        command.args(["-c", ENTER, "sh"]).args(joins).arg(namespace);
+        command
     }
 
     /// Gives the host no more memory than this: what its processes take beyond it is swapped, or one
@@ -69,10 +85,10 @@ impl Cgroup {
     #[must_use]
     pub fn processor_s(&self) -> Option<f64> {
         if is_v2() {
-            let text = fs::read_to_string(self.processor.join("cpu.stat")).ok()?;
+            let text = fs::read_to_string(self.time.join("cpu.stat")).ok()?;
             Some(field(&text, "usage_usec")? as f64 / 1e6)
         } else {
-            let text = fs::read_to_string(self.processor.join("cpuacct.usage")).ok()?;
+            let text = fs::read_to_string(self.time.join("cpuacct.usage")).ok()?;
             Some(text.trim().parse::<u64>().ok()? as f64 / 1e9)
         }
     }
@@ -118,13 +134,16 @@ fn is_v2() -> bool {
     Path::new(ROOT).join("cgroup.controllers").exists()
 }
 
-fn controllers() -> [PathBuf; 2] {
+/// Where those for memory, for accounts of processor time and for shares of it are mounted.
+fn controllers() -> [PathBuf; 3] {
     let root = Path::new(ROOT);
-    if is_v2() {
-        [root.to_owned(), root.to_owned()]
-    } else {
-        [root.join("memory"), root.join("cpuacct")]
-    }
+    ["memory", "cpuacct", "cpu"].map(|name| {
+        if is_v2() {
+            root.to_owned()
+        } else {
+            root.join(name)
+        }
+    })
 }
 
 /// Version 2 accounts for the children of a cgroup only if told to. Where that is not allowed the

@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use anyhow::Context;
 
-use crate::cgroup::Cgroup;
 use crate::clock::UnixMs;
 use crate::install::{Image, Qemu};
 use crate::load;
@@ -36,8 +35,6 @@ pub struct Host {
     pub address: HostAddress,
     /// Sockets, logs and configuration of what runs on it.
     pub dir: PathBuf,
-    /// Everything on it belongs to this.
-    pub cgroup: Cgroup,
 }
 
 impl Host {
@@ -51,16 +48,11 @@ impl Host {
     /// of the child is the program's.
     #[must_use]
     pub fn command(&self, program: &Path) -> Command {
-        let script = r#"for f in "$1" "$2"; do echo $$ > "$f"; done; ns=$3; shift 3
-exec ip netns exec "$ns" "$@""#;
-        let [memory, processor] = self.cgroup.joins();
-        let mut command = Command::new("sh");
-        command
-            .args(["-c", script, "sh"])
-            .args([memory, processor])
-            .arg(&self.address.namespace)
-            .arg(program)
-            .stdin(Stdio::null());
+        let HostAddress {
+            cgroup, namespace, ..
+        } = &self.address;
+        let mut command = cgroup.enter(namespace);
+        command.arg(program).stdin(Stdio::null());
         command
     }
 }

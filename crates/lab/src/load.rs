@@ -239,11 +239,8 @@ fn program(line: &str) -> anyhow::Result<Command> {
 /// Runs a program of that tree on a host, to its end.
 fn run_on(host: &HostAddress, line: &str) -> anyhow::Result<String> {
     let program = program(line)?;
-    let mut command = Command::new("ip");
-    command
-        .args(["netns", "exec", &host.namespace])
-        .arg(program.get_program())
-        .args(program.get_args());
+    let mut command = host.cgroup.enter(&host.namespace);
+    command.arg(program.get_program()).args(program.get_args());
     output(&mut command)
 }
 
@@ -253,7 +250,7 @@ fn keep_on(
     line: &str,
     read: fn(&str) -> Option<Reading>,
 ) -> anyhow::Result<Meter> {
-    Meter::start(Some(&host.namespace), &program(line)?, read)
+    Meter::start(Some(host), &program(line)?, read)
 }
 
 /// What runs beside a move, running.

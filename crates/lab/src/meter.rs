@@ -8,6 +8,7 @@ use anyhow::Context;
 use rustix::process::{Pid, Signal, kill_process_group};
 
 use crate::clock::UnixMs;
+use crate::net::HostAddress;
 use crate::observer::Beat;
 
 /// Between the end of a program and its next start.
@@ -105,19 +106,18 @@ pub struct Meter {
 }
 
 impl Meter {
-    /// Starts `command` in a network namespace, or in the lab's own. Its lines that `read`
-    /// understands become readings.
+    /// Starts `command` on a host, or outside of all. Its lines that `read` understands become readings.
     pub fn start(
-        namespace: Option<&str>,
+        host: Option<&HostAddress>,
         command: &Command,
         read: fn(&str) -> Option<Reading>,
     ) -> anyhow::Result<Self> {
         let script = format!(r#"while :; do "$@"; sleep {PAUSE_S}; done"#);
-        let mut child = match namespace {
+        let mut child = match host {
             // The loop, too: whoever ends what lives in the namespace must end it all.
-            Some(name) => {
-                let mut enter = Command::new("ip");
-                enter.args(["netns", "exec", name, "sh"]);
+            Some(host) => {
+                let mut enter = host.cgroup.enter(&host.namespace);
+                enter.arg("sh");
                 enter
             }
             None => Command::new("sh"),

@@ -27,6 +27,7 @@ use std::process::Command;
 use anyhow::Context;
 use serde::Deserialize;
 
+use crate::cgroup::Cgroup;
 use crate::session::{Session, making};
 use crate::shell::{output, output_with_input};
 
@@ -98,7 +99,7 @@ impl Rack {
     }
 }
 
-/// A host's names and address.
+/// A host's names and address, and what its processes belong to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostAddress {
     /// `s1`, `t2`
@@ -109,6 +110,8 @@ pub struct HostAddress {
     pub ip: Ipv4Addr,
     /// Its rack.
     pub rack: Rack,
+    /// Everything on it belongs to this.
+    pub cgroup: Cgroup,
 }
 
 /// Rates of the links in Mbit/s; 0 leaves a link unshaped.
@@ -455,6 +458,7 @@ fn further(
     let name = format!("{kind}{nth}");
     Ok(HostAddress {
         namespace: session.namespace(&name),
+        cgroup: Cgroup::create(session.prefix(), &name)?,
         ip: Ipv4Addr::new(10, 77, subnet, last),
         name,
         rack,
@@ -469,6 +473,7 @@ fn address(session: &Session, rack: Rack, nth: u32) -> anyhow::Result<HostAddres
     let name = format!("{}{nth}", rack.letter());
     Ok(HostAddress {
         namespace: session.namespace(&name),
+        cgroup: Cgroup::create(session.prefix(), &name)?,
         ip: Ipv4Addr::new(10, 77, rack.subnet(), last),
         name,
         rack,

@@ -66,6 +66,7 @@ fn leftovers(pid: u32) -> Vec<String> {
         "/tmp",
         "/sys/fs/cgroup",
         "/sys/fs/cgroup/memory",
+        "/sys/fs/cgroup/cpu",
     ] {
         let Ok(entries) = std::fs::read_dir(dir) else {
             continue;
