@@ -36,8 +36,24 @@ pub struct Programs {
     pub source: Qemu,
     /// QEMU of the target hosts.
     pub target: Qemu,
-    /// What guests boot.
-    pub image: Image,
+    /// What guests boot, in turn.
+    pub images: Vec<Image>,
+}
+
+impl Programs {
+    /// What this guest boots.
+    #[must_use]
+    pub fn image_of(&self, vm: &Vm) -> &Image {
+        // A template is in front of the first guest, and like it.
+        &self.images[vm.number.saturating_sub(1) as usize % self.images.len()]
+    }
+
+    /// Releases of the guests' kernels.
+    #[must_use]
+    pub fn kernels(&self) -> String {
+        let releases = self.images.iter().map(|image| image.release.as_str());
+        releases.collect::<Vec<_>>().join(", ")
+    }
 }
 
 /// What a VM begins as.
@@ -262,7 +278,8 @@ impl<'a> Bench<'a> {
     }
 
     fn start_qemu(&self, vm: &Vm, extra: &[&str]) -> anyhow::Result<Running> {
-        let arguments = vm.arguments(&vm.source, self.scenario, &self.programs.image);
+        let image = self.programs.image_of(vm);
+        let arguments = vm.arguments(&vm.source, self.scenario, image);
         guest::start(vm, &vm.source, &self.programs.source, &arguments, extra)
     }
 

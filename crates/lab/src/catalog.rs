@@ -18,6 +18,7 @@ pub const PAPERS: &[&str] = &[
     "slm-fig7",
     "peers",
     "unlike",
+    "unlike-kernels",
 ];
 
 /// Figures that are drawn from the runs of another one.
@@ -109,6 +110,10 @@ const BUILT_IN: &[(&str, &str)] = &[
     ("slm-tight", include_str!("../scenarios/slm-tight.toml")),
     ("peers", include_str!("../scenarios/peers.toml")),
     ("unlike", include_str!("../scenarios/unlike.toml")),
+    (
+        "unlike-kernels",
+        include_str!("../scenarios/unlike-kernels.toml"),
+    ),
 ];
 
 /// The key of a scenario's table with what its quick variant changes.

@@ -54,12 +54,25 @@ pub fn qemu(wanted: &str) -> anyhow::Result<Qemu> {
     Ok(Qemu { program, version })
 }
 
+/// Which kernel a guest has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Suite {
+    /// Debian 12's.
+    Release,
+    /// That of its backports, which is the next Debian's.
+    Backports,
+}
+
 /// Finds the guest's image.
-pub fn image() -> anyhow::Result<Image> {
-    let dir = lab_dir()?.join("image");
+pub fn image(suite: Suite) -> anyhow::Result<Image> {
+    let (name, argument) = match suite {
+        Suite::Release => ("image", ""),
+        Suite::Backports => ("image-backports", " backports"),
+    };
+    let dir = lab_dir()?.join(name);
     let release = std::fs::read_to_string(dir.join("release")).with_context(|| {
         format!(
-            "no guest in {}; run scripts/build-guest-image",
+            "no guest in {}; run scripts/build-guest-image{argument}",
             dir.display()
         )
     })?;

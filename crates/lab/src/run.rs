@@ -18,7 +18,7 @@ use crate::footprint::Footprint;
 use crate::frozen::{self, Frozen};
 use crate::gangway::{self, Agents};
 use crate::guest::Vm;
-use crate::install::{self, Image};
+use crate::install::{self, Image, Suite};
 use crate::ksm::{self, Merged};
 use crate::load::Load;
 use crate::measure::{self, Before};
@@ -43,7 +43,7 @@ pub fn scenario(name: &str, scenario: &Scenario, out: &Path) -> anyhow::Result<R
     let programs = Programs {
         source: install::qemu(&scenario.qemu.source)?,
         target: install::qemu(&scenario.qemu.target)?,
-        image: image(scenario)?,
+        images: images(scenario)?,
     };
     let _ = std::fs::remove_file(out.join("events.jsonl"));
     let session = Session::start()?;
@@ -136,9 +136,17 @@ fn overheads(
     Ok(runs)
 }
 
-/// What the guests boot: with applications, if any guest needs one.
+/// What the guests boot in turn: with applications, if any guest needs one.
+fn images(scenario: &Scenario) -> anyhow::Result<Vec<Image>> {
+    let mut images = vec![image(scenario)?];
+    if scenario.vm.kernels > 1 {
+        images.push(install::image(Suite::Backports)?);
+    }
+    Ok(images)
+}
+
 fn image(scenario: &Scenario) -> anyhow::Result<Image> {
-    let image = install::image()?;
+    let image = install::image(Suite::Release)?;
     let busy = scenario
         .each_beside()
         .iter()
@@ -498,7 +506,7 @@ fn versions(scenario: &Scenario, programs: &Programs) -> anyhow::Result<BTreeMap
         ("qemu_source".to_owned(), programs.source.version.clone()),
         ("qemu_target".to_owned(), programs.target.version.clone()),
         ("machine".to_owned(), scenario.qemu.machine.clone()),
-        ("guest_kernel".to_owned(), programs.image.release.clone()),
+        ("guest_kernel".to_owned(), programs.kernels()),
         ("lab".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
     ]);
     let kernel = rustix::system::uname()

@@ -166,6 +166,9 @@ pub struct Vm {
     /// Whether it has a virtio balloon that reports free pages.
     #[serde(default)]
     pub balloon: bool,
+    /// Kernels that the VMs have in turn: Debian 12's alone, or with 2 the next Debian's, too.
+    #[serde(default = "one_kernel")]
+    pub kernels: u32,
     /// Trust domains, to which the VMs belong in turn.
     #[serde(default = "one_domain")]
     pub domains: u32,
@@ -258,6 +261,10 @@ fn heartbeat() -> u32 {
 }
 
 fn one_domain() -> u32 {
+    1
+}
+
+fn one_kernel() -> u32 {
     1
 }
 
@@ -414,6 +421,7 @@ impl Scenario {
             ("hosts.vms_per_host", self.hosts.vms_per_host, 64),
             ("vm.cpus", self.vm.cpus, 16),
             ("vm.busy_every", self.vm.busy_every, 64),
+            ("vm.kernels", self.vm.kernels, 2),
             ("vm.domains", self.vm.domains, 64),
         ]
         .into_iter()
@@ -449,6 +457,10 @@ impl Scenario {
         ensure!(
             !self.vm.template || self.workloads.is_empty(),
             "vm.template: copies of one guest have no workload"
+        );
+        ensure!(
+            self.vm.kernels == 1 || !(self.vm.template || self.guests_share_links()),
+            "vm.kernels: copies of one guest have one kernel, and applications the modules of one"
         );
         ensure!(
             self.workloads.is_empty() || self.background.iter().all(|k| *k == Background::None),

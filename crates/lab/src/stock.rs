@@ -202,7 +202,8 @@ impl Move<'_> {
 
     fn start_target(&self) -> anyhow::Result<Qmp> {
         let (vm, host) = (self.vm, &self.vm.target);
-        let arguments = vm.arguments(host, self.bench.scenario, &self.bench.programs.image);
+        let image = self.bench.programs.image_of(vm);
+        let arguments = vm.arguments(host, self.bench.scenario, image);
         let extra: &[&str] = match self.stock.is_postcopy() {
             true => &["-incoming", "defer"],
             false => &["-S", "-incoming", "defer"],

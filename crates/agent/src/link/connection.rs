@@ -63,6 +63,8 @@ pub(crate) enum LinkError {
     Io(#[from] io::Error),
     #[error("the peer closed the connection")]
     Closed,
+    #[error("the connection ended within a frame")]
+    Cut,
     #[error("the peer was silent for {0:?}")]
     Silent(Duration),
     #[error("the peer speaks something else")]
@@ -273,16 +275,23 @@ impl Link {
         pool: &Arc<Pool>,
         packed: &mut Vec<u8>,
     ) -> Result<(FrameHeader, Option<Buffer>), LinkError> {
+        let cut = |error| match error {
+            LinkError::Closed => LinkError::Cut,
+            other => other,
+        };
         let mut header = [0; HEADER_LEN];
-        self.read_exact(&mut header)?;
+        match self.fill(&mut header) {
+            (0, Err(error)) => return Err(error),
+            (_, result) => result.map_err(cut)?,
+        }
         let header = FrameHeader::parse(header)?;
         if header.is_compressed() {
             packed.resize(header.body_len(), 0);
-            self.read_exact(packed)?;
+            self.read_exact(packed).map_err(cut)?;
             return Ok((header, None));
         }
         let mut body = pool.take(header.raw_len());
-        self.read_exact(&mut body)?;
+        self.read_exact(&mut body).map_err(cut)?;
         Ok((header, Some(body)))
     }
 
@@ -324,24 +333,35 @@ impl Link {
         self.timeout = timeout;
     }
 
-    pub(crate) fn read_exact(&mut self, mut out: &mut [u8]) -> Result<(), LinkError> {
+    pub(crate) fn read_exact(&mut self, out: &mut [u8]) -> Result<(), LinkError> {
+        self.fill(out).1
+    }
+
+    /// How much of `out` was filled, and why not all.
+    fn fill(&mut self, out: &mut [u8]) -> (usize, Result<(), LinkError>) {
         let mut progress = Instant::now();
-        while !out.is_empty() {
+        let mut filled = 0;
+        while filled < out.len() {
+            let rest = &mut out[filled..];
             let result = match &mut self.stream {
-                Stream::Plain(tcp) => tcp.read(out),
-                Stream::Client(tls) => tls.read(out),
-                Stream::Server(tls) => tls.read(out),
+                Stream::Plain(tcp) => tcp.read(rest),
+                Stream::Client(tls) => tls.read(rest),
+                Stream::Server(tls) => tls.read(rest),
             };
-            match result {
-                Ok(0) => return Err(LinkError::Closed),
+            let paused = match result {
+                Ok(0) => Err(LinkError::Closed),
                 Ok(n) => {
-                    out = &mut out[n..];
+                    filled += n;
                     progress = Instant::now();
+                    Ok(())
                 }
-                Err(error) => self.pause(error, progress)?,
+                Err(error) => self.pause(error, progress),
+            };
+            if paused.is_err() {
+                return (filled, paused);
             }
         }
-        Ok(())
+        (filled, Ok(()))
     }
 
     /// Waits for something, and reads what is there.

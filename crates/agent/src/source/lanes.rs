@@ -217,7 +217,16 @@ mod tests {
         }
     }
 
-    fn lanes(target: Target, connections_max: usize) -> (Arc<Lanes>, Loads) {
+    /// Welcomes a lane, and cuts it.
+    struct Cutter;
+
+    impl Serve for Cutter {
+        fn serve(&self, mut link: Link, _: &Hello) -> anyhow::Result<()> {
+            Ok(link.send(&ControlReply::Welcome)?)
+        }
+    }
+
+    fn lanes(target: impl Serve, connections_max: usize) -> (Arc<Lanes>, Loads) {
         let terms = Terms {
             security: Security::Plaintext,
             peer_timeout: PATIENCE,
@@ -294,6 +303,16 @@ mod tests {
         assert_eq!(came, sent);
         lanes.close_to_more();
         assert!(loads.give(load(5)).is_some());
+    }
+
+    #[test]
+    fn a_lane_that_breaks_is_told_of() {
+        let (lanes, _loads) = lanes(Cutter, 4);
+        let (told, lost) = mpsc::channel();
+        lanes.grow(2, move |error| told.send(error).unwrap());
+        // Its heartbeats find out.
+        let error = lost.recv_timeout(PATIENCE).unwrap();
+        assert!(matches!(error, LinkError::Io(_)), "{error}");
     }
 
     #[test]

@@ -70,6 +70,12 @@ struct Queue {
     is_closed: bool,
 }
 
+impl Queue {
+    fn is_empty(&self) -> bool {
+        self.pulls.is_empty() && self.missing.is_empty() && self.contents.is_empty()
+    }
+}
+
 /// A page on its way.
 struct Content {
     entry: EntryId,
@@ -104,30 +110,29 @@ impl Outgoing {
         self.pool.take(len)
     }
 
-    /// Queues contents of a body; what does not fit is left out, and what waits already.
-    pub(crate) fn contents(
-        &self,
-        contents: impl Iterator<Item = (EntryId, usize)>,
-        body: &Arc<Buffer>,
-    ) {
+    /// Queues contents, each with the body in which it is and where; what does not fit is left out, and
+    /// what waits already. All at once: a frame takes what is there when its thread wakes up.
+    pub(crate) fn contents(&self, contents: impl Iterator<Item = (EntryId, Arc<Buffer>, usize)>) {
         self.queue(|queue| {
-            for (entry, at) in contents {
+            for (entry, body, at) in contents {
                 if queue.contents.len() * PAGE_SIZE < MAX_QUEUED && queue.waiting.insert(entry) {
-                    let body = Arc::clone(body);
                     queue.contents.push_back(Content { entry, body, at });
                 }
             }
         });
     }
 
-    /// Asks the host for an entry.
-    pub(crate) fn pull(&self, entry: EntryId) {
-        self.queue(|queue| queue.pulls.push(entry));
+    /// Asks the host for entries.
+    pub(crate) fn pull(&self, entries: &[EntryId]) {
+        self.queue(|queue| queue.pulls.extend(entries));
     }
 
-    /// Tells the host that it asked in vain.
-    pub(crate) fn missing(&self, entry: EntryId) {
-        self.queue(|queue| queue.missing.push(entry));
+    /// Tells the host that it asked in vain, except for what is on its way to it.
+    pub(crate) fn missing(&self, entries: &[EntryId]) {
+        self.queue(|queue| {
+            let gone = entries.iter().filter(|one| !queue.waiting.contains(*one));
+            queue.missing.extend(gone);
+        });
     }
 
     /// Ends the connection.
@@ -142,6 +147,9 @@ impl Outgoing {
             return;
         }
         put(&mut queue);
+        if queue.is_empty() {
+            return;
+        }
         if !queue.is_running {
             let shared = Arc::clone(&self.shared);
             let started = std::thread::Builder::new()
@@ -259,9 +267,7 @@ impl Shared {
     /// Requests first: somebody waits. None: the store is closed.
     fn next(&self) -> Option<Next> {
         let mut queue = lock(&self.queue);
-        let is_empty =
-            |q: &Queue| q.pulls.is_empty() && q.missing.is_empty() && q.contents.is_empty();
-        if is_empty(&queue) && !queue.is_closed {
+        if queue.is_empty() && !queue.is_closed {
             let waited = self.filled.wait_timeout(queue, HEARTBEAT);
             queue = waited.unwrap_or_else(PoisonError::into_inner).0;
         }

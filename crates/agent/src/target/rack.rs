@@ -328,9 +328,12 @@ impl RackStore {
                 }
             }
         }
-        for of_host in came.send.chunk_by(|a, b| a.0 == b.0) {
+        let mut send = came.send;
+        send.sort_by_key(|(host, ..)| *host);
+        for of_host in send.chunk_by(|a, b| a.0 == b.0) {
             if let Some(outgoing) = self.outgoing.get(&of_host[0].0) {
-                outgoing.contents(of_host.iter().map(|(_, entry, at)| (*entry, *at)), body);
+                let contents = of_host.iter();
+                outgoing.contents(contents.map(|(_, entry, at)| (*entry, Arc::clone(body), *at)));
             }
         }
         self.act(came.actions);
@@ -343,21 +346,22 @@ impl RackStore {
         };
         let now = self.clock.elapsed();
         let pulled = lock(&self.inner).store.pulled(from, entries, now);
-        for (entry, body, at) in pulled.here {
-            outgoing.contents(std::iter::once((entry, at)), &body);
-        }
+        outgoing.contents(pulled.here.into_iter());
         for chunk in pulled.placed.chunks(FRAME_PAGES) {
             let mut body = outgoing.buffer(chunk.len() * PAGE_SIZE);
             let wanted: Vec<_> = chunk.iter().map(|(_, id, place)| (*id, *place)).collect();
             let good = self.read_checked(&wanted, &mut body);
             let body = Arc::new(body);
-            for (((entry, ..), good), index) in chunk.iter().zip(good).zip(0..) {
-                if good {
-                    outgoing.contents(std::iter::once((*entry, index * PAGE_SIZE)), &body);
-                } else {
-                    outgoing.missing(*entry);
-                }
-            }
+            let read = chunk.iter().map(|(entry, ..)| *entry).zip(good);
+            let (there, gone): (Vec<_>, Vec<_>) = read
+                .zip(0..)
+                .partition(|((_, is_good), _): &((EntryId, bool), usize)| *is_good);
+            let contents = there.into_iter();
+            outgoing.contents(
+                contents.map(|((entry, _), index)| (entry, Arc::clone(&body), index * PAGE_SIZE)),
+            );
+            let gone: Vec<_> = gone.into_iter().map(|((entry, _), _)| entry).collect();
+            outgoing.missing(&gone);
         }
         self.act(pulled.actions);
     }
@@ -388,20 +392,12 @@ impl RackStore {
 
     fn act(&self, actions: Vec<Action>) {
         let mut given_up: HashMap<(Waiter, HostNo), Vec<EntryId>> = HashMap::new();
+        let mut pulls: HashMap<HostNo, Vec<EntryId>> = HashMap::new();
+        let mut missing: HashMap<HostNo, Vec<EntryId>> = HashMap::new();
         for action in actions {
             match action {
-                Action::Pull { to, entry } => match self.outgoing.get(&to) {
-                    Some(outgoing) => outgoing.pull(entry),
-                    None => tracing::warn!(
-                        ?to,
-                        "the index names a target host that is not in the group"
-                    ),
-                },
-                Action::Missing { to, entry } => {
-                    if let Some(outgoing) = self.outgoing.get(&to) {
-                        outgoing.missing(entry);
-                    }
-                }
+                Action::Pull { to, entry } => pulls.entry(to).or_default().push(entry),
+                Action::Missing { to, entry } => missing.entry(to).or_default().push(entry),
                 Action::GiveUp {
                     entry,
                     carrier,
@@ -411,6 +407,20 @@ impl RackStore {
                         given_up.entry((waiter, carrier)).or_default().push(entry);
                     }
                 }
+            }
+        }
+        for (to, entries) in pulls {
+            match self.outgoing.get(&to) {
+                Some(outgoing) => outgoing.pull(&entries),
+                None => tracing::warn!(
+                    ?to,
+                    "the index names a target host that is not in the group"
+                ),
+            }
+        }
+        for (to, entries) in missing {
+            if let Some(outgoing) = self.outgoing.get(&to) {
+                outgoing.missing(&entries);
             }
         }
         if given_up.is_empty() {

@@ -45,6 +45,21 @@ fn is_cut(link: &mut Link, after: Duration) -> bool {
 }
 
 #[test]
+fn a_lane_that_ends_within_a_frame_ends_the_session() {
+    let agents = agents();
+    let mut forward = connect(agents.target_bulk, Channel::Forward);
+    for sent in [0, wire::HEADER_LEN] {
+        let mut lane = connect(agents.target_bulk, Channel::Lane);
+        lane.write_all(&frame(1)[..sent]).unwrap();
+    }
+    assert!(!is_cut(&mut forward, Duration::from_millis(600)));
+    let mut lane = connect(agents.target_bulk, Channel::Lane);
+    lane.write_all(&frame(2)[..wire::HEADER_LEN / 2]).unwrap();
+    drop(lane);
+    assert!(is_cut(&mut forward, PATIENCE));
+}
+
+#[test]
 fn a_lane_that_its_source_closes_ends_nothing_and_a_frame_that_comes_twice_ends_the_session() {
     let agents = agents();
     let mut forward = connect(agents.target_bulk, Channel::Forward);

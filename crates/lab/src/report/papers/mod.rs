@@ -282,12 +282,14 @@ fn series(
         .collect()
 }
 
-/// The runs of the largest topology by technique, without what ran beside in the name.
+/// The runs of the largest topology by technique, without what ran beside in the name. What a run that
+/// failed measured says nothing: it is named above.
 fn techniques<'a>(results: &'a Results, beside: Option<&str>) -> Vec<Technique<'a>> {
     let largest = results.points().into_iter().max_by_key(Point::vms);
     let mut found: Vec<Technique<'a>> = Vec::new();
     for run in &results.runs {
-        if run.beside.as_deref() != beside || Some(results.point(run)) != largest {
+        let is_meant = run.beside.as_deref() == beside && run.failure.is_none();
+        if !is_meant || Some(results.point(run)) != largest {
             continue;
         }
         let name = plain_name(run);
@@ -438,6 +440,18 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn nothing_is_drawn_of_a_run_that_failed() {
+        let broken = Run {
+            failure: Some("it did not converge".into()),
+            ..run("irlm", None, 40)
+        };
+        let all = results("irlm-fig4", vec![run("stock", None, 100), broken]);
+        let drawn = techniques(&all, None).into_iter().map(|one| one.name);
+        assert_eq!(drawn.collect::<Vec<_>>(), ["stock"]);
+        assert!(html(&[all]).contains("irlm failed:"));
     }
 
     #[test]

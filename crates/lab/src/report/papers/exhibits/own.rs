@@ -103,4 +103,47 @@ pub(super) const ALL: &[Exhibit] = &[
             },
         ],
     },
+    Exhibit {
+        title: "Guests with the kernels of two Debians",
+        scenario: "unlike-kernels",
+        paper: "Not in the papers.",
+        plots: &[
+            sweep(
+                "Bytes on the core link",
+                "core_bytes",
+                Unit::WireBytes,
+                CORE,
+            ),
+            sweep(
+                "Total migration time",
+                "total_migration_time_s",
+                Unit::Seconds,
+                TOTAL,
+            ),
+        ],
+        claims: &[
+            Claim {
+                what: "core traffic with two kernels",
+                field: "core_bytes",
+                of: "full",
+                against: Some("stock"),
+                ..CLAIM
+            },
+            Claim {
+                what: "core traffic with two kernels, not compressed",
+                field: "core_bytes",
+                of: "irlm",
+                against: Some("stock"),
+                ..CLAIM
+            },
+            Claim {
+                what: "total migration time with two kernels",
+                field: "total_migration_time_s",
+                read: TOTAL,
+                of: "full",
+                against: Some("stock"),
+                ..CLAIM
+            },
+        ],
+    },
 ];
