@@ -32,8 +32,7 @@ impl Compressor {
             // The fastest level: beyond it a core is slower than a 10 Gbit/s link's share.
             CParameter::CompressionLevel(1),
             CParameter::WindowLog(window_log.into()),
-            // Finds what another VM sent long ago. In a short window it costs half as much as all
-            // of the rest, and finds little.
+            // Finds what another VM sent long ago. In a short window it takes time and finds little.
             CParameter::EnableLongDistanceMatching(window_log > SHORT_WINDOW_LOG),
         ] {
             context.set_parameter(parameter).map_err(failed)?;

@@ -1,8 +1,21 @@
 //! What the papers do not have.
 
 use super::super::claim::Claim;
-use super::{CLAIM, CORE, DOWNTIME, Exhibit, TOTAL, sweep};
+use super::{CLAIM, CORE, DOWNTIME, Exhibit, Plot, TOTAL, sweep};
 use crate::report::metric::Unit;
+
+const BYTES: Plot = sweep(
+    "Bytes on the core link",
+    "core_bytes",
+    Unit::WireBytes,
+    CORE,
+);
+const TIME: Plot = sweep(
+    "Total migration time",
+    "total_migration_time_s",
+    Unit::Seconds,
+    TOTAL,
+);
 
 pub(super) const ALL: &[Exhibit] = &[
     Exhibit {
@@ -10,18 +23,8 @@ pub(super) const ALL: &[Exhibit] = &[
         scenario: "peers",
         paper: "Not in the papers.",
         plots: &[
-            sweep(
-                "Bytes on the core link",
-                "core_bytes",
-                Unit::WireBytes,
-                CORE,
-            ),
-            sweep(
-                "Total migration time",
-                "total_migration_time_s",
-                Unit::Seconds,
-                TOTAL,
-            ),
+            BYTES,
+            TIME,
             sweep(
                 "Mean downtime",
                 "downtime_ms.mean",
@@ -61,20 +64,7 @@ pub(super) const ALL: &[Exhibit] = &[
         title: "Guests that deduplication cannot help, and guests with common files",
         scenario: "unlike",
         paper: "Not in the papers.",
-        plots: &[
-            sweep(
-                "Bytes on the core link",
-                "core_bytes",
-                Unit::WireBytes,
-                CORE,
-            ),
-            sweep(
-                "Total migration time",
-                "total_migration_time_s",
-                Unit::Seconds,
-                TOTAL,
-            ),
-        ],
+        plots: &[BYTES, TIME],
         claims: &[
             Claim {
                 what: "core traffic with unlike guests",
@@ -107,20 +97,7 @@ pub(super) const ALL: &[Exhibit] = &[
         title: "Guests with the kernels of two Debians",
         scenario: "unlike-kernels",
         paper: "Not in the papers.",
-        plots: &[
-            sweep(
-                "Bytes on the core link",
-                "core_bytes",
-                Unit::WireBytes,
-                CORE,
-            ),
-            sweep(
-                "Total migration time",
-                "total_migration_time_s",
-                Unit::Seconds,
-                TOTAL,
-            ),
-        ],
+        plots: &[BYTES, TIME],
         claims: &[
             Claim {
                 what: "core traffic with two kernels",
