@@ -3,7 +3,8 @@
 //!
 //! The input is a list of frames: a byte of flags, a byte that says what the target host has,
 //! a byte for the number of pages whose bytes follow, the length of the operations (u16,
-//! little-endian), the operations.
+//! little-endian), the operations. It is tried in pre-copy, where post-copy may follow, and where that has a
+//! second channel.
 
 #![no_main]
 
@@ -11,9 +12,11 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use libfuzzer_sys::fuzz_target;
-use migrate::unpack::{Batch, Contents, Found, Segment, UnpackError, Unpacker, literal_runs};
+use migrate::unpack::{
+    Arrived, Batch, Contents, Found, Segment, UnpackError, Unpacker, literal_runs,
+};
 use page::{EntryId, PAGE_SIZE};
-use qstream::{Decoder, Step};
+use qstream::{Command, Decoder, Step, encode_command};
 use wire::{MAX_BODY, OpWriter, Remote};
 
 #[path = "../../crates/migrate/tests/round_trip/opening.rs"]
@@ -23,6 +26,10 @@ mod opening;
 const IS_REPAIR: u8 = 1;
 /// The operations are a whole body.
 const IS_RAW: u8 = 2;
+/// It is of pages that were sent ahead; the target QEMU has asked for every other one.
+const IS_URGENT: u8 = 4;
+/// Before it, half of the contents that pages wait for come, and the others will not.
+const IS_AFTER_OTHERS: u8 = 8;
 
 type Body = Arc<[u8]>;
 
@@ -75,7 +82,7 @@ fn take_frame(input: &mut &[u8]) -> Option<(u8, Anything, Vec<u8>)> {
 
 fn apply(
     unpacker: &mut Unpacker,
-    is_repair: bool,
+    flags: u8,
     mut contents: Anything,
     body: &[u8],
 ) -> Result<Vec<u8>, UnpackError> {
@@ -83,9 +90,36 @@ fn apply(
         assert!(run.at + run.count as usize * PAGE_SIZE <= body.len());
     }
     let mut batch = Batch::default();
-    let outcome = unpacker.apply(body, is_repair, &mut contents, &mut batch);
+    let outcome = if flags & IS_URGENT != 0 {
+        let asked = |_, page: page::PageNo| page.0 % 2 == 0;
+        unpacker.apply_urgent(body, asked, &mut contents, &mut batch)
+    } else {
+        unpacker.apply(body, flags & IS_REPAIR != 0, &mut contents, &mut batch)
+    };
     assert!(batch.scratch.len() <= 2 * MAX_BODY && batch.head.len() <= 2 * MAX_BODY);
     outcome?;
+    Ok(written(unpacker, batch, body))
+}
+
+/// Contents come from elsewhere, or will not.
+fn hear_of_others(unpacker: &mut Unpacker) -> Vec<u8> {
+    let wanted: Vec<EntryId> = unpacker.wanted().take(16).collect();
+    let (come, lost) = wanted.split_at(wanted.len() / 2);
+    let page: Body = Arc::from([7; PAGE_SIZE]);
+    let come = come.iter().map(|entry| Arrived {
+        entry: *entry,
+        body: Arc::clone(&page),
+        at: 0,
+    });
+    let mut batch = Batch::default();
+    unpacker.arrived(come, &mut batch);
+    let out = written(unpacker, batch, &[]);
+    unpacker.not_coming(lost, &mut Batch::<Body>::default());
+    out
+}
+
+/// What the target QEMU gets on its first channel.
+fn written(unpacker: &mut Unpacker, mut batch: Batch<Body>, body: &[u8]) -> Vec<u8> {
     if !batch.shared.is_empty() {
         // Some are mapped, some are not.
         let is_mapped: Vec<bool> = batch.shared.iter().map(|s| s.page.0 % 2 == 0).collect();
@@ -107,24 +141,31 @@ fn apply(
             Segment::Scratch(at) => &batch.scratch[*at..][..PAGE_SIZE],
         });
     }
-    Ok(out)
+    out
 }
 
-fn opening_body() -> Vec<u8> {
+fn opening_body(may_switch: bool) -> Vec<u8> {
     let blocks = opening::block_list(&[("pc.ram", 300), ("vga.vram", 3)]);
     let mut ops = OpWriter::new();
-    ops.raw(&opening::header());
+    let mut head = opening::header();
+    if may_switch {
+        let page_sizes = PAGE_SIZE as u64;
+        encode_command(Command::PostcopyAdvise { page_sizes }, &mut head);
+    }
+    ops.raw(&head);
     ops.ram_start(&opening::ram_start(&blocks, true));
     ops.finish(0)
 }
 
-fuzz_target!(|input: &[u8]| {
-    let mut unpacker = Unpacker::mapping(HashMap::from([("pc.ram".to_owned(), 300)]));
-    let opening = apply(&mut unpacker, false, Anything(0), &opening_body());
+/// Applies the frames of an input after an opening.
+fn drive(mut unpacker: Unpacker, may_switch: bool, mut input: &[u8]) {
+    let opening = apply(&mut unpacker, 0, Anything(0), &opening_body(may_switch));
     let (mut decoder, mut stream) = (Decoder::new(), opening.expect("a valid opening"));
-    let mut input = input;
     while let Some((flags, contents, body)) = take_frame(&mut input) {
-        match apply(&mut unpacker, flags & IS_REPAIR != 0, contents, &body) {
+        if flags & IS_AFTER_OTHERS != 0 {
+            stream.extend(hear_of_others(&mut unpacker));
+        }
+        match apply(&mut unpacker, flags, contents, &body) {
             Ok(bytes) => stream.extend(bytes),
             Err(_) => break,
         }
@@ -136,4 +177,11 @@ fuzz_target!(|input: &[u8]| {
         }
         stream.drain(..used);
     }
+}
+
+fuzz_target!(|input: &[u8]| {
+    let mappable = || HashMap::from([("pc.ram".to_owned(), 300)]);
+    drive(Unpacker::mapping(mappable()), false, input);
+    drive(Unpacker::mapping(mappable()), true, input);
+    drive(Unpacker::preempting(), true, input);
 });

@@ -94,10 +94,12 @@ impl HostTable {
 
     /// Forgets contents whose entries turned out to be lost. Rare, and as long as the table.
     pub fn forget(&mut self, lost: &[EntryId]) {
+        let mut lost = lost.to_vec();
+        lost.sort_unstable();
         let rows = &self.rows;
         self.slots.retain(|row| {
             rows.get(*row as usize)
-                .is_some_and(|row| !lost.contains(&row.entry))
+                .is_some_and(|row| lost.binary_search(&row.entry).is_err())
         });
     }
 

@@ -6,6 +6,9 @@ use page::{EntryId, PAGE_SIZE};
 
 use crate::RecentPage;
 
+/// So many numbers of bodies that are gone may be left, beside as many as there are bodies.
+const GONE: usize = 64;
+
 /// Consecutive entries whose bytes stand one after another in a frame's body.
 struct Run<B> {
     count: u32,
@@ -94,6 +97,11 @@ impl<B: Clone> Shelf<B> {
         {
             self.drop_body(number);
         }
+        // What was used up goes out of turn, and leaves its number behind.
+        if self.arrived.len() > 2 * self.bodies.len() + GONE {
+            let bodies = &self.bodies;
+            self.arrived.retain(|number| bodies.contains_key(number));
+        }
     }
 
     fn drop_body(&mut self, number: u64) {
@@ -172,6 +180,22 @@ mod tests {
         assert_eq!(found(&shelf, 1), None);
         assert_eq!(found(&shelf, 3), Some(('c', 0)));
         assert_eq!(shelf.bodies.len(), 2);
+    }
+
+    #[test]
+    fn bodies_that_went_out_of_turn_are_forgotten_though_an_older_one_stays() {
+        let mut shelf = Shelf::with_limit(2 * PAGE_SIZE);
+        shelf.push([(EntryId(0), 1, 0)], &'a', PAGE_SIZE);
+        for entry in 1..1000 {
+            shelf.push([(EntryId(entry), 1, 0)], &'b', PAGE_SIZE);
+            shelf.mark_used(EntryId(entry));
+        }
+        assert_eq!(found(&shelf, 0), Some(('a', 0)));
+        assert!(
+            shelf.arrived.len() <= 2 * 3 + GONE,
+            "{}",
+            shelf.arrived.len()
+        );
     }
 
     #[test]

@@ -503,13 +503,14 @@ impl Resolver<'_> {
         id: Option<ContentId>,
         sharing: FrameSharing,
     ) {
+        // A plain page, too: after a switch it would share as the one before it.
+        self.ops.shared(sharing);
         let Some(id) = id else {
             self.counts.literal += 1;
             self.pages.push(at);
             self.ops.plain(block, page);
             return;
         };
-        self.ops.shared(sharing);
         let known = self.table.find(id);
         match (self.answer(id), known) {
             // Nobody else sends the bytes, even if another VM of this session has named the

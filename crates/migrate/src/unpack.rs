@@ -65,6 +65,10 @@ const _: () = assert!(MAX_CONTENT_PAGES as usize * PAGE_SIZE == MAX_BODY);
 /// Most pages that may wait: an honest source's window of 64 MiB of the stream holds 16 thousand.
 const MAX_WAITING: usize = 1 << 17;
 
+/// Most pages by which a guest may be longer than the target QEMU's, all blocks together: 64 MiB. Tables of its
+/// firmware may be, by 2 MiB each; QEMU makes room for them. Whatever else differs QEMU refuses, too.
+const MAX_GROWTH: u64 = 1 << 14;
+
 /// Our pings carry this bit; QEMU's own are 1 to 4.
 const OUR_PING: u32 = 0x8000_0000;
 
@@ -102,6 +106,14 @@ pub enum UnpackError {
     /// The source goes on although nothing is acknowledged.
     #[error("more than {MAX_WAITING} pages wait for their contents")]
     TooManyWaiting,
+    /// A guest that is not the one for which the target QEMU was started.
+    #[error(
+        "the guest has {pages} pages for which its QEMU here has no room; {MAX_GROWTH} of firmware may be"
+    )]
+    OtherGuest {
+        /// Pages of blocks that are longer than the target QEMU's, or that it does not have.
+        pages: u64,
+    },
     /// Too much device state while pages wait.
     #[error("more than {MAX_HELD_TAIL} bytes of device state came while pages were waiting")]
     TailTooLong,
@@ -134,6 +146,8 @@ pub struct Unpacker {
     state: State,
     next_ping: u32,
     mappable: HashMap<String, u32>,
+    /// Pages of the target QEMU's blocks, if they are known.
+    here: Option<HashMap<String, u64>>,
     preempts: bool,
 }
 
@@ -143,6 +157,7 @@ impl Default for Unpacker {
             state: State::new(),
             next_ping: OUR_PING,
             mappable: HashMap::new(),
+            here: None,
             preempts: false,
         }
     }
@@ -165,6 +180,16 @@ impl Unpacker {
         Self {
             mappable,
             ..Self::default()
+        }
+    }
+
+    /// Has it take no guest but one with these blocks, by name and number of pages: a source decides what
+    /// is kept for each page of its guest.
+    #[must_use]
+    pub fn only_for(self, blocks: HashMap<String, u64>) -> Self {
+        Self {
+            here: Some(blocks),
+            ..self
         }
     }
 
@@ -420,6 +445,7 @@ impl Unpacker {
                 batch.head.extend_from_slice(bytes);
                 if matches!(op, Op::RamStart(_)) {
                     let decoder = std::mem::take(decoder);
+                    check_blocks(decoder.blocks(), self.here.as_ref())?;
                     let mut begun = Streaming::begin(decoder, *empties, &self.mappable)?;
                     if self.preempts {
                         begun.preempt = Some(PreemptEncoder::new(Arc::clone(&begun.blocks)));
@@ -461,6 +487,25 @@ impl Unpacker {
             }),
         }
     }
+}
+
+/// Checks that the guest is not much longer than the target QEMU's.
+fn check_blocks(
+    blocks: Option<&Arc<BlockList>>,
+    here: Option<&HashMap<String, u64>>,
+) -> Result<(), UnpackError> {
+    let (Some(blocks), Some(here)) = (blocks, here) else {
+        return Ok(());
+    };
+    let growth = blocks.iter().map(|(_, block)| {
+        let known = here.get(&*block.name).copied().unwrap_or(0);
+        block.used_len.pages().saturating_sub(known)
+    });
+    let pages: u64 = growth.sum();
+    if pages > MAX_GROWTH {
+        return Err(UnpackError::OtherGuest { pages });
+    }
+    Ok(())
 }
 
 /// Checks that a frame has no more pages than a source's buffer can hold.
@@ -542,4 +587,31 @@ pub fn literal_runs(body: &[u8]) -> Result<Vec<LiteralRun>, UnpackError> {
         at += needed;
     }
     Ok(runs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use page::ByteLen;
+    use qstream::Block;
+
+    #[test]
+    fn a_guest_that_its_target_qemu_has_no_room_for_is_refused_before_anything_is_kept_for_it() {
+        let guest = |blocks: &[(&str, u64)]| {
+            let block = |&(name, pages): &(&str, u64)| Block {
+                name: name.into(),
+                used_len: ByteLen(pages * PAGE_SIZE as u64),
+                host_page: ByteLen(PAGE_SIZE as u64),
+            };
+            Arc::new(BlockList::new(blocks.iter().map(block).collect()).unwrap())
+        };
+        let here = [("pc.ram", 1 << 20), ("/rom@etc/acpi/tables", 32)];
+        let here = HashMap::from(here.map(|(name, pages)| (name.to_owned(), pages)));
+        let check = |blocks: &[(&str, u64)]| check_blocks(Some(&guest(blocks)), Some(&here));
+        assert!(check(&[("pc.ram", 1 << 20), ("/rom@etc/acpi/tables", 512)]).is_ok());
+        for hostile in [("pc.ram", 1 << 32), ("more", 1 << 20)] {
+            let refused = check(&[hostile]);
+            assert!(matches!(refused, Err(UnpackError::OtherGuest { .. })));
+        }
+    }
 }

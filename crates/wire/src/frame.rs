@@ -25,6 +25,10 @@ pub const MAX_RETURN_MESSAGE: usize = 64 << 10;
 /// Most runs in one repair request; a longer waiting list is asked for in several.
 const MAX_REPAIR_RUNS: u64 = 4096;
 
+/// Most pages of one repair request: eight times what may wait for contents. The source holds all of them until they
+/// are sent.
+const MAX_REPAIR_PAGES: u64 = 1 << 16;
+
 /// What a frame is. Numbered by hand; 0 is invalid; 1..=31 forward, 32..=63 back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -416,6 +420,7 @@ fn decode_runs(rest: &mut &[u8]) -> Result<Vec<(BlockIndex, PageRun)>, WireError
         });
     }
     let mut runs = Vec::new();
+    let mut pages = 0;
     for _ in 0..count {
         let block = u16::try_from(varint::take(rest)?).map_err(|_| WireError::NumberTooLarge)?;
         let start = PageNo(take_u32(rest)?);
@@ -425,6 +430,14 @@ fn decode_runs(rest: &mut &[u8]) -> Result<Vec<(BlockIndex, PageRun)>, WireError
         };
         if run.count == 0 || run.end().is_none() {
             return Err(WireError::NumberTooLarge);
+        }
+        pages += u64::from(run.count);
+        if pages > MAX_REPAIR_PAGES {
+            return Err(WireError::TooLong {
+                what: "a repair request",
+                length: pages,
+                limit: MAX_REPAIR_PAGES,
+            });
         }
         runs.push((BlockIndex(block), run));
     }
@@ -476,6 +489,25 @@ mod tests {
         let mut body = vec![3];
         varint::put(&mut body, MAX_REPAIR_RUNS);
         assert_eq!(BackMessage::decode(&body), Err(WireError::Truncated));
+    }
+
+    #[test]
+    fn a_repair_request_of_a_few_bytes_cannot_ask_for_all_memory() {
+        let run = |count| PageRun {
+            start: PageNo(0),
+            count,
+        };
+        let most = u32::try_from(MAX_REPAIR_PAGES).unwrap();
+        for (counts, is_taken) in [
+            (vec![most], true),
+            (vec![most, 1], false),
+            (vec![u32::MAX], false),
+        ] {
+            let runs = counts.iter().map(|count| (BlockIndex(0), run(*count)));
+            let mut body = Vec::new();
+            BackMessage::RepairRequest(runs.collect()).encode(&mut body);
+            assert_eq!(BackMessage::decode(&body).is_ok(), is_taken, "{counts:?}");
+        }
     }
 
     proptest! {

@@ -39,8 +39,9 @@ pub enum Op<'a> {
     /// Literals that follow in this body are to be passed on to these target hosts, until
     /// another operation of this kind; at the start of a body to none.
     Forward(HostSet),
-    /// How the pages of the fills, literals and references that follow in this body share their frame
-    /// with other pages at the source (SLM section III-B); at the start of a body they do not.
+    /// How the pages of the fills, literals and references that follow in this body, and after a switch to post-copy of
+    /// the plain ones, share their frame with other pages at the source (SLM section III-B); at the start of a body they
+    /// do not.
     Shared(FrameSharing),
     /// Pages with their bytes, which become the entries from this one on.
     Literal(PageRun, EntryId),

@@ -480,11 +480,11 @@ fn runs_of(mut pages: Vec<PoolPage>) -> Vec<PoolRun> {
 }
 
 /// Whether a page that was mapped from the pool still uses it, by its entry in the page table. A
-/// page that was written is present and belongs to no file; one that is not present was not even
-/// read yet, unless it is in swap, where only written ones go.
+/// page that was written belongs to no file, wherever it is; one that is neither present nor in swap was
+/// not even read yet. A page of the pool shows as one of a file in swap while the kernel moves its frame.
 #[must_use]
 pub fn uses_pool(present: bool, swapped: bool, file_or_shared: bool) -> bool {
-    !swapped && (!present || file_or_shared)
+    file_or_shared || !(present || swapped)
 }
 
 #[cfg(test)]

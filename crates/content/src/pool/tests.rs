@@ -186,6 +186,7 @@ fn only_a_page_that_was_written_has_left_the_pool() {
     assert!(uses_pool(true, false, true), "read");
     assert!(!uses_pool(true, false, false), "written");
     assert!(!uses_pool(false, true, false), "written and swapped out");
+    assert!(uses_pool(false, true, true), "its frame is being moved");
 }
 
 #[test]

@@ -32,6 +32,10 @@ const GONE: Duration = Duration::from_secs(2);
 /// Most pulls that are parked: 64 bytes each. What comes beyond is said to be missing.
 const MAX_PARKED: usize = 1 << 17;
 
+/// Most entries that are waited for, some 100 bytes each: what 128 VMs have named whose windows of 8 MiB are full of
+/// nothing else. What comes beyond is read again from the sources.
+const MAX_WANTED: usize = 1 << 18;
+
 /// Somebody of this host who waits: a VM's thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Waiter(pub u32);
@@ -146,6 +150,9 @@ impl Waits {
         let is_gone = |until: &Duration| *until > now;
         if self.gone_until.get(&carrier).is_some_and(is_gone) || self.wanted.contains_key(&entry) {
             // Or somebody waits for another content of this number: one of the two is wrong.
+            return false;
+        }
+        if self.wanted.len() >= MAX_WANTED {
             return false;
         }
         // What this host itself carries comes from a source, which nobody can be asked for.
@@ -480,6 +487,22 @@ mod tests {
         want(&mut exchange, 5, OTHER, true);
         exchange.hurry([EntryId(5)].into_iter(), at(1));
         assert_eq!(tick(&mut exchange, 2), [given_up(5, OTHER)]);
+    }
+
+    #[test]
+    fn no_more_is_waited_for_than_there_is_room_for_and_what_is_waited_for_can_be_joined() {
+        let mut exchange = Waits::new(ME);
+        let mut wants = |entry| {
+            let content = (EntryId(entry), ID);
+            let waiter = Some(Waiter(1));
+            exchange.want(content, (OTHER, true), waiter, at(0), &mut Vec::new())
+        };
+        let most = u32::try_from(MAX_WANTED).unwrap();
+        assert!((0..most).all(&mut wants));
+        assert!(!wants(most));
+        assert!(wants(most - 1));
+        exchange.came(EntryId(7));
+        want(&mut exchange, most, OTHER, true);
     }
 
     #[test]

@@ -25,14 +25,17 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(8);
 ///
 /// ```text
 ///  Preparing ─ready─► Copying ─loaded─► Completing ─completed─► Committed ─confirmed─► Releasing ─running─► Moved
-///      │                 │                  │                       │                    │  │
-///      └───── failed, cancelled ────────────┴───────────────────────┘       never ran ◄──┘  └─ no answer, lost
-///                        ▼                                                     │                  ▼
-///                     Undoing ◄────────────────────────────────────────────────┘             NeedsPerson
-///                        │ source runs                                                            ▲
-///                        ▼                                                                        │
-///                      Stayed                              source QEMU gone while undoing ────────┘
+///      │                 │                  │                       │                    │  │ ▲
+///      └───── failed, cancelled ────────────┴───────────────────────┘       never ran ◄──┘  │ │
+///                        ▼                                                     │            │ │
+///                     Undoing ◄────────────────────────────────────────────────┘            │ │
+///                        │ │ │ source QEMU gone, target loaded ────────────────────────────────┘
+///            source runs │ │ └ gone, nothing loaded; or it does not obey ───┐               │ no answer, lost
+///                        ▼                                                  ▼               ▼
+///                      Stayed                                           NeedsPerson ◄───────┘
 /// ```
+///
+/// `Moved` becomes `NeedsPerson` as well, if the source QEMU is to quit and runs, or cannot be asked.
 ///
 /// In post-copy the source QEMU does not resume by itself once its guest was stopped by hand, and
 /// the VM runs at the target before its memory is there:
@@ -81,6 +84,8 @@ pub enum SourceState {
     Undoing {
         /// Why.
         reason: String,
+        /// The target has not been told, or has not said, that it will not run the VM.
+        abort: bool,
     },
     /// It runs at the target.
     Moved,
@@ -107,6 +112,11 @@ pub enum Plight {
     Halved,
     /// It went on at the target, and one of its QEMUs is gone before all memory was there.
     Killed,
+    /// It has been let go at the target, and its QEMU here was not ended: it runs, because somebody has resumed it, or
+    /// cannot be asked.
+    Left,
+    /// Its QEMU here ended before the target had all of it.
+    Ended,
 }
 
 /// What the machine reacts to. Times are those of any clock that never runs backwards.
@@ -137,10 +147,12 @@ pub enum SourceEvent {
     Failed(String),
     /// Somebody wants the VM to stay.
     Cancel,
-    /// The source QEMU runs the VM.
+    /// The source QEMU runs the VM. It was brought back, or it was to quit and runs: somebody has resumed it.
     SourceRuns,
-    /// The source QEMU is gone or does not obey.
+    /// The source QEMU cannot be asked or does not obey.
     SourceLost(String),
+    /// The process of the source QEMU has ended.
+    SourceGone(String),
     /// Memory flows again from QEMU to QEMU.
     Resumed,
     /// It does not flow again yet.
@@ -182,9 +194,11 @@ pub enum SourceAction {
     /// Tell the target, if it can be reached, that it will not be released.
     AbortTarget(String),
     /// End the migration, by cancelling it or in post-copy by having it complete into the void, close
-    /// its socket, see that the VM runs here (`cont` if it does not by itself). Answer: `SourceRuns` or `SourceLost`.
+    /// its socket, see that the VM runs here (`cont` if it does not by itself). Answer: `SourceRuns`, `SourceLost` or
+    /// `SourceGone`.
     BringBack,
-    /// The source QEMU is no longer needed.
+    /// The source QEMU is no longer needed. Answer, only if it is left alone, because it runs or cannot be asked:
+    /// `SourceRuns` or `SourceLost`.
     QuitSource,
     /// The journal is no longer needed.
     ForgetJournal,
@@ -194,8 +208,10 @@ pub enum SourceAction {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum SourceJournal {
-    /// The move was begun; the target was not released.
+    /// The move was begun; the target was not released. The source QEMU has not completed its migration.
     Begun,
+    /// The same, and the target has loaded; the source QEMU may have completed.
+    Completing,
     /// The target may have been released.
     Releasing,
     /// The target was released in post-copy and has said so; its memory follows.
@@ -210,6 +226,8 @@ pub enum SourceJournal {
 pub struct SourceMove {
     state: SourceState,
     memory: Memory,
+    /// The target has all that it needs to run the VM.
+    is_loaded: bool,
     /// How often memory was to flow again.
     tries: u32,
     /// How long that is tried.
@@ -232,6 +250,7 @@ impl Default for SourceMove {
         Self {
             state: SourceState::Preparing,
             memory: Memory::First,
+            is_loaded: false,
             tries: 0,
             patience: RESUME_PATIENCE,
         }
@@ -272,7 +291,11 @@ impl SourceMove {
             (S::Preparing, E::Restarted(SourceJournal::Following)) => {
                 self.recover(Duration::ZERO, "the agent was restarted".into())
             }
-            (S::Preparing, E::Restarted(SourceJournal::Begun)) => {
+            (
+                S::Preparing,
+                E::Restarted(journal @ (SourceJournal::Begun | SourceJournal::Completing)),
+            ) => {
+                self.is_loaded = journal == SourceJournal::Completing;
                 undo("the agent was restarted during the move".into(), true)
             }
             (S::Copying, E::SourceHeld) => {
@@ -286,7 +309,11 @@ impl SourceMove {
             (S::Copying, E::TargetSwitched) => {
                 undo("its QEMU went over to post-copy unasked".into(), true)
             }
-            (state @ (S::Committed | S::Releasing { .. } | S::Following), E::TargetLoaded)
+            (S::Committed, E::TargetLoaded) if self.memory == Memory::After => {
+                self.is_loaded = true;
+                (S::Committed, complete())
+            }
+            (state @ (S::Releasing { .. } | S::Following), E::TargetLoaded)
                 if self.memory == Memory::After =>
             {
                 (state, vec![A::CompleteSource])
@@ -325,7 +352,11 @@ impl SourceMove {
                 self.answered((Duration::ZERO, lost), answer)
             }
             // Without having been told of the switch: it converged first, and is done as always.
-            (S::Copying, E::TargetLoaded) => (S::Completing, vec![A::CompleteSource]),
+            (S::Copying, E::TargetLoaded) => {
+                self.is_loaded = true;
+                (S::Completing, complete())
+            }
+            (S::Completing | S::Committed, E::JournalFailed(reason)) => undo(reason, true),
             (S::Completing, E::SourceCompleted) => (S::Committed, vec![A::AwaitConfirmation]),
             (S::Committed, E::Confirmed) => {
                 let actions = vec![A::Journal(SourceJournal::Releasing), A::Release];
@@ -357,10 +388,28 @@ impl SourceMove {
             (S::Releasing { since, lost }, E::NoAnswer { reason, now }) => {
                 unanswered((since, lost), reason, now)
             }
-            (S::Undoing { reason }, E::SourceRuns) => {
-                (S::Stayed { reason }, vec![A::ForgetJournal])
+            (S::Undoing { reason, abort }, E::SourceRuns) => {
+                let mut actions = tell_target(&reason, abort);
+                actions.push(A::ForgetJournal);
+                (S::Stayed { reason }, actions)
             }
-            (S::Undoing { reason }, E::SourceLost(why)) => {
+            // All of the VM is at the target and nowhere else. Nothing here can run it any more, so that no journal need
+            // be ahead of the release.
+            (S::Undoing { .. }, E::SourceGone(_)) if self.is_loaded => {
+                self.memory = Memory::Done;
+                let (since, lost) = (Duration::ZERO, None);
+                (S::Releasing { since, lost }, vec![A::Release])
+            }
+            (S::Undoing { reason, abort }, E::SourceGone(why)) => {
+                let mut actions = tell_target(&reason, abort);
+                actions.push(A::ForgetJournal);
+                let (state, _) = person(Plight::Ended, format!("{reason}: {why}"));
+                (state, actions)
+            }
+            // What the target says may be old, and a QEMU that runs has a VM that somebody uses.
+            (S::Moved, E::SourceRuns) => left("it runs: somebody has resumed it".into()),
+            (S::Moved, E::SourceLost(why)) => left(why),
+            (S::Undoing { reason, .. }, E::SourceLost(why)) => {
                 let reason = format!("{reason}; then the source QEMU could not be resumed: {why}");
                 person(Plight::Unknown, reason)
             }
@@ -404,7 +453,10 @@ impl SourceMove {
         use SourceAction as A;
         match answer {
             MoveState::Running => moved(),
-            MoveState::NeverRan { reason } => undo(reason, false),
+            MoveState::NeverRan { reason } => {
+                self.is_loaded = false;
+                undo(reason, false)
+            }
             MoveState::Loaded | MoveState::Loading => (
                 SourceState::Releasing { since, lost },
                 vec![A::ReleaseAgain],
@@ -435,12 +487,30 @@ fn person(plight: Plight, reason: String) -> (SourceState, Vec<SourceAction>) {
     (SourceState::NeedsPerson { reason, plight }, vec![])
 }
 
+/// The target is told only when it is known that the VM runs here, or that it cannot run there: what it has loaded may
+/// be all that is left of the VM.
 fn undo(reason: String, abort: bool) -> (SourceState, Vec<SourceAction>) {
-    let mut actions = vec![SourceAction::BringBack];
-    if abort {
-        actions.push(SourceAction::AbortTarget(reason.clone()));
-    }
-    (SourceState::Undoing { reason }, actions)
+    let state = SourceState::Undoing { reason, abort };
+    (state, vec![SourceAction::BringBack])
+}
+
+fn tell_target(reason: &str, abort: bool) -> Vec<SourceAction> {
+    let told = abort.then(|| SourceAction::AbortTarget(reason.to_owned()));
+    told.into_iter().collect()
+}
+
+/// A restarted agent must know that a completed migration is its own.
+fn complete() -> Vec<SourceAction> {
+    vec![
+        SourceAction::Journal(SourceJournal::Completing),
+        SourceAction::CompleteSource,
+    ]
+}
+
+/// What was let go at the target was not ended here; a later recovery tries again.
+fn left(reason: String) -> (SourceState, Vec<SourceAction>) {
+    let (state, _) = person(Plight::Left, reason);
+    (state, vec![SourceAction::Journal(SourceJournal::Releasing)])
 }
 
 fn moved() -> (SourceState, Vec<SourceAction>) {

@@ -9,6 +9,9 @@ use wire::MoveState;
 /// source's own patience, so that a source that is still trying finds it.
 pub(crate) const LEASE: Duration = Duration::from_secs(120);
 
+/// How long a QEMU that cannot be asked is left alone before it is tried again: each try takes seconds.
+const UNHEARD_PAUSE: Duration = Duration::from_secs(5);
+
 /// Where the move stands at the target.
 ///
 /// ```text
@@ -19,6 +22,13 @@ pub(crate) const LEASE: Duration = Duration::from_secs(120);
 ///     ▼                       ▼                  ▼
 ///  NeverRan ◄─────────────────┴──────────────────┘   (QEMU killed first)
 /// ```
+///
+/// A QEMU that lives and cannot be asked whether it was let go makes `Releasing` `Unheard`, from which it is
+/// tried again, until it answers or is gone. Nobody is told anything before that.
+///
+/// What cannot be written to the journal does not happen: without an entry that the VM has loaded, or was let
+/// go, it goes to `NeverRan`, because an agent that is restarted would end a QEMU that runs. Once `cont` may
+/// have been obeyed nothing is ended any more for want of an entry.
 ///
 /// In post-copy `Switched` stands beside `Loaded`: from it a lost session leads to `NeverRan` at once,
 /// and the load is reported when the VM runs.
@@ -38,6 +48,15 @@ pub enum TargetState {
     Releasing {
         /// It still needs memory from the source.
         follows: bool,
+        /// It was told before, and nobody knows whether it obeyed.
+        may_run: bool,
+    },
+    /// It was let go, and its QEMU lives and cannot be asked whether it runs.
+    Unheard {
+        /// It still needs memory from the source.
+        follows: bool,
+        /// When it was first looked at the clock since.
+        since: Option<Duration>,
     },
     /// The VM runs, or ran.
     Running {
@@ -79,6 +98,12 @@ pub enum TargetEvent {
     Continued,
     /// `cont` was refused; the QEMU is there, and stopped.
     ContinueRefused(String),
+    /// The QEMU was gone when `cont` was to be said.
+    GoneBefore(String),
+    /// The QEMU lives and does not answer. Whether it has obeyed is not known.
+    Unreached(String),
+    /// The journal could not be written, so the actions after it were not done.
+    JournalFailed(String),
     /// The agent was restarted with this journal, and found its QEMU in this condition.
     Restarted(TargetJournal, FoundQemu),
 }
@@ -94,14 +119,18 @@ pub enum FoundQemu {
     Running,
     /// Running the VM, with its migration completed.
     Complete,
+    /// There, and whether it runs the VM cannot be asked.
+    Unreachable,
 }
 
 /// What the machine wants done, in this order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TargetAction {
-    /// Write the journal, before the next action.
+    /// Write the journal, before the next action. If it cannot be written the next action must
+    /// not be done. Answer, only then: `JournalFailed`.
     Journal(TargetJournal),
-    /// Say `cont`. Answer: `Continued`, `ContinueRefused` or `QemuGone`.
+    /// Say `cont`, if it does not run. Answer: `Continued`, `ContinueRefused`, `GoneBefore`,
+    /// `Unreached` or `QemuGone`.
     Continue,
     /// Kill the QEMU and wait until it is gone, before anybody is told that it never ran.
     Kill,
@@ -152,14 +181,14 @@ impl TargetMove {
         &self.state
     }
 
-    /// The state as the source is told it. While `cont` is under way there is no answer yet:
-    /// ask again when it is done.
+    /// The state as the source is told it. While `cont` is under way, or nobody knows whether it was
+    /// obeyed, there is no answer yet: ask again.
     #[must_use]
     pub fn answer(&self) -> Option<MoveState> {
         Some(match &self.state {
             TargetState::Loading => MoveState::Loading,
             TargetState::Loaded { .. } | TargetState::Switched => MoveState::Loaded,
-            TargetState::Releasing { .. } => return None,
+            TargetState::Releasing { .. } | TargetState::Unheard { .. } => return None,
             TargetState::Running { follows: false } => MoveState::Running,
             TargetState::Running { follows: true } => MoveState::Following,
             TargetState::NeverRan(reason) => MoveState::NeverRan {
@@ -183,10 +212,6 @@ impl TargetMove {
             ),
             // The journal goes on saying `Loading`: an agent that is restarted has lost the stream.
             (S::Loading, E::SwitchReported) => (S::Switched, vec![]),
-            (S::Releasing { .. }, E::LoadReported) => (
-                S::Releasing { follows: false },
-                vec![A::Journal(TargetJournal::Released)],
-            ),
             (S::Running { .. }, E::LoadReported) => (
                 S::Running { follows: false },
                 vec![A::Journal(TargetJournal::Runs)],
@@ -199,11 +224,11 @@ impl TargetMove {
                 E::Failed(reason) | E::Abort(reason) | E::QemuGone(reason),
             ) => never_ran(&reason),
             (S::Loaded { .. }, E::Release) => (
-                S::Releasing { follows: false },
+                releasing(false),
                 vec![A::Journal(TargetJournal::Released), A::Continue],
             ),
             (S::Switched, E::Release) => (
-                S::Releasing { follows: true },
+                releasing(true),
                 vec![A::Journal(TargetJournal::Following), A::Continue],
             ),
             (S::Loaded { alone_since: None }, E::SessionLost { now }) => (
@@ -221,23 +246,94 @@ impl TargetMove {
                 "the source did not let it go within {} s",
                 LEASE.as_secs()
             )),
-            (S::Releasing { follows }, E::Continued) => (
-                S::Running { follows },
-                vec![A::Journal(match follows {
-                    true => TargetJournal::RunsAhead,
-                    false => TargetJournal::Runs,
-                })],
-            ),
-            (S::Releasing { .. }, E::ContinueRefused(reason)) => {
-                never_ran(&format!("it could not be started: {reason}"))
-            }
-            (S::Releasing { .. }, E::QemuGone(reason)) => (S::Lost(reason), vec![]),
+            (state @ (S::Releasing { .. } | S::Unheard { .. }), event) => released(state, event),
+            // A restarted agent would end it, perhaps when its source QEMU is gone: so it goes now.
+            (S::Loaded { .. }, E::JournalFailed(reason)) => never_ran(&unwritten(&reason)),
             (S::Running { follows: true }, E::QemuGone(reason)) => (S::Lost(reason), vec![]),
             (S::Loading, E::Restarted(journal, found)) => restarted(journal, found),
             (state, _) => (state, vec![]),
         };
         self.state = next;
         actions
+    }
+}
+
+fn releasing(follows: bool) -> TargetState {
+    TargetState::Releasing {
+        follows,
+        may_run: false,
+    }
+}
+
+fn unheard(follows: bool, since: Option<Duration>) -> TargetState {
+    TargetState::Unheard { follows, since }
+}
+
+fn unwritten(reason: &str) -> String {
+    format!("the target agent cannot go on with it: {reason}")
+}
+
+/// What becomes of a VM that was let go, before it is known to run.
+fn released(state: TargetState, event: TargetEvent) -> (TargetState, Vec<TargetAction>) {
+    use TargetAction as A;
+    use TargetEvent as E;
+    use TargetState as S;
+    match (state, event) {
+        (S::Releasing { may_run, .. }, E::LoadReported) => (
+            S::Releasing {
+                follows: false,
+                may_run,
+            },
+            vec![A::Journal(TargetJournal::Released)],
+        ),
+        (S::Unheard { since, .. }, E::LoadReported) => (
+            unheard(false, since),
+            vec![A::Journal(TargetJournal::Released)],
+        ),
+        (S::Releasing { follows, .. } | S::Unheard { follows, .. }, E::Continued) => (
+            S::Running { follows },
+            vec![A::Journal(match follows {
+                true => TargetJournal::RunsAhead,
+                false => TargetJournal::Runs,
+            })],
+        ),
+        (
+            S::Releasing { may_run: false, .. },
+            E::ContinueRefused(reason) | E::GoneBefore(reason),
+        ) => never_ran(&format!("it could not be started: {reason}")),
+        (S::Releasing { .. } | S::Unheard { .. }, E::QemuGone(reason) | E::GoneBefore(reason)) => {
+            (S::Lost(reason), vec![])
+        }
+        // It was to be written before `cont`, which has not been said then.
+        (S::Releasing { may_run: false, .. }, E::JournalFailed(reason)) => {
+            never_ran(&unwritten(&reason))
+        }
+        // One that is refused now may have run since it was told the first time.
+        (
+            S::Releasing { follows, .. },
+            E::Unreached(_) | E::ContinueRefused(_) | E::JournalFailed(_),
+        ) => (unheard(follows, None), vec![]),
+        (
+            S::Unheard {
+                follows,
+                since: None,
+            },
+            E::Tick { now },
+        ) => (unheard(follows, Some(now)), vec![]),
+        (
+            S::Unheard {
+                follows,
+                since: Some(since),
+            },
+            E::Tick { now },
+        ) if now.saturating_sub(since) >= UNHEARD_PAUSE => (
+            S::Releasing {
+                follows,
+                may_run: true,
+            },
+            vec![A::Continue],
+        ),
+        (state, _) => (state, vec![]),
     }
 }
 
@@ -253,26 +349,43 @@ fn never_ran(reason: &str) -> (TargetState, Vec<TargetAction>) {
 }
 
 fn restarted(journal: TargetJournal, found: FoundQemu) -> (TargetState, Vec<TargetAction>) {
+    let runs = (
+        TargetState::Running { follows: false },
+        vec![TargetAction::Journal(TargetJournal::Runs)],
+    );
     match (journal, found) {
         (TargetJournal::NeverRan { reason }, _) => (TargetState::NeverRan(reason), vec![]),
-        (TargetJournal::Released, FoundQemu::Running | FoundQemu::Complete)
-        | (TargetJournal::Following | TargetJournal::RunsAhead, FoundQemu::Complete)
         // Whatever became of it since: it has arrived.
-        | (TargetJournal::Runs, _) => (TargetState::Running { follows: false }, vec![]),
-        (TargetJournal::Released, FoundQemu::Stopped) => (
-            TargetState::Releasing { follows: false },
-            vec![TargetAction::Continue],
+        (TargetJournal::Runs, _) => (TargetState::Running { follows: false }, vec![]),
+        // Written down: if somebody stops it, a later agent must not tell it to go on. One that runs although
+        // nobody here let it go was told by a person, or there was no room to write it down. It is not ended.
+        (
+            TargetJournal::Released | TargetJournal::Loaded,
+            FoundQemu::Running | FoundQemu::Complete,
+        )
+        | (
+            TargetJournal::Following | TargetJournal::RunsAhead | TargetJournal::Loading,
+            FoundQemu::Complete,
+        ) => runs,
+        (TargetJournal::Loading, FoundQemu::Running) => (
+            TargetState::Running { follows: true },
+            vec![TargetAction::Journal(TargetJournal::RunsAhead)],
         ),
-        // Its processors may wait for memory; whether they ever ran is not known.
-        (TargetJournal::Following, FoundQemu::Running)
-        // Not told to go on if it stands still: it ran, and somebody stopped it.
-        | (TargetJournal::RunsAhead, FoundQemu::Running | FoundQemu::Stopped) => {
-            (TargetState::Running { follows: true }, vec![])
+        (TargetJournal::Released, FoundQemu::Stopped) => {
+            (releasing(false), vec![TargetAction::Continue])
         }
-        (TargetJournal::Following, FoundQemu::Stopped) => (
-            TargetState::Releasing { follows: true },
-            vec![TargetAction::Continue],
-        ),
+        // Neither that it runs nor that it never ran may be said of it.
+        (TargetJournal::Released, FoundQemu::Unreachable) => (unheard(false, None), vec![]),
+        // Its processors may wait for memory; whether they ever ran is not known.
+        (TargetJournal::Following, FoundQemu::Running | FoundQemu::Unreachable)
+        // Not told to go on if it stands still: it ran, and somebody stopped it.
+        | (
+            TargetJournal::RunsAhead,
+            FoundQemu::Running | FoundQemu::Stopped | FoundQemu::Unreachable,
+        ) => (TargetState::Running { follows: true }, vec![]),
+        (TargetJournal::Following, FoundQemu::Stopped) => {
+            (releasing(true), vec![TargetAction::Continue])
+        }
         (
             TargetJournal::Released | TargetJournal::Following | TargetJournal::RunsAhead,
             FoundQemu::Gone,
@@ -280,11 +393,7 @@ fn restarted(journal: TargetJournal, found: FoundQemu) -> (TargetState, Vec<Targ
             TargetState::Lost("its QEMU ended while the agent was away".into()),
             vec![],
         ),
-        // A loaded VM that runs although nobody here let it go: a person said `cont`.
-        (TargetJournal::Loaded, FoundQemu::Running | FoundQemu::Complete) => {
-            (TargetState::Running { follows: false }, vec![])
-        }
-        (TargetJournal::Loaded, FoundQemu::Stopped) => {
+        (TargetJournal::Loaded, FoundQemu::Stopped | FoundQemu::Unreachable) => {
             // The lease starts anew: the source cannot have been heard in the meantime.
             (
                 TargetState::Loaded {
@@ -293,7 +402,11 @@ fn restarted(journal: TargetJournal, found: FoundQemu) -> (TargetState, Vec<Targ
                 vec![],
             )
         }
-        (TargetJournal::Loading | TargetJournal::Loaded, _) => {
+        (
+            TargetJournal::Loading,
+            FoundQemu::Gone | FoundQemu::Stopped | FoundQemu::Unreachable,
+        )
+        | (TargetJournal::Loaded, FoundQemu::Gone) => {
             never_ran("the target agent was restarted before everything was loaded")
         }
     }

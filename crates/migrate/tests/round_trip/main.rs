@@ -10,6 +10,7 @@ mod hostile;
 mod opening;
 mod rng;
 mod session;
+mod sharing;
 mod target;
 
 use std::collections::HashSet;

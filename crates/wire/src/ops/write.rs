@@ -93,7 +93,7 @@ impl OpWriter {
         self.page(block, page, RunKind::Literal(entry));
     }
 
-    /// Says how the pages that are not plain and follow share their frames at the source.
+    /// Says how the pages that follow share their frames at the source, after a switch to post-copy plain ones, too.
     pub fn shared(&mut self, sharing: FrameSharing) {
         if sharing == self.sharing {
             return;

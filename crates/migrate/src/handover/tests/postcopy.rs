@@ -198,7 +198,10 @@ fn a_vm_that_converges_while_it_is_told_to_go_over_is_moved_as_in_pre_copy() {
     let mut machine = machine_at(&held);
     assert_eq!(
         machine.handle(SourceEvent::TargetLoaded),
-        [SourceAction::CompleteSource]
+        [
+            SourceAction::Journal(SourceJournal::Completing),
+            SourceAction::CompleteSource
+        ]
     );
     assert_eq!(
         machine.handle(SourceEvent::SourceCompleted),

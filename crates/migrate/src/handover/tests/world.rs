@@ -1,5 +1,7 @@
 //! Both ends in one world, stopped, restarted and cut at every step.
 
+mod target_end;
+
 use std::collections::VecDeque;
 
 use super::super::target::FoundQemu;
@@ -77,6 +79,12 @@ struct World {
     losses_left: u64,
     lost_agreeing: u32,
     faults: bool,
+    /// The target agent can write nothing down.
+    is_disk_full: bool,
+    /// What it could not write: before the VM was told to run there, and after.
+    unwritten: [u32; 2],
+    /// How often the target QEMU did not say whether it obeyed.
+    unreached: u32,
     vm_killed: bool,
     log: Vec<String>,
 }
@@ -104,6 +112,9 @@ impl World {
             losses_left: seed / 2 % 3,
             lost_agreeing: 0,
             faults: true,
+            is_disk_full: false,
+            unwritten: [0; 2],
+            unreached: 0,
             vm_killed: false,
             log: Vec::new(),
         };
@@ -147,10 +158,11 @@ impl World {
             SourceAction::ForgetJournal => self.source_journal = None,
             SourceAction::Release | SourceAction::ReleaseAgain => {
                 // Being sure that the journal is ahead is the point of the journal.
-                let is_ahead = self
-                    .source_journal
-                    .is_some_and(|j| j != SourceJournal::Begun);
-                assert!(is_ahead);
+                let is_ahead = matches!(
+                    self.source_journal,
+                    Some(SourceJournal::Releasing | SourceJournal::Following)
+                );
+                assert!(is_ahead || self.source_qemu == SourceQemu::Gone);
                 if self.link_up {
                     self.requests.push_back(Request::Release);
                 } else {
@@ -171,7 +183,7 @@ impl World {
             }
             SourceAction::BringBack => {
                 let event = match self.source_qemu {
-                    SourceQemu::Gone => SourceEvent::SourceLost("gone".into()),
+                    SourceQemu::Gone => SourceEvent::SourceGone("gone".into()),
                     _ => {
                         self.source_qemu = SourceQemu::Running;
                         SourceEvent::SourceRuns
@@ -223,64 +235,6 @@ impl World {
             }
             Some(answer) => Some(SourceEvent::Answer(answer)),
             None => not("busy", self.now),
-        }
-    }
-
-    fn target_acts(&mut self) {
-        let Some(action) = self.target_todo.pop_front() else {
-            return;
-        };
-        self.log.push(format!("target does {action:?}"));
-        match action {
-            TargetAction::Journal(journal) => self.target_journal = Some(journal),
-            TargetAction::Kill => self.target_qemu = TargetQemu::Gone,
-            TargetAction::Continue => {
-                let is_paused = self.target_qemu == TargetQemu::Paused;
-                assert!(
-                    !is_paused,
-                    "a person has stopped it\n{}",
-                    self.log.join("\n")
-                );
-                if self.target_qemu == TargetQemu::Gone {
-                    self.tell_target(TargetEvent::QemuGone("killed".into()));
-                } else if self.faults && self.dice.roll(10) == 0 {
-                    self.tell_target(TargetEvent::ContinueRefused("image locked".into()));
-                } else {
-                    self.target_qemu = TargetQemu::Running;
-                    self.tell_target(TargetEvent::Continued);
-                }
-            }
-        }
-    }
-
-    /// The target serves a request once it has done what it had to do.
-    fn target_serves(&mut self) {
-        if self.target.is_none() || !self.target_todo.is_empty() {
-            return;
-        }
-        let Some(request) = self.requests.pop_front() else {
-            return;
-        };
-        match request {
-            Request::Release => self.tell_target(TargetEvent::Release),
-            Request::Abort => self.tell_target(TargetEvent::Abort("aborted".into())),
-        }
-        while !self.target_todo.is_empty() {
-            self.target_acts();
-        }
-        let answer = self.target.as_ref().and_then(TargetMove::answer);
-        if request == Request::Release
-            && let Some(answer) = answer
-        {
-            let lost = !self.link_up || (self.faults && self.dice.roll(6) == 0);
-            self.source_heard.push_back(if lost {
-                SourceEvent::NoAnswer {
-                    reason: "lost".into(),
-                    now: self.now,
-                }
-            } else {
-                SourceEvent::Answer(answer)
-            });
         }
     }
 
@@ -367,7 +321,8 @@ impl World {
             matches!(
                 state,
                 TargetState::Switched
-                    | TargetState::Releasing { follows: true }
+                    | TargetState::Releasing { follows: true, .. }
+                    | TargetState::Unheard { follows: true, .. }
                     | TargetState::Running { follows: true }
             )
         };
@@ -442,26 +397,10 @@ impl World {
         }
     }
 
-    fn restart_target_agent(&mut self) {
-        if self.target.is_none() {
-            self.log.push("target agent restarts".into());
-            self.target = Some(TargetMove::default());
-            let found = match self.target_qemu {
-                TargetQemu::Gone => FoundQemu::Gone,
-                TargetQemu::Stopped | TargetQemu::Paused => FoundQemu::Stopped,
-                TargetQemu::Running if self.is_postcopy && !self.is_whole => FoundQemu::Running,
-                TargetQemu::Running => FoundQemu::Complete,
-            };
-            if let Some(journal) = self.target_journal.clone() {
-                self.tell_target(TargetEvent::Restarted(journal, found));
-            }
-        }
-    }
-
     fn step(&mut self) {
         self.now += Duration::from_millis(500);
         let now = self.now;
-        match self.dice.roll(if self.faults { 17 } else { 8 }) {
+        match self.dice.roll(if self.faults { 18 } else { 8 }) {
             0 | 1 => self.source_acts(),
             2 | 3 => self.target_acts(),
             4 => self.target_serves(),
@@ -480,31 +419,8 @@ impl World {
             13 => self.tell_source(SourceEvent::Cancel),
             14 => self.lose_session(),
             15 => self.person_stops_it(),
+            16 => self.is_disk_full = !self.is_disk_full,
             _ => self.kill_target_qemu(),
-        }
-    }
-
-    /// Rarely: a VM that runs and is killed is a crash, which is not what is tested here.
-    fn kill_target_qemu(&mut self) {
-        if self.target_qemu == TargetQemu::Stopped && self.dice.roll(3) == 0 {
-            self.log.push("target QEMU dies".into());
-            self.target_qemu = TargetQemu::Gone;
-            self.vm_killed = true;
-            self.tell_target(TargetEvent::QemuGone("killed".into()));
-            self.source_heard
-                .push_back(SourceEvent::Failed("target QEMU gone".into()));
-        }
-    }
-
-    /// A person stops the VM at its target, once its agent knows that it runs, or has known.
-    fn person_stops_it(&mut self) {
-        let known = matches!(
-            self.target_journal,
-            Some(TargetJournal::Runs | TargetJournal::RunsAhead)
-        );
-        if known && self.target_qemu == TargetQemu::Running && self.dice.roll(8) == 0 {
-            self.log.push("a person stops the VM".into());
-            self.target_qemu = TargetQemu::Paused;
         }
     }
 
@@ -531,6 +447,7 @@ impl World {
     fn heal(&mut self, seed: u64) {
         self.faults = false;
         self.link_up = true;
+        self.is_disk_full = false;
         self.restart_source_agent();
         self.restart_target_agent();
         for _ in 0..4000 {
@@ -543,7 +460,7 @@ impl World {
 #[test]
 fn never_two_and_never_none_whatever_dies_whenever() {
     let (mut moved, mut stayed, mut person, mut resumed, mut paused) = (0, 0, 0, 0, 0);
-    let mut lost_again = 0;
+    let (mut lost_again, mut unwritten, mut unreached) = (0, [0; 2], 0);
     for seed in 0..6_000 {
         let mut world = World::new(seed);
         // Some worlds get far before the first fault, some are in trouble from the start.
@@ -586,11 +503,20 @@ fn never_two_and_never_none_whatever_dies_whenever() {
         resumed += u32::from(world.log.iter().any(|line| line.contains("hears Resumed")));
         lost_again += world.lost_agreeing;
         paused += u32::from(world.target_qemu == TargetQemu::Paused);
+        unreached += world.unreached;
+        for (sum, count) in unwritten.iter_mut().zip(world.unwritten) {
+            *sum += count;
+        }
     }
     assert!(
         moved > 500 && stayed > 500 && resumed > 100 && lost_again > 50 && paused > 50,
         "{moved} moved, {paused} of them were stopped there, {stayed} stayed, {person} need a person; \
          {resumed} were resumed, \
          {lost_again} times it was lost again before both QEMUs had agreed"
+    );
+    assert!(
+        unwritten[0] > 50 && unwritten[1] > 20 && unreached > 20,
+        "{unwritten:?} entries could not be written before and after the start, {unreached} times it \
+         was not known whether a VM was started"
     );
 }
