@@ -9,8 +9,33 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use sys::Process;
+
+/// A QEMU as an entry names it, for good: another process can get its number, and another VM its monitor's path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct QemuProcess {
+    pub(crate) pid: u32,
+    /// Start time of the process, against another one of the same number.
+    started: u64,
+}
+
+impl QemuProcess {
+    pub(crate) fn of(process: &Process) -> io::Result<Self> {
+        Ok(Self {
+            pid: process.pid(),
+            started: process.start_time()?,
+        })
+    }
+
+    /// Whether it is still there.
+    pub(crate) fn is_alive(self) -> bool {
+        Process::open(self.pid).is_ok_and(|process| {
+            process.is_alive() && Self::of(&process).is_ok_and(|found| found == self)
+        })
+    }
+}
 
 /// Entries of one role.
 #[derive(Clone)]

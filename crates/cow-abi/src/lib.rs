@@ -8,7 +8,7 @@
 //! ```text
 //!  library (in QEMU)                                        agent
 //!      │ ── Hello {version, pid, page size} ─────────────────► │
-//!      │ ◄────────────────────────────────── Welcome {version} │   within HANDSHAKE_MS_MAX
+//!      │ ◄────────────────────────────────── Welcome {version} │   within WELCOME_MS_MAX
 //!      │ ◄─────────── Block {index, name, address, length} ─── │   once for each block
 //!      │ ── BlockAnswer ─────────────────────────────────────► │
 //!      │ ◄─────────── Pool {inode} + descriptor (SCM_RIGHTS) ─ │   once
@@ -90,9 +90,14 @@ pub const SOCKET_ENV: &core::ffi::CStr = c"GANGWAY_COW_SOCKET";
 /// File name of the library.
 pub const LIBRARY_FILE: &str = "libgangway_cow.so";
 
-/// Longest time that each end waits for the other's part of the handshake, milliseconds. A QEMU
-/// that forks into the background takes tens of milliseconds; a host that swaps, seconds.
+/// Longest time that the agent waits for the library's part of the handshake once QEMU's monitor
+/// answers, milliseconds. A QEMU that forks into the background takes tens of milliseconds; a host
+/// that swaps, seconds.
 pub const HANDSHAKE_MS_MAX: u32 = 10_000;
+
+/// Longest time that the library waits for the agent's, milliseconds. It calls when its process begins,
+/// and the agent looks when QEMU's monitor answers: with preallocated memory that may take a minute.
+pub const WELCOME_MS_MAX: u32 = 60_000 + HANDSHAKE_MS_MAX;
 
 /// Most runs in one `Map`. At the 2 us that the kernel takes for a run, a batch takes 2 ms: short
 /// enough to be answered between two looks at the clock, long enough to hide the socket's cost.

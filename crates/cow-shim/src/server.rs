@@ -5,9 +5,9 @@
 use std::mem::zeroed;
 
 use cow_abi::{
-    AbiError, BlockAnswer, BlockOffer, Features, FromAgent, FromLibrary, HANDSHAKE_MS_MAX, Hello,
-    MapBatch, NAME_BYTES_MAX, Outcome, OutcomeBytes, Outcomes, PACKET_BYTES_MAX, RUNS_MAX, Refusal,
-    VERSION,
+    AbiError, BlockAnswer, BlockOffer, Features, FromAgent, FromLibrary, Hello, MapBatch,
+    NAME_BYTES_MAX, Outcome, OutcomeBytes, Outcomes, PACKET_BYTES_MAX, RUNS_MAX, Refusal, VERSION,
+    WELCOME_MS_MAX,
 };
 
 use crate::areas::examine;
@@ -41,7 +41,7 @@ enum Next {
 
 /// Connects to the agent and serves it to the end. Whether the handshake was made.
 pub(crate) fn serve(path: &[u8], features: Features) -> bool {
-    let Some(socket) = Socket::connect(path, HANDSHAKE_MS_MAX) else {
+    let Some(socket) = Socket::connect(path, WELCOME_MS_MAX) else {
         return false;
     };
     let mut server = Server {

@@ -386,7 +386,8 @@ fn a_page_that_the_stream_brings_after_its_mapping_is_the_streams() {
     let argv = guest::target_argv(source.argv(), &moved).unwrap();
     let listener = CowListener::bind(&dir.path().join("cow"), &library()).unwrap();
     let log = dir.path().join("log");
-    let target = guest::TargetGuest::start_with(&argv, &log, listener.environment()).unwrap();
+    let target =
+        guest::TargetGuest::start_with(&argv, &log, listener.environment(), |_, _| {}).unwrap();
     let mut library = listener.accept(target.pid()).unwrap();
     let blocks = target.ram_blocks().unwrap();
     let block = blocks.iter().find(|block| block.name == "pc.ram").unwrap();

@@ -420,7 +420,8 @@ impl<'a> Keys<'a> {
         match area {
             Some(area) if area.key == NONE => NONE,
             // Written pages of a file mapping are plain memory, which KSM may have merged.
-            Some(area) if !entry.swapped() && (!entry.present() || entry.file_or_shared()) => {
+            // Their frame, while the kernel moves it, shows as one of a file in swap.
+            Some(area) if entry.file_or_shared() || !(entry.present() || entry.swapped()) => {
                 area.key + (at.0 - area.start) / PAGE_SIZE as u64
             }
             // Shown as of a file in plain memory: huge pages of zeros.
@@ -478,6 +479,7 @@ mod tests {
         assert_eq!(key(0x3000, 0), FILE_KEY | 6);
         assert_eq!(key(0x3000, present | file | 9), FILE_KEY | 6);
         assert_eq!(key(0x3000, swapped), NONE);
+        assert_eq!(key(0x3000, swapped | file), FILE_KEY | 6, "being moved");
         assert_eq!(key(0x3000, present | exclusive | 9), NONE);
         assert_eq!(key(0x3000, present | 9), 9);
         assert_eq!(key(0x4000, present | file | 9), NONE);

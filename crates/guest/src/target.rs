@@ -33,6 +33,12 @@ use crate::{
 /// touch all of it.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 
+// The mapping library in QEMU is welcomed after that.
+const _: () = assert!(
+    START_TIMEOUT.as_millis() + cow_abi::HANDSHAKE_MS_MAX as u128
+        <= cow_abi::WELCOME_MS_MAX as u128
+);
+
 /// How often a start is looked at.
 const START_POLL: Duration = Duration::from_millis(10);
 
@@ -95,11 +101,12 @@ impl TargetGuest {
     /// If it has no QMP socket or one that is in use, ends early (with the last lines of its log),
     /// or does not answer within a minute. No process is left then.
     pub fn start(argv: &[String], log: &Path) -> Result<Self, GuestError> {
-        Self::start_with(argv, log, &[])
+        Self::start_with(argv, log, &[], |_, _| {})
     }
 
     /// As [`TargetGuest::start`], with `environment` added to this process's own: what
-    /// [`crate::CowListener::environment`] asks for.
+    /// [`crate::CowListener::environment`] asks for. `launched` hears of the process and the path of its
+    /// monitor before that answers, which can take long: a caller that is killed meanwhile leaves the process.
     ///
     /// # Errors
     /// As [`TargetGuest::start`].
@@ -107,6 +114,7 @@ impl TargetGuest {
         argv: &[String],
         log: &Path,
         environment: &[(OsString, OsString)],
+        launched: impl FnOnce(&Process, &Path),
     ) -> Result<Self, GuestError> {
         let mut argv = without_start_options(argv)?;
         argv.extend(["-S", "-incoming", "defer"].map(str::to_owned));
@@ -117,7 +125,12 @@ impl TargetGuest {
         }
         let mut log = Log::open(log)?;
         let mut child = log.launch(&argv, environment)?;
-        match connect_to_child(&mut child, &qmp_path, &mut log) {
+        let connected = open_process(child.id()).and_then(|process| {
+            launched(&process, &qmp_path);
+            let (qmp, events) = connect_to_child(&mut child, &process, &qmp_path, &mut log)?;
+            Ok((qmp, process, events))
+        });
+        match connected {
             Ok((qmp, process, events)) => {
                 reap(child);
                 Ok(Self {
@@ -412,11 +425,11 @@ impl TargetGuest {
 /// Waits until `child` serves its monitor at `qmp_path`.
 fn connect_to_child(
     child: &mut Child,
+    process: &Process,
     qmp_path: &Path,
     log: &mut Log,
-) -> Result<(Qmp, Process, Receiver<QmpEvent>), GuestError> {
+) -> Result<(Qmp, Receiver<QmpEvent>), GuestError> {
     let start = Instant::now();
-    let process = open_process(child.id())?;
     loop {
         let left = START_TIMEOUT.saturating_sub(start.elapsed());
         // At the end of the time a greeting still gets a moment.
@@ -430,7 +443,7 @@ fn connect_to_child(
         match tried {
             Ok((qmp, events)) => {
                 check_peer(&qmp, qmp_path, child.id())?;
-                return Ok((qmp, process, events));
+                return Ok((qmp, events));
             }
             Err(error) if left.is_zero() => {
                 let log_tail = log.tail();
@@ -567,5 +580,27 @@ impl Log {
             .filter(|line| !line.is_empty())
             .collect();
         Ok(lines[lines.len().saturating_sub(LOG_TAIL_LINES_MAX)..].join("; "))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_qemu_is_heard_of_before_its_monitor_answers() {
+        let dir = tempfile::tempdir().unwrap();
+        let monitor = dir.path().join("qmp");
+        let qmp = format!("unix:{},server=on,wait=off", monitor.display());
+        // It never serves a monitor.
+        let argv = ["sh", "-c", "exit 3", "-qmp", &qmp].map(str::to_owned);
+        let mut heard = None;
+        let started =
+            TargetGuest::start_with(&argv, &dir.path().join("log"), &[], |process, path| {
+                heard = Some((process.pid(), path.to_owned()));
+            });
+        assert!(matches!(started, Err(GuestError::EndedEarly { .. })));
+        let (pid, path) = heard.unwrap();
+        assert!(pid != std::process::id() && path == monitor);
     }
 }

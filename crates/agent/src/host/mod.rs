@@ -1,5 +1,7 @@
 //! The data path of one host behind the control API.
 
+mod asked;
+
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -261,6 +263,7 @@ impl Mover for HostMover {
             )
         };
         let (guest, _events) = SourceGuest::attach(&spec.qmp).map_err(|e| refuse(&e))?;
+        asked::refuse_other_vm(spec, &guest)?;
         guest.check().map_err(|e| refuse(&e))?;
         let argv = spec.definition.as_deref().unwrap_or(guest.argv());
         let (major, minor, micro) = guest.version();
@@ -368,6 +371,7 @@ impl Mover for HostMover {
                 return Err(Refusal::of_vm(RefusalCode::NoQemu, &vm.vm, message));
             }
         }
+        asked::refuse_unknown_machines(&request.vms, &self.context.session.host)?;
         // Last: only a group that is admitted is promised anything.
         let can_share = self.arrivals.can_share();
         let needed = |vm: &MoveCheck| needed_for(vm, can_share);

@@ -2,6 +2,7 @@
 
 mod following;
 mod lanes;
+mod resumed;
 
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};

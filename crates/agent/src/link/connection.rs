@@ -31,6 +31,11 @@ const READ_AHEAD: usize = 128 << 10;
 /// 1 Gbit/s. Nothing overtakes what is there, and by itself the kernel takes megabytes.
 const UNSENT: u32 = 64 << 10;
 
+/// When the kernel asks whether the peer of an idle connection is there, and how often again: longer than
+/// any silence that a session survives.
+const KEEPALIVE: Duration = Duration::from_secs(60);
+const KEEPALIVE_AGAIN: Duration = Duration::from_secs(15);
+
 /// Keys and certificates, or none.
 #[derive(Clone)]
 pub(crate) enum Security {
@@ -88,6 +93,8 @@ enum Stream {
 /// A socket that is read in large pieces: rustls by itself reads a page or less at a time.
 struct Buffered {
     tcp: TcpStream,
+    /// Nothing is read any more then: TLS reads on by itself as long as anything comes.
+    deadline: Option<Instant>,
     bytes: Box<[u8]>,
     at: usize,
     filled: usize,
@@ -98,6 +105,7 @@ impl Buffered {
         let bytes = vec![0; READ_AHEAD].into_boxed_slice();
         Self {
             tcp,
+            deadline: None,
             bytes,
             at: 0,
             filled: 0,
@@ -107,6 +115,9 @@ impl Buffered {
 
 impl Read for Buffered {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        if is_over(self.deadline) {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
         if self.at == self.filled {
             self.filled = self.tcp.read(&mut self.bytes)?;
             self.at = 0;
@@ -136,6 +147,8 @@ impl Write for Buffered {
 pub(crate) struct Link {
     stream: Stream,
     timeout: Duration,
+    /// When reading ends whatever comes.
+    deadline: Option<Instant>,
 }
 
 impl Link {
@@ -172,7 +185,11 @@ impl Link {
                 Stream::Client(Box::new(StreamOwned::new(connection, Buffered::new(tcp))))
             }
         };
-        Ok(Self { stream, timeout })
+        Ok(Self {
+            stream,
+            timeout,
+            deadline: None,
+        })
     }
 
     /// Takes over an accepted connection.
@@ -190,25 +207,37 @@ impl Link {
                 Stream::Server(Box::new(StreamOwned::new(connection, Buffered::new(tcp))))
             }
         };
-        Ok(Self { stream, timeout })
+        Ok(Self {
+            stream,
+            timeout,
+            deadline: None,
+        })
     }
 
     /// A handle that can shut the connection down from another thread.
     pub(crate) fn socket(&self) -> io::Result<TcpStream> {
+        self.tcp().try_clone()
+    }
+
+    fn tcp(&self) -> &TcpStream {
         match &self.stream {
-            Stream::Plain(tcp) => tcp.try_clone(),
-            Stream::Client(tls) => tls.sock.tcp.try_clone(),
-            Stream::Server(tls) => tls.sock.tcp.try_clone(),
+            Stream::Plain(tcp) => tcp,
+            Stream::Client(tls) => &tls.sock.tcp,
+            Stream::Server(tls) => &tls.sock.tcp,
         }
+    }
+
+    /// Has the kernel end a connection that may be idle for long when its peer is gone.
+    pub(crate) fn keep_alive(&self) -> io::Result<()> {
+        let keepalive = socket2::TcpKeepalive::new()
+            .with_time(KEEPALIVE)
+            .with_interval(KEEPALIVE_AGAIN);
+        socket2::SockRef::from(self.tcp()).set_tcp_keepalive(&keepalive)
     }
 
     /// Whether the kernel takes more bytes at once.
     pub(crate) fn has_room(&self) -> bool {
-        let tcp = match &self.stream {
-            Stream::Plain(tcp) => tcp,
-            Stream::Client(tls) => &tls.sock.tcp,
-            Stream::Server(tls) => &tls.sock.tcp,
-        };
+        let tcp = self.tcp();
         let now = Timespec::default();
         let mut fds = [PollFd::new(tcp, PollFlags::OUT)];
         // What cannot be asked is found when it is written to.
@@ -221,8 +250,25 @@ impl Link {
         self.send(hello)
     }
 
-    /// Reads what the connection is for.
+    /// Reads what the connection is for. All of it, with what TLS needs before, has the time of one silence:
+    /// who has not said yet who they are cannot hold a connection a byte at a time.
     pub(crate) fn receive_hello(&mut self) -> Result<Hello, LinkError> {
+        self.set_deadline(Some(Instant::now() + self.timeout));
+        let hello = self.read_hello();
+        self.set_deadline(None);
+        hello
+    }
+
+    fn set_deadline(&mut self, deadline: Option<Instant>) {
+        self.deadline = deadline;
+        match &mut self.stream {
+            Stream::Plain(_) => {}
+            Stream::Client(tls) => tls.sock.deadline = deadline,
+            Stream::Server(tls) => tls.sock.deadline = deadline,
+        }
+    }
+
+    fn read_hello(&mut self) -> Result<Hello, LinkError> {
         let mut magic = [0; MAGIC.len()];
         self.read_exact(&mut magic)?;
         if magic != MAGIC {
@@ -342,6 +388,9 @@ impl Link {
         let mut progress = Instant::now();
         let mut filled = 0;
         while filled < out.len() {
+            if is_over(self.deadline) {
+                return (filled, Err(LinkError::Silent(self.timeout)));
+            }
             let rest = &mut out[filled..];
             let result = match &mut self.stream {
                 Stream::Plain(tcp) => tcp.read(rest),
@@ -499,6 +548,10 @@ pub(crate) fn unpack(
     Ok(body)
 }
 
+fn is_over(deadline: Option<Instant>) -> bool {
+    deadline.is_some_and(|deadline| Instant::now() >= deadline)
+}
+
 /// Keeps what the kernel has taken and not sent short: what is urgent waits for all of it.
 pub(crate) fn keep_short(tcp: &TcpStream) -> io::Result<()> {
     socket2::SockRef::from(tcp).set_tcp_notsent_lowat(UNSENT)
@@ -510,4 +563,36 @@ fn prepare(tcp: &TcpStream, timeout: Duration) -> io::Result<()> {
     tcp.set_write_timeout(Some(TICK))?;
     // Beyond our own limit the kernel need not try either.
     socket2::SockRef::from(tcp).set_tcp_user_timeout(Some(timeout * 2))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn who_says_who_they_are_a_byte_at_a_time_is_not_listened_to_for_longer_than_a_silence() {
+        let door = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = door.local_addr().unwrap();
+        let slow = std::thread::spawn(move || {
+            let mut tcp = TcpStream::connect(address).unwrap();
+            // Never silent, and honest so far.
+            let hello = MAGIC.iter().chain(&[0, 1, 0, 0]).chain(&[b' '; 256]);
+            for byte in hello {
+                if tcp.write_all(&[*byte]).is_err() {
+                    return;
+                }
+                std::thread::sleep(Duration::from_millis(100));
+            }
+        });
+        let (tcp, _) = door.accept().unwrap();
+        let timeout = Duration::from_millis(500);
+        let mut link = Link::accepted(tcp, &Security::Plaintext, timeout).unwrap();
+        let heard = link.receive_hello();
+        assert!(matches!(heard, Err(LinkError::Silent(_))));
+        assert!(link.deadline.is_none(), "what follows has its own limits");
+        drop(link);
+        slow.join().unwrap();
+    }
 }

@@ -150,6 +150,12 @@ pub(super) fn scan(
             break;
         }
     }
+    if let Some(stores) = with.stores.filter(|_| spec.resident)
+        && one.cancelled.load(Ordering::Relaxed)
+    {
+        // Whoever ended it may have been here before the seeds were kept.
+        stores.forget_seeds(&spec.key());
+    }
     let mut report = of_host(with.host, spec, domains);
     report.pages_read = one.progress.read();
     report.seconds = begin.elapsed().as_secs_f64();

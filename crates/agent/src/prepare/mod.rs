@@ -120,7 +120,7 @@ impl Preparations {
     pub fn start(&self, spec: PrepareSpec) -> Result<(), Refusal> {
         let keys = job::keys_of(&spec)?;
         let mut table = lock(&self.table);
-        table.retain(|_, one| !one.is_expired());
+        self.forget_expired(&mut table);
         let known = table.get(&spec.key()).cloned();
         if known.is_none() && table.len() >= PREPARATIONS_MAX {
             let message = format!("this agent holds {PREPARATIONS_MAX} preparations, its most");
@@ -175,10 +175,24 @@ impl Preparations {
         let preparation = self.find(group)?;
         preparation.cancelled.store(true, Ordering::Relaxed);
         lock(&self.table).remove(group);
-        if let Some(stores) = self.stores.as_ref().filter(|_| preparation.spec.resident) {
-            stores.forget_seeds(group);
-        }
+        self.forget_seeds(&preparation);
         Ok(())
+    }
+
+    fn forget_expired(&self, table: &mut HashMap<String, Arc<Preparation>>) {
+        table.retain(|_, one| {
+            let is_expired = one.is_expired();
+            if is_expired {
+                self.forget_seeds(one);
+            }
+            !is_expired
+        });
+    }
+
+    fn forget_seeds(&self, preparation: &Preparation) {
+        if let Some(stores) = self.stores.as_ref().filter(|_| preparation.spec.resident) {
+            stores.forget_seeds(&preparation.spec.key());
+        }
     }
 
     /// What is known of the contents of a group's trust domain; none unless it is ready.
@@ -201,7 +215,7 @@ impl Preparations {
 
     fn find(&self, group: &str) -> Result<Arc<Preparation>, Refusal> {
         let mut table = lock(&self.table);
-        table.retain(|_, one| !one.is_expired());
+        self.forget_expired(&mut table);
         table.get(group).cloned().ok_or_else(|| {
             let message = format!("nothing is prepared here for group `{group}`");
             Refusal::new(RefusalCode::UnknownGroup, message)

@@ -11,8 +11,9 @@ use crate::link::{Link, LinkError};
 
 use super::session::{SessionContext, spawn};
 
-/// How long the target may take to start a QEMU: a large guest's memory is prepared then.
-const OPEN_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long the target may take to start a QEMU: a large guest's memory is prepared then, for which the target gives it
+/// 60 s, and some more to what comes after.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// How long an answer to a release may take: `cont` opens disks.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);

@@ -13,6 +13,8 @@ use guest::{
 };
 use sys::ProcessMemory;
 
+use crate::journal::QemuProcess;
+
 use super::listening::Listening;
 use super::run::Input;
 use super::session::spawn;
@@ -20,6 +22,13 @@ use super::stream::{GuestMemory, Stream};
 
 /// How long the source QEMU may take to connect to our socket, or to get back to running.
 const QEMU_PATIENCE: Duration = Duration::from_secs(15);
+
+/// How long a QEMU whose monitor is gone may take to be gone itself.
+const DEATH_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long a source QEMU in post-copy is read to its end when a move is undone. What it has not written by then it is
+/// told, over a stream of our own, to leave out: its guest is stopped meanwhile.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(3);
 
 /// QEMU's word for a post-copy that lost its stream.
 const PAUSED: &str = "postcopy-paused";
@@ -35,16 +44,43 @@ pub(crate) enum Paused {
     Gone,
 }
 
+/// Why a VM was not brought back.
+#[derive(Debug)]
+pub(crate) enum NotBack {
+    /// The process of its QEMU has ended.
+    Gone,
+    /// Its QEMU cannot be asked or does not obey.
+    Lost(anyhow::Error),
+}
+
+/// What became of a source QEMU that was to quit.
+#[derive(Debug)]
+pub(crate) enum Quit {
+    /// It is gone.
+    Gone,
+    /// It runs, and was left alone: somebody has resumed it, who has more to say than an answer from the target that
+    /// may be old.
+    Runs,
+    /// It is there and cannot be asked whether it runs.
+    Lost(String),
+}
+
 /// The VM where it comes from.
 pub(crate) struct Home {
     vm: String,
     guest: Option<Arc<SourceGuest>>,
+    /// The QEMU that moves, once it was reached: another one behind the same path is another VM's, or this VM's
+    /// come back.
+    process: Option<QemuProcess>,
     /// Whether the guest ran when the move began.
     pub(crate) was_running: bool,
     /// What the move changes in the source QEMU, as it was before.
     pub(crate) settings: Option<SavedSettings>,
-    /// Something was done to the source QEMU, now or before a restart of the agent.
-    touched: bool,
+    /// QEMU was told to migrate by us, now or perhaps before a restart of the agent. Until then what it does is
+    /// others' business.
+    migrates: bool,
+    /// We let QEMU complete its migration, or perhaps did before a restart.
+    completes: bool,
 }
 
 impl Home {
@@ -52,19 +88,27 @@ impl Home {
         Self {
             vm: vm.to_owned(),
             guest: None,
+            process: None,
             was_running: true,
             settings: None,
-            touched: false,
+            migrates: false,
+            completes: false,
         }
     }
 
-    /// The home of a move that an earlier process began.
-    pub(crate) fn interrupted(vm: &str, was_running: bool) -> Self {
+    /// The home of a move of `process` that an earlier process of ours began.
+    pub(crate) fn interrupted(vm: &str, was_running: bool, process: Option<QemuProcess>) -> Self {
         Self {
+            process,
             was_running,
-            touched: true,
+            migrates: true,
             ..Self::new(vm)
         }
+    }
+
+    /// From here on a completed migration of the source QEMU may be ours.
+    pub(crate) fn let_complete(&mut self) {
+        self.completes = true;
     }
 
     /// Attaches to the QEMU behind `qmp`; its events go to `sender`.
@@ -74,6 +118,14 @@ impl Home {
         sender: Sender<Input>,
     ) -> anyhow::Result<Arc<SourceGuest>> {
         let (guest, events) = SourceGuest::attach(qmp)?;
+        let found = QemuProcess::of(guest.process()).context("looking at the source QEMU")?;
+        if *self.process.get_or_insert(found) != found {
+            return Err(anyhow!(
+                "{} is the monitor of another QEMU (process {}) than the one that moved",
+                qmp.display(),
+                found.pid
+            ));
+        }
         let guest = Arc::new(guest);
         self.guest = Some(Arc::clone(&guest));
         spawn("gw-qmp", move || {
@@ -89,6 +141,16 @@ impl Home {
 
     pub(crate) fn guest(&self) -> Option<&Arc<SourceGuest>> {
         self.guest.as_ref()
+    }
+
+    /// The QEMU that moves, once it was reached.
+    pub(crate) fn process(&self) -> Option<QemuProcess> {
+        self.process
+    }
+
+    /// Whether the QEMU that moves is known to have ended.
+    fn is_gone(&self) -> bool {
+        self.process.is_some_and(|process| !process.is_alive())
     }
 
     /// As [`Self::migration`], if QEMU has the time to answer.
@@ -109,11 +171,15 @@ impl Home {
         parameters: &MigrationParameters,
     ) -> anyhow::Result<(UnixStream, Listening)> {
         let guest = self.guest.as_ref().ok_or_else(|| anyhow!("no QEMU"))?;
-        self.touched = true;
         let listening = Listening::at(path)?;
-        guest
-            .start_migration(path, parameters)
-            .context("starting the migration in the source QEMU")?;
+        let started = guest.start_migration(path, parameters);
+        // One that was refused is not under way; of one without an answer nobody knows.
+        self.migrates = match &started {
+            Ok(()) => true,
+            Err(GuestError::Qmp(error)) => !matches!(error, QmpError::Command { .. }),
+            Err(_) => false,
+        };
+        started.context("starting the migration in the source QEMU")?;
         let socket = listening.accept(QEMU_PATIENCE);
         let socket = socket.context("waiting for the source QEMU to connect")?;
         Ok((socket, listening))
@@ -144,7 +210,7 @@ impl Home {
         let deadline = Instant::now() + QEMU_PATIENCE;
         loop {
             let info = match &self.guest {
-                Some(guest) if !guest.process().is_alive() => return Ok(Paused::Gone),
+                _ if self.is_gone() => return Ok(Paused::Gone),
                 Some(guest) => guest.migration(),
                 None => self.attach(qmp, sender.clone())?.migration(),
             };
@@ -190,10 +256,11 @@ impl Home {
     /// one whose socket closes waits for ever to go on. So what it still writes is thrown away by the
     /// reader, and it is told that everything has arrived. Only if the target QEMU never ran, and
     /// will not: then nobody needs it. Nothing happens to a migration that is not in post-copy.
-    pub(crate) fn end_postcopy(&self, stream: &Stream) {
+    pub(crate) fn end_postcopy(&mut self, stream: &Stream) {
         let Some(guest) = &self.guest else { return };
+        self.completes = true;
         stream.drain();
-        let deadline = Instant::now() + QEMU_PATIENCE;
+        let deadline = Instant::now() + DRAIN_PATIENCE;
         let mut is_told = false;
         while Instant::now() < deadline {
             let status = guest.migration().map(|info| info.status);
@@ -212,16 +279,8 @@ impl Home {
     }
 
     /// Has a QEMU that lost its stream in post-copy complete into nothing. Only if the target QEMU never ran, and
-    /// will not. Nothing happens to a migration that is not paused.
-    pub(crate) fn end_paused_postcopy(&self, run_dir: &Path) -> anyhow::Result<()> {
-        let Some(guest) = &self.guest else {
-            return Ok(());
-        };
-        let is_paused =
-            || -> anyhow::Result<bool> { Ok(guest.migration()?.status.to_string() == PAUSED) };
-        if !is_paused()? {
-            return Ok(());
-        }
+    /// will not.
+    fn end_paused_postcopy(&self, guest: &SourceGuest, run_dir: &Path) -> anyhow::Result<()> {
         tracing::info!(
             vm = self.vm,
             "its QEMU is told to complete its post-copy into nothing"
@@ -232,7 +291,7 @@ impl Home {
         // A second connection is only looked for: nothing is asked for, so nothing comes on it.
         let (socket, _listening) = self.resume(&path)?;
         let swallowed = super::void::swallow(socket, &blocks);
-        if is_paused()? {
+        if guest.migration()?.status.to_string() == PAUSED {
             return Err(swallowed
                 .err()
                 .unwrap_or_else(|| anyhow!("it paused again")));
@@ -240,19 +299,27 @@ impl Home {
         Ok(())
     }
 
-    /// Cancels what QEMU is doing; `close` closes our end of its stream. Waits until the guest is
-    /// here as it was before the move.
+    /// Ends the migration of the source QEMU, if it is ours; `close` closes our end of its stream. Waits until the guest is
+    /// here as it was before the move. Nothing is done to a QEMU that was not told to migrate. A post-copy that has begun is completed into nothing: only if the target QEMU
+    /// never ran, and will not.
     ///
     /// Once the guest is `stopped`, QEMU answers nobody while it writes to a stream that we do not
     /// read any more: then the stream goes first. Otherwise it goes last, so that QEMU reports a
     /// cancelled migration and not a failed one.
-    pub(crate) fn bring_back(&self, stopped: bool, close: impl FnOnce()) -> anyhow::Result<()> {
-        let Some(guest) = &self.guest else {
-            return if self.touched {
-                Err(anyhow!("the source QEMU cannot be reached"))
-            } else {
-                Ok(())
-            };
+    pub(crate) fn bring_back(
+        &mut self,
+        run_dir: &Path,
+        stopped: bool,
+        close: impl FnOnce(),
+    ) -> Result<(), NotBack> {
+        if self.is_gone() {
+            return Err(NotBack::Gone);
+        }
+        if !self.migrates {
+            return Ok(());
+        }
+        let Some(guest) = self.guest.clone() else {
+            return Err(NotBack::Lost(anyhow!("the source QEMU cannot be reached")));
         };
         let cancel = || {
             if let Err(error) = guest.cancel() {
@@ -266,24 +333,14 @@ impl Home {
             cancel();
             close();
         }
-        let deadline = Instant::now() + QEMU_PATIENCE;
-        loop {
-            let state = guest
-                .run_state()
-                .context("asking the source QEMU how it is")?;
-            let over = guest.migration().is_ok_and(|info| info.status.is_over());
-            match state {
-                RunState::Running => break,
-                RunState::PostMigrate | RunState::Paused if over && self.was_running => {
-                    guest.cont().context("resuming the guest at the source")?;
-                }
-                RunState::PostMigrate | RunState::Paused if over => break,
-                _ => {}
-            }
-            if Instant::now() > deadline {
-                return Err(anyhow!("the source QEMU stays in state {state:?}"));
-            }
-            std::thread::sleep(Duration::from_millis(20));
+        if let Err(error) = self.wait_until_back(&guest, run_dir) {
+            // The monitor of a QEMU that dies goes first.
+            let is_gone = guest.process().wait_gone(DEATH_PATIENCE).unwrap_or(false);
+            return Err(if is_gone {
+                NotBack::Gone
+            } else {
+                NotBack::Lost(error)
+            });
         }
         if let Some(settings) = &self.settings {
             guest.adopt_settings(settings);
@@ -294,14 +351,70 @@ impl Home {
         Ok(())
     }
 
-    /// The VM runs elsewhere: its QEMU here goes.
-    pub(crate) fn quit(&self) {
-        let Some(guest) = &self.guest else { return };
+    /// Waits for the end of the migration, and has the guest run if it ran before.
+    fn wait_until_back(&mut self, guest: &SourceGuest, run_dir: &Path) -> anyhow::Result<()> {
+        let deadline = Instant::now() + QEMU_PATIENCE;
+        loop {
+            let status = guest.migration().map(|info| info.status);
+            if status
+                .as_ref()
+                .is_ok_and(|status| status.to_string() == PAUSED)
+            {
+                self.completes = true;
+                self.end_paused_postcopy(guest, run_dir)?;
+            }
+            let state = guest
+                .run_state()
+                .context("asking the source QEMU how it is")?;
+            let over = status.as_ref().is_ok_and(MigrationStatus::is_over);
+            match state {
+                RunState::Running => return Ok(()),
+                RunState::PostMigrate if over && !self.completes => {
+                    return Err(anyhow!(
+                        "it has been migrated away, and not by this agent; look where it runs, and if it runs \
+                         nowhere resume it here with `cont`"
+                    ));
+                }
+                RunState::PostMigrate | RunState::Paused if over && self.was_running => {
+                    guest.cont().context("resuming the guest at the source")?;
+                }
+                // It waits for the end of something.
+                RunState::FinishMigrate | RunState::InMigrate => {}
+                // Stopped before the move; or by an error, or by itself, while it was under way: as it is.
+                _ if over => return Ok(()),
+                _ => {}
+            }
+            if Instant::now() > deadline {
+                return Err(anyhow!("the source QEMU stays in state {state:?}"));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// The VM runs elsewhere: its QEMU here goes, unless it runs.
+    pub(crate) fn quit(&mut self, qmp: &Path, sender: &Sender<Input>) -> Quit {
+        if self.guest.is_none() && self.process.is_some() && !self.is_gone() {
+            // After a restart of the agent it may have been too busy to answer.
+            if let Err(error) = self.attach(qmp, sender.clone())
+                && !self.is_gone()
+            {
+                return Quit::Lost(format!("it cannot be asked whether it runs: {error:#}"));
+            }
+        }
+        let Some(guest) = &self.guest else {
+            return Quit::Gone;
+        };
+        if guest
+            .run_state()
+            .is_ok_and(|state| state == RunState::Running)
+        {
+            return Quit::Runs;
+        }
         if let Err(error) = guest.quit() {
             tracing::warn!(vm = self.vm, %error, "the source QEMU does not quit");
         }
         if guest.process().wait_gone(QEMU_PATIENCE).unwrap_or(false) {
-            return;
+            return Quit::Gone;
         }
         tracing::warn!(
             vm = self.vm,
@@ -310,6 +423,7 @@ impl Home {
         if let Err(error) = guest.process().kill() {
             tracing::error!(vm = self.vm, %error, "the source QEMU cannot be killed; it is stopped and of no use");
         }
+        Quit::Gone
     }
 }
 

@@ -7,9 +7,9 @@
 //! bytes. It is not asked again in the life of the sessions that used it, because a new index
 //! would give the same entry ids to other contents.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
@@ -20,6 +20,7 @@ use wire::{Channel, ControlReply, Hello, PROTOCOL_VERSION, WireCompression, Wire
 
 use crate::link::{Link, LinkError};
 
+use super::kept::Kept;
 use super::session::{SessionContext, spawn};
 
 /// Requests that wait for the thread: some for each reader and each acknowledgement.
@@ -61,7 +62,7 @@ pub(crate) struct IndexKey {
 /// The links under way, kept by the sessions that use them.
 #[derive(Default)]
 pub(crate) struct IndexLinks {
-    open: Mutex<HashMap<IndexKey, Weak<IndexLink>>>,
+    open: Kept<IndexKey, IndexLink>,
 }
 
 impl IndexLinks {
@@ -72,14 +73,11 @@ impl IndexLinks {
         secret: &ContentKey,
         context: &SessionContext,
     ) -> Result<Arc<IndexLink>, IndexError> {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.retain(|_, link| link.strong_count() > 0);
-        if let Some(link) = open.get(key).and_then(Weak::upgrade) {
-            return Ok(link);
-        }
-        let link = Arc::new(IndexLink::connect(key, secret, context)?);
-        open.insert(key.clone(), Arc::downgrade(&link));
-        Ok(link)
+        self.open.get(
+            key,
+            |_| true,
+            || Ok(Arc::new(IndexLink::connect(key, secret, context)?)),
+        )
     }
 }
 
@@ -120,7 +118,12 @@ pub(crate) struct Claim {
 impl Claim {
     /// The contents that were asked for with their verdicts; none if the index does not answer.
     pub(crate) fn wait(mut self) -> Vec<(ContentId, Verdict)> {
-        let verdicts = match self.verdicts.recv_timeout(PATIENCE) {
+        // Claims that were under way when one came late do not each wait as long: its guest may be stopped.
+        let patience = match self.is_late.load(Ordering::Relaxed) {
+            true => Duration::ZERO,
+            false => PATIENCE,
+        };
+        let verdicts = match self.verdicts.recv_timeout(patience) {
             Ok(verdicts) => verdicts,
             Err(RecvTimeoutError::Timeout) => {
                 self.is_late.store(true, Ordering::Relaxed);

@@ -16,6 +16,7 @@ mod convergence;
 mod guest_memory;
 mod home;
 mod index_link;
+mod kept;
 mod lanes;
 mod listening;
 mod outbox;

@@ -102,10 +102,12 @@ pub(crate) fn run(
         if stream.is_drained() {
             return drain(socket);
         }
+        // QEMU may have written all that it will before it hears of a switch.
+        let rests = is_last || packer.awaits_switch(&buffer[..filled], scanned);
         let received = match &mut buffer[filled..] {
             // Full of what stood behind a switch.
             [] => Received::Nothing,
-            _ if is_last => Received::Nothing,
+            _ if rests => Received::Nothing,
             room => {
                 let len = match packer.milestones().switched {
                     true => room.len().min(SHORT_READ),

@@ -11,14 +11,14 @@ use migrate::handover::{SourceAction, SourceEvent, SourceJournal, SourceMove, So
 use serde::{Deserialize, Serialize};
 
 use crate::api::mover::EventSink;
-use crate::journal::Journal;
+use crate::journal::{Journal, QemuProcess};
 use crate::prepare::Preparations;
-use crate::types::{Happening, Mode, MoveSpec, Phase};
+use crate::types::{Happening, MoveSpec, Phase};
 
 use super::approach::Approach;
 use super::control::Control;
 use super::convergence::Convergence;
-use super::home::Home;
+use super::home::{Home, NotBack, Quit};
 use super::index_link::IndexLinks;
 use super::progress::ProgressMeter;
 use super::session::{Session, SessionContext, Sessions, spawn};
@@ -27,12 +27,10 @@ use super::stream::Stream;
 mod prepare;
 mod resume;
 mod show;
+mod steer;
 mod switch;
 
 use resume::Resume;
-
-/// How often progress is reported.
-const REPORT: Duration = Duration::from_millis(500);
 
 /// Pause before a release is repeated.
 const RELEASE_PAUSE: Duration = Duration::from_millis(500);
@@ -91,6 +89,9 @@ pub(crate) struct Entry {
     /// The source QEMU's own migration settings, which the move changes.
     #[serde(default)]
     settings: Option<SavedSettings>,
+    /// The source QEMU.
+    #[serde(default)]
+    process: Option<QemuProcess>,
 }
 
 /// A running mover, as the API holds it.
@@ -133,7 +134,7 @@ impl MoveRun {
         Ok(Self { input })
     }
 
-    /// Whether the move has ended.
+    /// Tells the mover's thread something. False: it has ended.
     pub(crate) fn tell(&self, input: Input) -> bool {
         self.input.send(input).is_ok()
     }
@@ -232,7 +233,7 @@ impl Run {
             }
         }
         if let Some(stream) = &self.stream {
-            stream.close(self.phase != Phase::NeedsPerson);
+            stream.close();
             if let Some(session) = &self.session {
                 session.remove(stream);
             }
@@ -247,12 +248,16 @@ impl Run {
 
     /// After a restart of the agent.
     fn reattach(&mut self, entry: Entry) -> SourceEvent {
-        self.home = Home::interrupted(&self.spec.vm, entry.was_running);
+        self.home = Home::interrupted(&self.spec.vm, entry.was_running, entry.process);
         self.phase = match entry.state {
             SourceJournal::Begun => Phase::Preparing,
+            SourceJournal::Completing => Phase::SwitchOver,
             SourceJournal::Releasing => Phase::Loaded,
             SourceJournal::Following => Phase::PostCopy,
         };
+        if entry.state != SourceJournal::Begun {
+            self.home.let_complete();
+        }
         self.home.settings = entry.settings;
         if let Err(error) = self.home.attach(&self.spec.qmp, self.sender.clone()) {
             // Without a source QEMU a release can still be answered; bringing it back cannot.
@@ -300,107 +305,6 @@ impl Run {
         }
     }
 
-    fn take_qmp(&mut self, event: &QmpEvent) {
-        match event.name.as_str() {
-            "STOP" if *self.machine.state() == SourceState::Copying && self.home.was_running => {
-                self.stopped = true;
-                if let Some(stream) = &self.stream {
-                    stream.set_stopped(true);
-                }
-                self.enter(
-                    Phase::SwitchOver,
-                    "the guest is stopped; its last pages are on their way".into(),
-                );
-            }
-            // A round has ended: QEMU may stop its guest when it next looks.
-            "MIGRATION_PASS" => self.tick(),
-            "MIGRATION" => match event.data.get("status").and_then(|s| s.as_str()) {
-                Some("active") if self.spec.settings.mode == Mode::PostCopy => {
-                    self.switch_to_postcopy();
-                }
-                Some("completed") => self.handle(SourceEvent::SourceCompleted),
-                Some("failed" | "cancelled") => {
-                    let why = self.home.migration().and_then(|info| info.error_desc);
-                    let why = why.unwrap_or_else(|| "no reason given".into());
-                    self.failed(format!("the source QEMU ended its migration: {why}"));
-                }
-                _ => {}
-            },
-            _ => {}
-        }
-    }
-
-    fn tick(&mut self) {
-        self.go_on_resuming();
-        if *self.machine.state() == SourceState::Following {
-            if let Some(stream) = self.stream.clone() {
-                self.steer(&stream);
-            }
-            return;
-        }
-        if *self.machine.state() != SourceState::Copying {
-            return;
-        }
-        if let Some(stream) = self.stream.clone() {
-            let waits = self.stopped || stream.is_ending();
-            if waits && stream.stalled_for() > self.context.stall_limit {
-                let reason = format!(
-                    "the target made no progress for {} s while the guest was stopped: {}",
-                    self.context.stall_limit.as_secs(),
-                    stream.behind()
-                );
-                self.handle(SourceEvent::Failed(reason));
-                return;
-            }
-            self.steer(&stream);
-        }
-    }
-
-    /// Asks QEMU how far it is, and has it know what the path can do.
-    fn steer(&mut self, stream: &Stream) {
-        // While the guest is stopped QEMU may be unable to answer until we have read its stream.
-        let following = *self.machine.state() == SourceState::Following;
-        let waits = self.stopped || stream.is_ending();
-        let info = if waits && !following {
-            None
-        } else {
-            self.home.glance()
-        };
-        if let Some(info) = &info {
-            let round = info.dirty_sync_count;
-            if !self.switched {
-                // After it comes what was left then: memory that was never sent, or was written.
-                stream.set_round(round);
-            }
-            self.approach.observe(round, info.remaining, Instant::now());
-            stream.set_near_end(self.approach.is_near());
-            if round <= 1
-                && let Some(frames) = self.session.as_ref().and_then(|s| s.frames.as_ref())
-            {
-                frames.refresh();
-            }
-            if !waits {
-                self.tell_rate(stream);
-                self.weigh(stream, info);
-            }
-        }
-        if self.reported.elapsed() >= REPORT {
-            self.reported = Instant::now();
-            let progress = self.meter.sample(stream, info.as_ref());
-            (self.events)(Happening::Progress { progress });
-        }
-    }
-
-    fn tell_rate(&self, stream: &Stream) {
-        let limit_ms = parameters(&self.spec).downtime_limit_ms;
-        let (planned, logical) = stream.planning_rates(limit_ms);
-        if let Some(guest) = self.home.guest()
-            && let Err(error) = guest.set_wire_rate(planned, logical)
-        {
-            tracing::debug!(vm = self.spec.vm, %error, "QEMU does not take the wire's rate");
-        }
-    }
-
     /// Gives the machine an event, does what it wants, and shows where that leads.
     fn handle(&mut self, event: SourceEvent) {
         let mut events = std::collections::VecDeque::from([event]);
@@ -427,6 +331,7 @@ impl Run {
             },
             SourceAction::CompleteSource => {
                 self.context.session.hold.at("loaded", &self.spec.vm);
+                self.home.let_complete();
                 let mut message = Vec::new();
                 qstream::encode_return(&qstream::ReturnMessage::Shut(0), &mut message);
                 if let Some(stream) = &self.stream {
@@ -440,7 +345,9 @@ impl Run {
                 None
             }
             SourceAction::Journal(state) => {
-                self.context.session.hold.at("committed", &self.spec.vm);
+                if state != SourceJournal::Completing {
+                    self.context.session.hold.at("committed", &self.spec.vm);
+                }
                 self.write_journal(state)
                     .err()
                     .map(|error| SourceEvent::JournalFailed(format!("{error:#}")))
@@ -472,24 +379,28 @@ impl Run {
                 {
                     self.home.end_postcopy(stream);
                 }
+                let stopped = self.stopped || stream.as_ref().is_some_and(|s| s.is_ending());
                 let close = || {
                     if let Some(stream) = stream {
-                        stream.close(true);
+                        stream.close();
                     }
                 };
-                let stopped = self.stopped;
-                let ended = self.home.end_paused_postcopy(&self.context.run_dir);
-                Some(
-                    match ended.and_then(|()| self.home.bring_back(stopped, close)) {
-                        Ok(()) => SourceEvent::SourceRuns,
-                        Err(error) => SourceEvent::SourceLost(format!("{error:#}")),
-                    },
-                )
+                let back = self.home.bring_back(&self.context.run_dir, stopped, close);
+                Some(match back {
+                    Ok(()) => SourceEvent::SourceRuns,
+                    Err(NotBack::Gone) => {
+                        SourceEvent::SourceGone("the source QEMU has ended".into())
+                    }
+                    Err(NotBack::Lost(error)) => SourceEvent::SourceLost(format!("{error:#}")),
+                })
             }
             SourceAction::QuitSource => {
                 self.context.session.hold.at("complete", &self.spec.vm);
-                self.home.quit();
-                None
+                match self.home.quit(&self.spec.qmp, &self.sender) {
+                    Quit::Gone => None,
+                    Quit::Runs => Some(SourceEvent::SourceRuns),
+                    Quit::Lost(why) => Some(SourceEvent::SourceLost(why)),
+                }
             }
             SourceAction::ForgetJournal => {
                 self.context.journal.forget(&self.spec.id);
@@ -535,6 +446,7 @@ impl Run {
             state,
             was_running: self.home.was_running,
             settings: self.home.settings.clone(),
+            process: self.home.process(),
         };
         self.context
             .journal

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicU16, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use migrate::pack::{Packed, repair_front};
@@ -19,6 +19,7 @@ use crate::target::store_name;
 use crate::types::RackSpec;
 
 use super::index_link::IndexLink;
+use super::kept::Kept;
 use super::lanes::{Lanes, Load, Loads, Way};
 use super::outbox::{OutFrame, Outbox, pieces};
 use super::reader::{BUFFER, RackWay};
@@ -52,7 +53,7 @@ pub(crate) struct SessionKey {
 /// The sessions under way, kept by the moves that use them.
 #[derive(Default)]
 pub(crate) struct Sessions {
-    open: Mutex<HashMap<SessionKey, Weak<Session>>>,
+    open: Kept<SessionKey, Session>,
 }
 
 impl Sessions {
@@ -63,18 +64,11 @@ impl Sessions {
         rack: Option<SessionRack>,
         context: &SessionContext,
     ) -> Result<Arc<Session>, LinkError> {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.retain(|_, session| session.strong_count() > 0);
-        if let Some(session) = open
-            .get(key)
-            .and_then(Weak::upgrade)
-            .filter(|s| !s.is_over())
-        {
-            return Ok(session);
-        }
-        let session = Session::connect(key, rack, context)?;
-        open.insert(key.clone(), Arc::downgrade(&session));
-        Ok(session)
+        self.open.get(
+            key,
+            |session| !session.is_over(),
+            || Session::connect(key, rack, context),
+        )
     }
 }
 
@@ -517,9 +511,21 @@ fn repair(stream: &Arc<Stream>, runs: &[(BlockIndex, PageRun)], outbox: &Outbox,
             )));
             return;
         };
-        let pages: Vec<PageNo> = run.pages().collect();
-        for chunk in pages.chunks(REPAIR_PAGES) {
-            if let Err(reason) = repair_chunk(stream, *block, chunk, base, (outbox, pool)) {
+        let len = stream.memory.len(*block);
+        if run.end().is_none_or(|end| end > len) {
+            stream.tell(Input::Failed(format!(
+                "the target asks for pages beyond the end of block {}",
+                block.0
+            )));
+            return;
+        }
+        let mut pages = run.pages();
+        loop {
+            let chunk: Vec<PageNo> = pages.by_ref().take(REPAIR_PAGES).collect();
+            if chunk.is_empty() {
+                break;
+            }
+            if let Err(reason) = repair_chunk(stream, *block, &chunk, base, (outbox, pool)) {
                 stream.tell(Input::Failed(format!(
                     "a page could not be read again at the source: {reason}"
                 )));

@@ -80,8 +80,8 @@ pub(crate) struct Stream {
     carried: Mutex<VecDeque<(u64, Vec<EntryId>)>>,
     /// QEMU has sent all memory once: what comes is pages that were written since.
     is_late_round: AtomicBool,
-    /// The last section of its memory has begun.
-    is_ending: AtomicBool,
+    /// When the last section of its memory began.
+    ending: OnceLock<Instant>,
     /// A switch to post-copy was ordered and is not read yet.
     is_switching: AtomicBool,
     /// QEMU was told that everything has arrived.
@@ -152,7 +152,7 @@ impl Stream {
             repaired: AtomicU64::new(0),
             carried: Mutex::default(),
             is_late_round: AtomicBool::new(false),
-            is_ending: AtomicBool::new(false),
+            ending: OnceLock::new(),
             is_switching: AtomicBool::new(false),
             is_told: AtomicBool::new(false),
             postcopy: Mutex::default(),
@@ -461,6 +461,13 @@ impl Stream {
         }
     }
 
+    /// How long the target has acknowledged nothing since the last section of memory began, whether it should or not; none
+    /// before.
+    pub(crate) fn quiet_at_end(&self) -> Option<Duration> {
+        let ending = self.ending.get()?.elapsed();
+        Some(ending.min(lock(&self.window).progress.elapsed()))
+    }
+
     /// What the target is behind with, for people.
     pub(crate) fn behind(&self) -> String {
         let flow = lock(&self.window);
@@ -472,15 +479,15 @@ impl Stream {
         )
     }
 
-    /// Ends the stream: the reader goes home, and the socket is closed if `close_socket`, which
-    /// makes a source QEMU that has not completed resume its guest.
-    pub(crate) fn close(&self, close_socket: bool) {
+    /// Ends the stream: the reader goes home, and the socket is closed, which makes a source QEMU that
+    /// has not completed resume its guest, or pause its post-copy.
+    pub(crate) fn close(&self) {
         lock(&self.window).closed = true;
         self.place.set_near_end(false);
         self.place.set_stopped(false);
         self.moved.notify_all();
         let sockets = [&self.socket, &self.second];
-        for socket in sockets.into_iter().filter(|_| close_socket) {
+        for socket in sockets {
             if let Some(socket) = lock(socket).take() {
                 let _ = socket.shutdown(std::net::Shutdown::Both);
             }
@@ -522,12 +529,12 @@ impl Stream {
     /// Says that the last section of memory has begun. QEMU holds its lock from then on, and may tell
     /// of the stop only when it has written everything.
     pub(crate) fn set_ending(&self) {
-        self.is_ending.store(true, Ordering::Relaxed);
+        let _ = self.ending.set(Instant::now());
     }
 
     /// Whether the last section of memory has begun.
     pub(crate) fn is_ending(&self) -> bool {
-        self.is_ending.load(Ordering::Relaxed)
+        self.ending.get().is_some()
     }
 
     /// Has the reader know what is known of shared frames.

@@ -6,7 +6,8 @@ use guest::KeptMonitor;
 use migrate::handover::TargetJournal;
 use page::PAGE_SIZE;
 use serde::{Deserialize, Serialize};
-use sys::Process;
+
+use crate::journal::QemuProcess;
 
 /// What survives the agent's death.
 #[derive(Clone, Serialize, Deserialize)]
@@ -14,9 +15,8 @@ pub(super) struct Entry {
     pub(super) id: String,
     pub(super) vm_name: String,
     pub(super) resume: bool,
-    pub(super) pid: u32,
-    /// Start time of the process, against another one of the same number.
-    pub(super) started: u64,
+    #[serde(flatten)]
+    pub(super) process: QemuProcess,
     pub(super) qmp: PathBuf,
     /// Of the guest.
     #[serde(default)]
@@ -31,19 +31,10 @@ pub(super) struct Entry {
 }
 
 impl Entry {
-    /// Whether the QEMU that was started is there.
-    pub(super) fn is_alive(&self) -> bool {
-        Process::open(self.pid).is_ok_and(|process| {
-            process.is_alive()
-                && process
-                    .start_time()
-                    .is_ok_and(|started| started == self.started)
-        })
-    }
-
     /// Memory that the guest may still come to take.
     pub(super) fn arriving_bytes(&self) -> u64 {
-        self.memory_bytes.saturating_sub(resident_bytes(self.pid))
+        self.memory_bytes
+            .saturating_sub(resident_bytes(self.process.pid))
     }
 }
 

@@ -1,6 +1,9 @@
 //! An incoming move: what the target's hand-over machine wants is done here.
 
 mod arrivals;
+mod fresh;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::os::unix::net::UnixStream;
@@ -9,12 +12,13 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, anyhow};
-use guest::{RunState, TargetGuest};
+use guest::{GuestError, QmpError, RunState, TargetGuest};
 use migrate::handover::{FoundQemu, TargetAction, TargetEvent, TargetJournal, TargetMove};
 use sys::{Process, ProcessMemory};
 use wire::{BackMessage, MoveState, OpenMove};
 
 pub(crate) use arrivals::Arrivals;
+use fresh::Fresh;
 
 use crate::journal::{Journal, file_name};
 use crate::link::Hold;
@@ -90,10 +94,7 @@ impl Incoming {
         context: &TargetContext,
         clock: Instant,
     ) -> anyhow::Result<(Arc<Self>, Opened)> {
-        let log = context
-            .log_dir
-            .join(format!("{}.log", file_name(&request.id)));
-        let (guest, mapper) = mapper::start((request, &session.key), &log, context)?;
+        let (fresh, mut entry, mapper) = Fresh::start(request, &session.key, context)?;
         let (mapper, note) = match mapper.transpose() {
             Ok(mapper) => (mapper, None),
             Err(why) => (None, Some(format!("its pages are not shared there: {why}"))),
@@ -103,23 +104,15 @@ impl Incoming {
         }
         // Pages that are mapped are announced on one channel, one after the other.
         let wants_preempt = request.preempt && request.postcopy && !request.share;
-        let preempts = wants_preempt && guest.can_preempt()?;
-        let pid = guest.pid();
-        let entry = Entry {
-            id: request.id.clone(),
-            vm_name: request.vm_name.clone(),
-            resume: request.resume,
-            pid,
-            started: guest.process().start_time().unwrap_or(0),
-            qmp: guest.qmp_path().to_owned(),
-            memory_bytes: request.memory_bytes,
-            state: TargetJournal::Loading,
-            monitor: None,
-            preempts,
+        entry.preempts = wants_preempt && fresh.guest.can_preempt()?;
+        let opened = Opened {
+            pid: entry.process.pid,
+            note,
+            preempts: entry.preempts,
         };
         let incoming = Arc::new(Self {
             entry: Mutex::new(entry),
-            guest: Mutex::new(Some(Arc::new(guest))),
+            guest: Mutex::new(Some(fresh.take())),
             machine: Mutex::default(),
             context: context.clone(),
             session: Mutex::new(Some((Arc::clone(session), request.vm))),
@@ -134,11 +127,6 @@ impl Incoming {
             incoming.handle(TargetEvent::Failed(format!("{error:#}")));
             return Err(error);
         }
-        let opened = Opened {
-            pid,
-            note,
-            preempts,
-        };
         Ok((incoming, opened))
     }
 
@@ -147,7 +135,7 @@ impl Incoming {
         let state = entry.state.clone();
         // One that has arrived is somebody else's, its monitor too, if that was given up.
         let is_ours = state != TargetJournal::Runs || entry.monitor.is_some();
-        let guest = (is_ours && entry.is_alive()).then(|| entry.reach());
+        let guest = (is_ours && entry.process.is_alive()).then(|| entry.reach());
         let (guest, found) = match guest {
             None => (None, FoundQemu::Gone),
             Some(Ok(guest)) => {
@@ -155,27 +143,13 @@ impl Incoming {
                 (Some(guest), found)
             }
             Some(Err(error)) => {
-                // It lives, and cannot be asked: the journal decides, and a person is told.
+                // The journal decides, and a person is told.
                 tracing::error!(
                     vm = entry.vm_name,
-                    pid = entry.pid,
+                    pid = entry.process.pid,
                     "cannot reach a QEMU that this agent started: {error:#}"
                 );
-                let released = matches!(
-                    state,
-                    TargetJournal::Released
-                        | TargetJournal::Following
-                        | TargetJournal::Runs
-                        | TargetJournal::RunsAhead
-                );
-                (
-                    None,
-                    if released {
-                        FoundQemu::Running
-                    } else {
-                        FoundQemu::Stopped
-                    },
-                )
+                (None, FoundQemu::Unreachable)
             }
         };
         let machine = Mutex::default();
@@ -221,8 +195,11 @@ impl Incoming {
         // QEMU tells its channels apart by their order, and 7.2 reads nothing before it has both.
         let second = preempts.then(connect).transpose()?;
         let _ = std::fs::remove_file(&path);
-        let addresses: HashMap<String, _> = guest
-            .ram_blocks()?
+        let blocks = guest.ram_blocks()?;
+        let lengths = blocks.iter();
+        let lengths = lengths.map(|block| (block.name.clone(), block.used_len.pages()));
+        let lengths = lengths.collect();
+        let addresses: HashMap<String, _> = blocks
             .into_iter()
             .filter_map(|block| Some((block.name, block.hva?)))
             .collect();
@@ -242,6 +219,7 @@ impl Incoming {
             (find, mapper),
             &self.context.pressure,
         );
+        sink.only_for(lengths);
         session.add_sink(vm, handle);
         let returns = sink.returns();
         let mut sockets = vec![socket.try_clone()?];
@@ -303,11 +281,7 @@ impl Incoming {
                 Ok(()) => {
                     self.context.hold.at("target-loaded", &self.vm_name());
                     self.handle(TargetEvent::LoadReported);
-                    if matches!(self.answer(), MoveState::Loaded | MoveState::Running)
-                        && let Some((session, vm)) = self.session()
-                    {
-                        session.say(vm, BackMessage::Loaded);
-                    }
+                    self.say_loaded();
                     return;
                 }
                 Err(error) => format!("{error:#}"),
@@ -319,6 +293,18 @@ impl Incoming {
             ReturnEnd::Broken(what) => format!("the target QEMU's return path is broken: {what}"),
         };
         self.fail(number, &failure);
+    }
+
+    /// Says what a load that succeeded has come to: it may not count, if it could not be written down.
+    fn say_loaded(&self) {
+        let Some((session, vm)) = self.session() else {
+            return;
+        };
+        match self.answer() {
+            MoveState::Loaded | MoveState::Running => session.say(vm, BackMessage::Loaded),
+            MoveState::NeverRan { reason } => session.say(vm, BackMessage::LoadFailed(reason)),
+            _ => {}
+        }
     }
 
     /// The move fails, and the source hears why; unless it has another feed by now.
@@ -367,14 +353,18 @@ impl Incoming {
             tracing::trace!(vm = self.vm_name(), ?event, state = ?machine.state(), "target");
             for action in machine.handle(event) {
                 tracing::info!(vm = self.vm_name(), ?action, "target");
-                events.extend(self.act(action));
+                let answer = self.act(action);
+                let is_unwritten = matches!(answer, Some(TargetEvent::JournalFailed(_)));
+                events.extend(answer);
+                // What comes after it relies on it.
+                if is_unwritten {
+                    break;
+                }
             }
         }
-        if !matches!(
-            machine.answer(),
-            Some(MoveState::Loading | MoveState::Loaded | MoveState::Following)
-        ) {
+        if machine.answer().is_some_and(|answer| is_over(&answer)) {
             self.give_up_monitor();
+            self.forget_feed();
         }
     }
 
@@ -405,13 +395,9 @@ impl Incoming {
     fn act(&self, action: TargetAction) -> Option<TargetEvent> {
         match action {
             TargetAction::Journal(state) => {
-                if let Err(error) = self.write_journal(state) {
-                    tracing::error!(
-                        vm = self.vm_name(),
-                        "the journal cannot be written: {error:#}"
-                    );
-                }
-                None
+                let error = self.write_journal(state).err()?;
+                tracing::error!(vm = self.vm_name(), "{error:#}");
+                Some(TargetEvent::JournalFailed(format!("{error:#}")))
             }
             TargetAction::Continue => Some(self.let_go()),
             TargetAction::Kill => {
@@ -434,8 +420,8 @@ impl Incoming {
             return Ok(guest.kill()?);
         }
         let entry = lock(&self.entry).clone();
-        if entry.is_alive() {
-            let process = Process::open(entry.pid)?;
+        if entry.process.is_alive() {
+            let process = Process::open(entry.process.pid)?;
             process.kill()?;
             process.wait_gone(LOAD_SETTLE)?;
         }
@@ -443,16 +429,27 @@ impl Incoming {
     }
 
     fn let_go(&self) -> TargetEvent {
-        let Ok(guest) = self.guest() else {
-            return TargetEvent::QemuGone("its QEMU is gone".into());
+        let Entry {
+            process, resume, ..
+        } = lock(&self.entry).clone();
+        let ended = || TargetEvent::GoneBefore("its QEMU ended before it was let go".into());
+        let guest = match self.guest_again() {
+            Ok(guest) => guest,
+            Err(error) if process.is_alive() => return self.unreached(&format!("{error:#}")),
+            Err(_) => return ended(),
         };
-        if !lock(&self.entry).resume {
+        if !resume {
             return TargetEvent::Continued;
         }
-        // A QEMU that is gone before it is told has never run, and the source may know so.
-        if guest.run_state().is_err() && guest.process().wait_gone(DEATH_PATIENCE).unwrap_or(false)
-        {
-            return TargetEvent::ContinueRefused("its QEMU ended before it was let go".into());
+        match guest.run_state() {
+            // It was told before.
+            Ok(RunState::Running) => return TargetEvent::Continued,
+            Ok(_) => {}
+            // A QEMU that is gone before it is told has never run, and the source may know so.
+            Err(_) if guest.process().wait_gone(DEATH_PATIENCE).unwrap_or(false) => {
+                return ended();
+            }
+            Err(error) => return self.unanswered(&error),
         }
         match guest.cont() {
             Ok(()) => TargetEvent::Continued,
@@ -460,10 +457,27 @@ impl Incoming {
                 Ok(RunState::Running) => TargetEvent::Continued,
                 Ok(_) => TargetEvent::ContinueRefused(error.to_string()),
                 // It lives and does not answer: it may run. Nobody else may.
-                Err(_) => TargetEvent::QemuGone(format!("its QEMU does not answer: {error}")),
+                Err(error) => self.unanswered(&error),
             },
             Err(error) => TargetEvent::QemuGone(error.to_string()),
         }
+    }
+
+    /// What was asked of its monitor, which was reached, got no answer.
+    fn unanswered(&self, error: &GuestError) -> TargetEvent {
+        if let GuestError::Qmp(QmpError::Closed { .. }) = error {
+            // The next try connects anew.
+            *lock(&self.guest) = None;
+        }
+        self.unreached(&error.to_string())
+    }
+
+    fn unreached(&self, reason: &str) -> TargetEvent {
+        tracing::error!(
+            vm = self.vm_name(),
+            "whether it runs here is not known, and is asked again: {reason}"
+        );
+        TargetEvent::Unreached(reason.to_owned())
     }
 
     pub(super) fn session(&self) -> Option<(Arc<TargetSession>, u16)> {
@@ -493,11 +507,16 @@ impl Incoming {
     }
 
     fn is_ended(&self) -> bool {
-        !matches!(
-            self.answer(),
-            MoveState::Loading | MoveState::Loaded | MoveState::Following
-        )
+        is_over(&self.answer())
     }
+}
+
+/// Whether nothing more comes for the move.
+fn is_over(answer: &MoveState) -> bool {
+    !matches!(
+        answer,
+        MoveState::Loading | MoveState::Loaded | MoveState::Following
+    )
 }
 
 impl std::fmt::Debug for Incoming {

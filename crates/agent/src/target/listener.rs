@@ -52,6 +52,16 @@ pub(crate) fn listen(
     Ok(())
 }
 
+/// What target hosts use between each other: a source's or a peer's word may cost no more memory than that.
+fn between_targets(asked: WireCompression) -> WireCompression {
+    match asked {
+        WireCompression::None => WireCompression::None,
+        WireCompression::Zstd { window_log } => WireCompression::Zstd {
+            window_log: window_log.min(super::peer::WINDOW_LOG),
+        },
+    }
+}
+
 /// The source closes when its last move is over.
 fn ended(result: Result<(), ReceiveError>) -> anyhow::Result<()> {
     match result {
@@ -89,6 +99,7 @@ impl Serve for Listener {
             Channel::Control => {
                 link.send(&ControlReply::Welcome)?;
                 link.set_timeout(CONTROL_IDLE);
+                link.keep_alive()?;
                 self.control(link, hello)
             }
         }
@@ -106,30 +117,46 @@ impl Listener {
         }
         let store = self.arrivals.context.store_bytes;
         let key = ContentKey::new(secret);
+        let unpacker = Decompressor::new(hello.compression)?;
         let rack = match &hello.rack {
             Some(rack) => {
                 let context = PeerContext {
                     host: self.arrivals.context.host.clone(),
                     security: self.terms.security.clone(),
                     peer_timeout: self.terms.peer_timeout,
-                    compression: match hello.compression {
-                        WireCompression::None => WireCompression::None,
-                        WireCompression::Zstd { window_log } => WireCompression::Zstd {
-                            window_log: window_log.min(super::peer::WINDOW_LOG),
-                        },
-                    },
+                    compression: between_targets(hello.compression),
                 };
                 Some(self.racks.join(rack, &key, &context, store)?)
             }
             None => None,
         };
-        let unpacker = Decompressor::new(hello.compression)?;
         let session = Arc::new(TargetSession::new(key, store, rack, unpacker));
+        // However it ends, also before its first frame: the rack's store counts it.
+        let result = self.receive(link, hello, &session);
+        session.end();
+        self.arrivals.session_lost(&session);
+        let is_another = |known: &Weak<TargetSession>| known.as_ptr() != Arc::as_ptr(&session);
+        lock(&self.sessions).retain(|_, known| is_another(known));
+        tracing::info!(
+            source = hello.source,
+            session = hello.session,
+            "session ends"
+        );
+        result
+    }
+
+    /// Makes the session known, and takes its frames until it ends.
+    fn receive(
+        &self,
+        mut link: Link,
+        hello: &Hello,
+        session: &Arc<TargetSession>,
+    ) -> anyhow::Result<()> {
         session.cut_at_end(link.socket()?);
         {
             let mut sessions = lock(&self.sessions);
             sessions.retain(|_, session| session.strong_count() > 0);
-            sessions.insert(hello.session.clone(), Arc::downgrade(&session));
+            sessions.insert(hello.session.clone(), Arc::downgrade(session));
         }
         link.send(&ControlReply::Welcome)?;
         tracing::info!(
@@ -137,16 +164,7 @@ impl Listener {
             session = hello.session,
             "session begins"
         );
-        let result = receiver::run(link, &session);
-        session.end();
-        self.arrivals.session_lost(&session);
-        lock(&self.sessions).remove(&hello.session);
-        tracing::info!(
-            source = hello.source,
-            session = hello.session,
-            "session ends"
-        );
-        ended(result)
+        ended(receiver::run(link, session))
     }
 
     /// Another target host of a group.
@@ -160,7 +178,8 @@ impl Listener {
         };
         link.send(&ControlReply::Welcome)?;
         let store = Arc::downgrade(&store);
-        let result = super::peer::receive(link, &store, from, hello.compression);
+        let compression = between_targets(hello.compression);
+        let result = super::peer::receive(link, &store, from, compression);
         if let Some(store) = store.upgrade() {
             store.host_gone(from);
         }
@@ -235,5 +254,19 @@ impl Listener {
             };
             link.send(&reply)?;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_target_host_cannot_ask_for_a_longer_window_than_it_gets() {
+        let window = |window_log| between_targets(WireCompression::Zstd { window_log });
+        assert_eq!(window(27), window(super::super::peer::WINDOW_LOG));
+        assert_eq!(window(20), WireCompression::Zstd { window_log: 20 });
+        let none = WireCompression::None;
+        assert_eq!(between_targets(none), none);
     }
 }

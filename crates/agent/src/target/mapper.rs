@@ -15,6 +15,7 @@ use cow_abi::{BLOCKS_MAX, MapRun, Outcome};
 use guest::{CowError, CowLibrary, CowListener, TargetGuest, mapping_obstacle};
 use page::{BlockIndex, ByteLen, ContentId, ContentKey, FrameSharing, HostAddr, PageBytes, PageNo};
 use qstream::BlockList;
+use sys::Process;
 use wire::OpenMove;
 
 use super::incoming::TargetContext;
@@ -41,11 +42,13 @@ const FILLS: PoolSpace = PoolSpace {
 /// Tells the sockets of this agent apart.
 static NEXT_SOCKET: AtomicU64 = AtomicU64::new(0);
 
-/// Starts a QEMU; with it what maps its pages, if they are to be shared, or why they cannot be.
+/// Starts a QEMU, of whose process `launched` hears before its monitor answers; with it what maps its pages,
+/// if they are to be shared, or why they cannot be.
 pub(crate) fn start(
     (request, domain): (&OpenMove, &ContentKey),
     log: &Path,
     context: &TargetContext,
+    launched: impl FnOnce(&Process, &Path),
 ) -> anyhow::Result<(TargetGuest, Option<Result<Mapper, String>>)> {
     let library = context.cow_library.as_deref();
     let prepare = || {
@@ -60,7 +63,7 @@ pub(crate) fn start(
         Ok(Some(waiting)) => waiting.environment(),
         _ => &[],
     };
-    let guest = TargetGuest::start_with(&request.argv, log, environment)
+    let guest = TargetGuest::start_with(&request.argv, log, environment, launched)
         .context("starting the target QEMU")?;
     let mapper = match waiting {
         Ok(waiting) => waiting.map(|waiting| waiting.ready(&guest)),
@@ -231,7 +234,8 @@ impl Mapper {
         self.mapped
     }
 
-    /// Maps pages, which are in the order of blocks and pages; says which of them are.
+    /// Maps pages; says which of them are. Those that follow each other in memory take fewer mappings if they
+    /// follow each other here.
     ///
     /// # Errors
     /// If it is not known whether pages are mapped, or will be: the QEMU cannot be used any more.
@@ -252,7 +256,7 @@ impl Mapper {
             other => other?,
         };
         for (run, outcome) in chosen.iter().zip(outcomes) {
-            let pages = run.first..run.first + run.map.pages as usize;
+            let pages = run.first..run.end();
             match outcome {
                 Outcome::Mapped => self.mapped += u64::from(run.map.pages),
                 // Its QEMU has the bytes, in memory of its own.
@@ -336,7 +340,8 @@ impl Mapper {
                 pool_page: at.0,
             };
             match runs.last_mut() {
-                Some(run) if goes_on(&run.map, &map) => run.map.pages += 1,
+                // Nothing that was left out lies between them: the run stands for all of its positions.
+                Some(run) if run.end() == index && goes_on(&run.map, &map) => run.map.pages += 1,
                 _ => runs.push(Run {
                     map,
                     first: index,
@@ -383,11 +388,16 @@ impl Mapper {
         answer
     }
 
-    /// All memory is through: QEMU's advice about it is given again, and the library is let go.
+    /// All memory is through, or no more comes: QEMU's advice about it is given again, and the library, if it
+    /// is still there, is let go. What the guest writes from now on is given back to the host.
     pub(crate) fn finish(&mut self) {
-        let Some(library) = self.library.take() else {
-            return;
-        };
+        if let Some(library) = self.library.take() {
+            self.close(library);
+        }
+        self.pool.complete(self.vm);
+    }
+
+    fn close(&self, library: CowLibrary) {
         let begin = Instant::now();
         match library.close() {
             Ok(statistics) => tracing::debug!(
@@ -401,7 +411,6 @@ impl Mapper {
             // What is mapped stays mapped; it may show in a core dump.
             Err(error) => tracing::warn!("the mapping library did not finish: {error}"),
         }
-        self.pool.complete(self.vm);
     }
 
     fn user(&self, number: u16, page: PageNo) -> PoolUser {
@@ -417,7 +426,7 @@ impl Mapper {
     }
 
     fn release(&self, run: &Run, wanted: &[Wanted<'_>]) {
-        let pages = run.first..run.first + run.map.pages as usize;
+        let pages = run.first..run.end();
         for page in wanted.get(pages).unwrap_or_default() {
             self.pool.release(self.user(run.map.block, page.page));
         }
@@ -447,13 +456,20 @@ pub(crate) fn spot(
     })
 }
 
-/// Neighbours in QEMU's memory and in the pool.
+/// Neighbours in QEMU's memory, in the pool, and in what is wanted.
 struct Run {
     map: MapRun,
     /// Position of its first page in what is wanted.
     first: usize,
     /// With fewer pages it is not worth a mapping.
     pages_min: u32,
+}
+
+impl Run {
+    /// Position behind its last page.
+    fn end(&self) -> usize {
+        self.first + self.map.pages as usize
+    }
 }
 
 /// Whether `next` begins where `run` ends.
@@ -478,6 +494,7 @@ fn mappings_of(pid: u32) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::target::pool::Pools;
 
     #[test]
     fn a_run_goes_on_only_if_both_its_ends_meet() {
@@ -504,5 +521,57 @@ mod tests {
         ] {
             assert!(!goes_on(&run, &other));
         }
+    }
+
+    const PAGES: u64 = 16;
+
+    /// Of a VM of one block, whose library is gone.
+    fn mapper() -> Mapper {
+        let pools = Pools::start(ByteLen(1 << 20)).unwrap();
+        let pool = pools.of(&ContentKey::new([1; 32])).unwrap();
+        let block = (HostAddr(0), ByteLen(PAGES * 4096));
+        Mapper {
+            library: None,
+            vm: pool.join(std::process::id(), &[block]).unwrap(),
+            pool,
+            blocks: vec![("ram".into(), block)],
+            numbers: vec![Some(0)],
+            runs_left: 100,
+            runs: 0,
+            last: None,
+            mapped: 0,
+            notes: Vec::new(),
+            said: HashSet::new(),
+            asked: Duration::ZERO,
+        }
+    }
+
+    #[test]
+    fn a_page_that_is_left_out_is_in_no_run_and_moves_none_of_the_others() {
+        let mut mapper = mapper();
+        let bytes = [7; 4096];
+        // The second is of a block that is not mapped: contents that arrive are in no order.
+        let wanted: Vec<_> = [(0, 5), (1, 9), (0, 6), (0, 7)]
+            .into_iter()
+            .zip(1..)
+            .map(|((block, page), id)| Wanted {
+                block: BlockIndex(block),
+                page: PageNo(page),
+                content: ContentId([id; 16]),
+                bytes: &bytes,
+                spot: None,
+            })
+            .collect();
+        let runs = mapper.runs_of(&wanted);
+        let placed = runs.iter().map(|run| (run.first..run.end(), run.map.page));
+        assert_eq!(placed.collect::<Vec<_>>(), [(0..1, 5), (2..4, 6)]);
+    }
+
+    #[test]
+    fn memory_of_a_vm_whose_library_is_gone_is_looked_after_when_all_is_through() {
+        let mut mapper = mapper();
+        assert!(!mapper.pool.is_complete(mapper.vm));
+        mapper.finish();
+        assert!(mapper.pool.is_complete(mapper.vm));
     }
 }

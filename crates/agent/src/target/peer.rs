@@ -1,7 +1,7 @@
 //! Connections from one target host to another: contents, and pulls for them. Each direction has a
 //! connection of its own, which one thread owns.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -19,7 +19,7 @@ use super::session::lock;
 /// Pages of one frame: a buffer like those of the source.
 pub(super) const FRAME_PAGES: usize = 63;
 
-/// Most page bytes that wait for one host. What comes beyond is not passed on; the host pulls it
+/// Most bytes of frames of which a page waits for one host. What comes beyond is not passed on; the host pulls it
 /// later. At 1 Gbit/s it is a quarter of a second.
 const MAX_QUEUED: usize = 32 << 20;
 
@@ -66,6 +66,10 @@ struct Queue {
     contents: VecDeque<Content>,
     /// The entries of `contents`: a pull for one of them is answered by waiting.
     waiting: HashSet<EntryId>,
+    /// How many of `contents` keep each body, by where it is.
+    bodies: HashMap<usize, usize>,
+    /// Bytes that these bodies hold.
+    held: usize,
     is_running: bool,
     is_closed: bool,
 }
@@ -74,6 +78,43 @@ impl Queue {
     fn is_empty(&self) -> bool {
         self.pulls.is_empty() && self.missing.is_empty() && self.contents.is_empty()
     }
+
+    /// Queues a content, unless it waits already or its body does not fit.
+    fn put(&mut self, content: Content) {
+        let (at, held) = (content.body_at(), content.body.held());
+        let keepers = self.bodies.get(&at).copied().unwrap_or(0);
+        let more = if keepers == 0 { held } else { 0 };
+        if self.held + more > MAX_QUEUED || !self.waiting.insert(content.entry) {
+            return;
+        }
+        self.held += more;
+        self.bodies.insert(at, keepers + 1);
+        self.contents.push_back(content);
+    }
+
+    /// The first contents.
+    fn take(&mut self, count: usize) -> Vec<Content> {
+        let taken: Vec<_> = self.contents.drain(..count).collect();
+        for content in &taken {
+            self.waiting.remove(&content.entry);
+            let at = content.body_at();
+            match self.bodies.get_mut(&at) {
+                Some(keepers) if *keepers > 1 => *keepers -= 1,
+                _ => {
+                    self.bodies.remove(&at);
+                    self.held -= content.body.held();
+                }
+            }
+        }
+        taken
+    }
+
+    /// Forgets all that waits.
+    fn clear(&mut self) {
+        self.pulls.clear();
+        self.missing.clear();
+        self.take(self.contents.len());
+    }
 }
 
 /// A page on its way.
@@ -81,6 +122,13 @@ struct Content {
     entry: EntryId,
     body: Arc<Buffer>,
     at: usize,
+}
+
+impl Content {
+    /// Tells bodies apart that somebody has.
+    fn body_at(&self) -> usize {
+        Arc::as_ptr(&self.body).addr()
+    }
 }
 
 impl Outgoing {
@@ -115,9 +163,7 @@ impl Outgoing {
     pub(crate) fn contents(&self, contents: impl Iterator<Item = (EntryId, Arc<Buffer>, usize)>) {
         self.queue(|queue| {
             for (entry, body, at) in contents {
-                if queue.contents.len() * PAGE_SIZE < MAX_QUEUED && queue.waiting.insert(entry) {
-                    queue.contents.push_back(Content { entry, body, at });
-                }
+                queue.put(Content { entry, body, at });
             }
         });
     }
@@ -186,10 +232,7 @@ impl Shared {
         }
         let mut queue = lock(&self.queue);
         queue.is_running = false;
-        queue.pulls.clear();
-        queue.missing.clear();
-        queue.contents.clear();
-        queue.waiting.clear();
+        queue.clear();
     }
 
     /// The host's own session may be a moment later than ours.
@@ -288,11 +331,7 @@ impl Shared {
         if count == 0 {
             return Some(Next::Nothing);
         }
-        let contents: Vec<_> = queue.contents.drain(..count).collect();
-        for content in &contents {
-            queue.waiting.remove(&content.entry);
-        }
-        Some(Next::Contents(contents))
+        Some(Next::Contents(queue.take(count)))
     }
 }
 
@@ -322,5 +361,38 @@ pub(crate) fn receive(
             FrameKind::Missing => store.missing(from, &decode_entries(&body)?),
             other => return Err(WireError::UnexpectedKind(other as u8).into()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_waits_for_a_host_keeps_no_more_memory_than_its_limit_however_few_pages_of_a_frame_it_needs()
+     {
+        let pool = Pool::new(MAX_QUEUED / 4);
+        let mut queue = Queue::default();
+        let mut entries = (0..).map(EntryId);
+        for _ in 0..8 {
+            let body = Arc::new(pool.take(MAX_QUEUED / 4));
+            for at in [0, PAGE_SIZE] {
+                let entry = entries.next().unwrap();
+                let body = Arc::clone(&body);
+                queue.put(Content { entry, body, at });
+            }
+        }
+        assert_eq!((queue.contents.len(), queue.held), (8, MAX_QUEUED));
+        // With one page of the first gone the other keeps it, and with both there is room for one more.
+        for (taken, fits) in [(1, false), (1, true)] {
+            queue.take(taken);
+            let before = queue.contents.len();
+            let (entry, body) = (entries.next().unwrap(), Arc::new(pool.take(MAX_QUEUED / 4)));
+            queue.put(Content { entry, body, at: 0 });
+            assert_eq!(queue.contents.len() > before, fits);
+        }
+        queue.clear();
+        assert!(queue.is_empty() && queue.held == 0);
+        assert!(queue.waiting.is_empty() && queue.bodies.is_empty());
     }
 }

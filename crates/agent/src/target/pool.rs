@@ -180,6 +180,10 @@ impl HostPool {
             inner.pool.release(user);
             return Err(Trouble::PoolUnwritable);
         }
+        // What the page had before: nobody can read it there any more.
+        if let Some(freed) = placed.freed {
+            self.give_back(&[single(freed)]);
+        }
         Ok(Some(placed.at))
     }
 
@@ -194,11 +198,14 @@ impl HostPool {
     pub(super) fn release(&self, user: PoolUser) {
         let mut inner = lock(&self.inner);
         if let Some(freed) = inner.pool.release(user) {
-            self.give_back(&[PoolRun {
-                start: freed,
-                pages: 1,
-            }]);
+            self.give_back(&[single(freed)]);
         }
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_complete(&self, vm: PoolVm) -> bool {
+        let inner = lock(&self.inner);
+        inner.vms.get(&vm).is_some_and(|sharer| sharer.is_complete)
     }
 
     /// Nothing more of this VM will be mapped.
@@ -241,6 +248,10 @@ impl HostPool {
         };
         self.give_back(&freed);
     }
+}
+
+fn single(start: PoolPage) -> PoolRun {
+    PoolRun { start, pages: 1 }
 }
 
 impl Sharer {
@@ -326,6 +337,23 @@ mod tests {
         pool.sweep();
         assert!(!pool.read(left, &mut out));
         assert!(pool.read(kept, &mut out) && out == bytes);
+        assert_eq!(pool.file.allocated().unwrap(), ByteLen(4096));
+    }
+
+    #[test]
+    fn a_content_is_given_back_when_its_last_page_gets_another() {
+        let pool = HostPool::new(ByteLen(u64::MAX)).unwrap();
+        let join = || pool.join(std::process::id(), &[(HostAddr(0), ByteLen(4096))]);
+        let [one, other] = [(); 2].map(|()| PoolUser {
+            vm: join().unwrap(),
+            block: BlockIndex(0),
+            page: PageNo(0),
+        });
+        let (kept, left) = (ContentId([1; 16]), ContentId([2; 16]));
+        for (user, content) in [(one, kept), (other, left), (other, kept)] {
+            let placed = pool.place(user, (None, content), &[7; PAGE_SIZE]);
+            assert!(matches!(placed, Ok(Some(_))));
+        }
         assert_eq!(pool.file.allocated().unwrap(), ByteLen(4096));
     }
 

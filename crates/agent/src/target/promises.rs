@@ -7,7 +7,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 /// How long a promise holds: from a group's admission here, over that at all its other targets
-/// (each may take a peer's timeout), to the start of its moves.
+/// (each may take a peer's timeout), to the start of its moves. A group that prepares in between asks
+/// again.
 const HOLDS_FOR: Duration = Duration::from_secs(60);
 
 /// The promises of a host, by group.

@@ -85,11 +85,12 @@ impl RackStores {
         if let Some((_, seeds)) = lock(&self.seeds).get(&hello.store) {
             seeds.iter().for_each(|seed| store.add_seed(seed));
         }
-        stores.insert(hello.store.clone(), Arc::clone(&store));
-        let (stores, watched) = (Arc::downgrade(self), Arc::downgrade(&store));
+        let (all, watched) = (Arc::downgrade(self), Arc::downgrade(&store));
         std::thread::Builder::new()
             .name("gw-exchange".into())
-            .spawn(move || watch(&stores, &watched))?;
+            .spawn(move || watch(&all, &watched))?;
+        // Not before: a store that nobody watches would stay for ever.
+        stores.insert(hello.store.clone(), Arc::clone(&store));
         Ok(store)
     }
 

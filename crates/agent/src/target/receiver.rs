@@ -83,6 +83,7 @@ fn deliver(
     body: Arc<Buffer>,
     is_repair: bool,
 ) -> Result<(), ReceiveError> {
+    let sink = session.sink(vm);
     if !is_repair {
         let runs = literal_runs(&body)?;
         let local = runs.iter().filter(|run| run.first.is_local());
@@ -90,10 +91,13 @@ fn deliver(
         lock(&session.recent).push(local, &body, body.held());
         if let Some(rack) = &session.rack {
             rack.brought(&runs, &body);
-            rack.named(&remotes(&body)?);
+            // Nobody waits for what is named for a VM that is not here.
+            if sink.is_some() {
+                rack.named(&remotes(&body)?);
+            }
         }
     }
-    if let Some(sink) = session.sink(vm) {
+    if let Some(sink) = sink {
         sink.push(SinkFrame::Frame { body, is_repair });
     }
     Ok(())

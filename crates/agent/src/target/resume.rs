@@ -44,6 +44,11 @@ impl Incoming {
         feed.number
     }
 
+    /// Nothing more goes into its QEMU: whoever still writes there has a descriptor of their own.
+    pub(super) fn forget_feed(&self) {
+        lock(&self.feed).sockets.clear();
+    }
+
     /// Whether this feed is the newest.
     pub(super) fn is_fed_by(&self, number: u64) -> bool {
         lock(&self.feed).number == number
@@ -74,7 +79,7 @@ impl Incoming {
         if self.answer() != MoveState::Following {
             return Ok(Resumption::Not(self.answer()));
         }
-        if !lock(&self.entry).is_alive() {
+        if !lock(&self.entry).process.is_alive() {
             let reason = "its QEMU there ended before all of its memory had followed it";
             self.handle(TargetEvent::QemuGone(reason.into()));
             return Ok(Resumption::Not(self.answer()));
@@ -116,6 +121,10 @@ impl Incoming {
             .name("gw-relay".into())
             .spawn(move || {
                 let connect = || {
+                    // The QEMU takes the first who connects for its stream: it waits for a newer feed then.
+                    if !incoming.is_fed_by(number) {
+                        return Err(SinkError::Unexpected);
+                    }
                     let socket = UnixStream::connect(&path);
                     // Behind the first: QEMU tells them apart by their order.
                     let second = preempts.then(|| UnixStream::connect(&path)).transpose();
@@ -191,7 +200,7 @@ impl super::entry::Entry {
     /// Reaches the monitor of a QEMU that an earlier process started.
     pub(super) fn reach(&self) -> anyhow::Result<TargetGuest> {
         let kept = self.monitor.as_ref();
-        match kept.map(|kept| TargetGuest::take_back(self.pid, &self.qmp, kept)) {
+        match kept.map(|kept| TargetGuest::take_back(self.process.pid, &self.qmp, kept)) {
             Some(Ok(guest)) => return Ok(guest),
             Some(Err(error)) => tracing::warn!(
                 vm = self.vm_name,
@@ -199,7 +208,7 @@ impl super::entry::Entry {
             ),
             None => {}
         }
-        TargetGuest::adopt(self.pid, &self.qmp).map_err(|error| anyhow!(error))
+        TargetGuest::adopt(self.process.pid, &self.qmp).map_err(|error| anyhow!(error))
     }
 }
 

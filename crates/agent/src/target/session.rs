@@ -1,6 +1,6 @@
 //! What the VMs of one session share at the target.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -50,7 +50,52 @@ pub(crate) struct GuestMemory {
     pub(crate) bases: Vec<Option<HostAddr>>,
     /// Pages that its QEMU does not have, in post-copy: who reads one waits until it is there, and may
     /// be the one who is to bring it. Held while memory is read.
-    missing: RwLock<HashSet<(BlockIndex, PageNo)>>,
+    missing: RwLock<Missing>,
+}
+
+/// Pages that are missing: by block index a bit for each page, as far as one was missing. Blocks are as long as
+/// the stream says, which is checked before pages of them are forgotten: 2 MiB for 64 GiB.
+#[derive(Default)]
+struct Missing(Vec<Vec<u64>>);
+
+impl Missing {
+    fn add(&mut self, block: BlockIndex, run: PageRun) {
+        let block = usize::from(block.0);
+        let end = run.end().map_or(0, |end| end.div_ceil(u64::BITS) as usize);
+        if self.0.len() <= block {
+            self.0.resize_with(block + 1, Vec::new);
+        }
+        let words = &mut self.0[block];
+        if words.len() < end {
+            words.resize(end, 0);
+        }
+        for page in run.pages() {
+            if let Some(word) = words.get_mut(word_of(page)) {
+                *word |= bit_of(page);
+            }
+        }
+    }
+
+    fn remove(&mut self, (block, page): (BlockIndex, PageNo)) {
+        let words = self.0.get_mut(usize::from(block.0));
+        if let Some(word) = words.and_then(|words| words.get_mut(word_of(page))) {
+            *word &= !bit_of(page);
+        }
+    }
+
+    fn has(&self, block: BlockIndex, page: PageNo) -> bool {
+        let words = self.0.get(usize::from(block.0));
+        let word = words.and_then(|words| words.get(word_of(page)));
+        word.is_some_and(|word| word & bit_of(page) != 0)
+    }
+}
+
+fn word_of(page: PageNo) -> usize {
+    (page.0 / u64::BITS) as usize
+}
+
+fn bit_of(page: PageNo) -> u64 {
+    1 << (page.0 % u64::BITS)
 }
 
 /// One session, for as long as one of its connections or VMs is there.
@@ -286,7 +331,7 @@ impl GuestMemory {
     pub(crate) fn forget(&self, runs: &[(BlockIndex, PageRun)]) {
         let mut missing = self.missing.write().unwrap_or_else(PoisonError::into_inner);
         for (block, run) in runs {
-            missing.extend(run.pages().map(|page| (*block, page)));
+            missing.add(*block, *run);
         }
     }
 
@@ -294,7 +339,7 @@ impl GuestMemory {
     pub(crate) fn has(&self, pages: &[(BlockIndex, PageNo)]) {
         let mut missing = self.missing.write().unwrap_or_else(PoisonError::into_inner);
         for page in pages {
-            missing.remove(page);
+            missing.remove(*page);
         }
     }
 
@@ -314,7 +359,7 @@ impl GuestMemory {
             base.of_page(place.page)
         };
         let missing = self.missing.read().unwrap_or_else(PoisonError::into_inner);
-        let is_there = |place: &Place| !missing.contains(&(place.block, place.page));
+        let is_there = |place: &Place| !missing.has(place.block, place.page);
         let mut start = 0;
         // All of one VM have an address or none: places are made only of blocks that have one.
         for there in wanted.chunk_by(|a, b| is_there(&a.1) == is_there(&b.1)) {
@@ -352,6 +397,30 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use super::*;
     use wire::Reached;
+
+    #[test]
+    fn what_a_qemu_has_forgotten_is_missing_until_it_has_it_again_and_takes_a_bit_a_page() {
+        let mut missing = Missing::default();
+        let (ram, other) = (BlockIndex(2), BlockIndex(0));
+        let run = PageRun {
+            start: PageNo(60),
+            count: 70,
+        };
+        missing.add(ram, run);
+        let is_in = |missing: &Missing, page| missing.has(ram, PageNo(page));
+        assert!(is_in(&missing, 60) && is_in(&missing, 64) && is_in(&missing, 129));
+        assert!(!is_in(&missing, 59) && !is_in(&missing, 130) && !is_in(&missing, 1 << 31));
+        assert!(!missing.has(other, PageNo(60)));
+        missing.remove((ram, PageNo(64)));
+        missing.remove((BlockIndex(9), PageNo(1)));
+        assert!(!is_in(&missing, 64) && is_in(&missing, 65));
+        let whole = PageRun {
+            start: PageNo(0),
+            count: 1 << 20,
+        };
+        missing.add(ram, whole);
+        assert_eq!(missing.0[2].len(), (1 << 20) / 64);
+    }
 
     fn ack(vm: u16, position: u64) -> ToSource {
         let (received, complete) = (position, position);

@@ -71,6 +71,8 @@ pub(crate) struct Sink {
     /// QEMU's second channel, for pages that it has asked for.
     preempt: Option<UnixStream>,
     memory: Option<MemorySource>,
+    /// Pages of the QEMU's blocks, by name.
+    blocks: Option<HashMap<String, u64>>,
     /// Blocks whose contents can be found again, by index.
     has_memory: Vec<bool>,
     /// Maps pages that are shared.
@@ -106,6 +108,7 @@ impl Sink {
             socket,
             preempt: None,
             memory: Some(memory),
+            blocks: None,
             has_memory: Vec::new(),
             mapper,
             pressure: pressure.arriving(),
@@ -118,6 +121,11 @@ impl Sink {
     /// Has pages that QEMU has asked for go over its second channel. Only if nothing is mapped.
     pub(crate) fn preempt_on(&mut self, socket: UnixStream) {
         self.preempt = Some(socket);
+    }
+
+    /// Has it take no guest but one with these blocks, by name and number of pages.
+    pub(crate) fn only_for(&mut self, blocks: HashMap<String, u64>) {
+        self.blocks = Some(blocks);
     }
 
     /// What the reader of the return path shares with this.
@@ -137,6 +145,19 @@ impl Sink {
             Some(_) => Unpacker::preempting(),
             None => Unpacker::mapping(mappable.unwrap_or_default()),
         };
+        if let Some(blocks) = self.blocks.take() {
+            unpacker = unpacker.only_for(blocks);
+        }
+        let fed = self.feed_all(&mut unpacker);
+        // In post-copy QEMU has placed everything only when the source has heard so, and says no more. What
+        // an interrupted one still gets was announced, and stays.
+        if let Some(mapper) = self.mapper.as_mut().filter(|_| unpacker.has_switched()) {
+            mapper.finish();
+        }
+        fed
+    }
+
+    fn feed_all(&mut self, unpacker: &mut Unpacker) -> Result<(), SinkError> {
         let mut batch = Batch::default();
         while let Some(frame) = self.next() {
             // What was pushed to the one queue before a frame to the other is seen before it: the end
@@ -144,16 +165,12 @@ impl Sink {
             while !matches!(frame, SinkFrame::Urgent(_))
                 && let Ok(urgent) = self.urgent.try_recv()
             {
-                self.feed(&mut unpacker, &urgent, &mut batch)?;
+                self.feed(unpacker, &urgent, &mut batch)?;
             }
             if !unpacker.is_in_last_round() && !unpacker.has_switched() {
                 self.wait_for_memory();
             }
-            self.feed(&mut unpacker, &frame, &mut batch)?;
-        }
-        // In post-copy QEMU has placed everything only when the source has heard so, and says no more.
-        if let Some(mapper) = self.mapper.as_mut().filter(|_| unpacker.has_switched()) {
-            mapper.finish();
+            self.feed(unpacker, &frame, &mut batch)?;
         }
         Ok(())
     }

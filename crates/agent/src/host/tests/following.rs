@@ -141,7 +141,7 @@ fn real_memory_goes_on_following_its_vm_when_a_person_says_so_after_the_limit() 
     cable.set_cut(true);
     wait_for(&receiver, Phase::Recovering);
     let (_, message) = wait_for(&receiver, Phase::NeedsPerson);
-    assert!(message.contains("gangway recover"), "{message}");
+    assert!(message.contains("`gangway recover g --vm v`"), "{message}");
     // In vain, and then not.
     let again = || {
         let (sink, receiver) = events();

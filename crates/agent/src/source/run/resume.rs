@@ -89,7 +89,7 @@ impl Run {
         let Some(stream) = self.stream.take() else {
             return;
         };
-        stream.close(true);
+        stream.close();
         if let Some(session) = self.session.take() {
             session.remove(&stream);
         }

@@ -43,21 +43,33 @@ impl Run {
 
     /// What a person must know, and do.
     fn plight(&self, plight: Plight, reason: &str) -> String {
-        let (target, id) = (&self.spec.target_name, &self.spec.id);
+        let target = &self.spec.target_name;
+        let recover = format!(
+            "`gangway recover {} --vm {}`",
+            self.spec.group, self.spec.vm
+        );
         match plight {
             Plight::Unknown => format!(
                 "stopped at the source, and may run at {target}: {reason}. When {target} can be reached again, \
-                 say `gangway recover {id}`"
+                 say {recover}"
             ),
             Plight::Halved => format!(
                 "stands still at {target} where it needs memory that only its QEMU at the source has, \
                  which must not be ended or resumed: {reason}. When the cause is mended, say \
-                 `gangway recover {id}`"
+                 {recover}"
+            ),
+            Plight::Left => format!(
+                "was let go at {target}, whose agent says that it ran there, and its QEMU at the source was not ended: {reason}. \
+                 Look at both, and end the one whose VM is not to go on; then say {recover}"
+            ),
+            Plight::Ended => format!(
+                "runs nowhere: its QEMU at the source has ended before {target} had all of it: {reason}. \
+                 Start it anew"
             ),
             Plight::Killed => format!(
                 "was killed in post-copy: {reason}. Nothing brings back what it did at {target}. Its QEMU at \
                  the source, if it is there, stands at the switch-over, and its disks may have gone on since: \
-                 end it and start the VM anew. `gangway recover {id}` looks again"
+                 end it and start the VM anew. {recover} looks again"
             ),
         }
     }

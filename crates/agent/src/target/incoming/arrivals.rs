@@ -1,6 +1,6 @@
 //! All incoming moves of a host: who may arrive, and who is there.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -15,16 +15,31 @@ use crate::target::resume::Resumption;
 pub(crate) struct Arrivals {
     pub(crate) context: TargetContext,
     moves: Mutex<HashMap<String, Arc<Incoming>>>,
-    /// Names of VMs whose QEMU is being started.
-    starting: Mutex<HashSet<String>>,
+    /// Moves whose QEMU is being started, by the VM's name. Locked before `moves`, if both are.
+    starting: Mutex<HashMap<String, Starting>>,
     promises: Mutex<Promises>,
     clock: Instant,
 }
 
+/// A move whose QEMU is being started.
+struct Starting {
+    id: String,
+    /// The source has taken it back since, and why.
+    aborted: Option<String>,
+}
+
 /// The name of a VM whose QEMU is being started.
-struct Reserved<'a> {
-    starting: &'a Mutex<HashSet<String>>,
+pub(super) struct Reserved<'a> {
+    starting: &'a Mutex<HashMap<String, Starting>>,
     vm_name: String,
+}
+
+impl Reserved<'_> {
+    /// Why the source has taken the move back, if it has.
+    pub(super) fn aborted(&self) -> Option<String> {
+        let mut starting = lock(self.starting);
+        starting.get_mut(&self.vm_name)?.aborted.take()
+    }
 }
 
 impl Drop for Reserved<'_> {
@@ -68,13 +83,22 @@ impl Arrivals {
                 now: self.clock.elapsed(),
             });
         }
+        let mut expired = Vec::new();
         self.context.journal.expire(TOMBSTONE_AGE, |path| {
             // Only tombstones: everything else may still have a QEMU.
-            std::fs::read(path)
+            let entry = std::fs::read(path)
                 .ok()
                 .and_then(|bytes| serde_json::from_slice::<Entry>(&bytes).ok())
-                .is_some_and(|entry| !entry.is_alive())
+                .filter(|entry| !entry.process.is_alive());
+            expired.extend(entry.as_ref().map(|entry| entry.id.clone()));
+            entry.is_some()
         });
+        for id in expired {
+            let incoming = lock(&self.moves).get(&id).cloned();
+            if incoming.is_some_and(|incoming| incoming.is_ended()) {
+                lock(&self.moves).remove(&id);
+            }
+        }
     }
 
     /// Starts the target QEMU of a move.
@@ -83,7 +107,7 @@ impl Arrivals {
         session: &Arc<TargetSession>,
         request: OpenMove,
     ) -> anyhow::Result<Opened> {
-        let _reserved = self.reserve(&request)?;
+        let reserved = self.reserve(&request)?;
         let started = Incoming::start(session, &request, &self.context, self.clock);
         let (incoming, opened) = match started {
             Ok(started) => started,
@@ -92,8 +116,13 @@ impl Arrivals {
                 return Err(error);
             }
         };
-        lock(&self.moves).insert(request.id.clone(), incoming);
+        lock(&self.moves).insert(request.id.clone(), Arc::clone(&incoming));
         lock(&self.promises).redeem(&request.id);
+        // From here on an abort finds the move; one that came before has left a word.
+        if let Some(reason) = reserved.aborted() {
+            incoming.handle(TargetEvent::Abort(reason.clone()));
+            return Err(anyhow!("the source has taken the move back: {reason}"));
+        }
         if session.is_over() {
             // It ended while QEMU was started, when the move was not yet known here.
             self.session_lost(session);
@@ -141,7 +170,7 @@ impl Arrivals {
     }
 
     /// Keeps a second move of the same VM out while its QEMU starts, which may take seconds.
-    fn reserve(&self, request: &OpenMove) -> anyhow::Result<Reserved<'_>> {
+    pub(super) fn reserve(&self, request: &OpenMove) -> anyhow::Result<Reserved<'_>> {
         let mut starting = lock(&self.starting);
         let moves: Vec<_> = lock(&self.moves)
             .iter()
@@ -159,9 +188,14 @@ impl Arrivals {
                 request.vm_name
             ));
         }
-        if !starting.insert(request.vm_name.clone()) {
+        if starting.contains_key(&request.vm_name) {
             return Err(anyhow!("{} is arriving here already", request.vm_name));
         }
+        let mark = Starting {
+            id: request.id.clone(),
+            aborted: None,
+        };
+        starting.insert(request.vm_name.clone(), mark);
         Ok(Reserved {
             starting: &self.starting,
             vm_name: request.vm_name.clone(),
@@ -183,8 +217,18 @@ impl Arrivals {
         })
     }
 
-    /// Does away with a VM that was not let go.
+    /// Does away with a VM that was not let go, also if its QEMU is still being started.
     pub(crate) fn abort(&self, id: &str, reason: &str) -> MoveState {
+        {
+            let mut starting = lock(&self.starting);
+            let mark = starting.values_mut().find(|mark| mark.id == id);
+            if let Some(mark) = mark
+                && !lock(&self.moves).contains_key(id)
+            {
+                mark.aborted = Some(reason.to_owned());
+                return MoveState::Loading;
+            }
+        }
         self.with(id, |incoming| {
             incoming.handle(TargetEvent::Abort(reason.to_owned()))
         })
@@ -244,21 +288,27 @@ impl Arrivals {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn found_move(&self, id: &str) -> Option<Arc<Incoming>> {
+        lock(&self.moves).get(id).cloned()
+    }
+
     /// Process of a move's QEMU.
     #[cfg(test)]
     pub(crate) fn pid_of(&self, id: &str) -> Option<u32> {
         lock(&self.moves)
             .get(id)
-            .map(|incoming| lock(&incoming.entry).pid)
+            .map(|incoming| lock(&incoming.entry).process.pid)
     }
 
     /// Moves that have not ended.
     pub(crate) fn under_way(&self) -> Vec<String> {
-        let moves = lock(&self.moves);
-        moves
+        // Not locked meanwhile: a move whose QEMU is slow answers late, and others must not wait for it.
+        let moves: Vec<_> = lock(&self.moves)
             .iter()
-            .filter(|(_, m)| !m.is_ended())
-            .map(|(id, _)| id.clone())
-            .collect()
+            .map(|(id, m)| (id.clone(), Arc::clone(m)))
+            .collect();
+        let under_way = moves.into_iter().filter(|(_, m)| !m.is_ended());
+        under_way.map(|(id, _)| id).collect()
     }
 }

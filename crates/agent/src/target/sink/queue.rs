@@ -5,13 +5,17 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 use migrate::unpack::Arrived;
-use page::{EntryId, HostNo};
+use page::{EntryId, HostNo, PAGE_SIZE};
 
 use crate::link::Buffer;
 
-/// Most bytes that wait for one QEMU. The source's window keeps far below it (8 MiB of QEMU's
-/// stream, and repairs); beyond it the source is not honest, and the VM's move fails.
-pub(in crate::target) const MAX_QUEUED: usize = 128 << 20;
+/// Most bytes that wait for one QEMU. The source's window keeps below it (64 MiB of QEMU's stream if it is
+/// configured so, usually 8, in buffers of twice that at most; and repairs, and contents for the pages of it that
+/// wait); beyond it the source is not honest, and the VM's move fails.
+pub(in crate::target) const MAX_QUEUED: usize = 256 << 20;
+
+/// What a frame takes besides its bytes, in the queue and in its buffer: so that empty ones are bounded, too.
+const FRAME: usize = 256;
 
 /// What comes for one VM.
 pub(crate) enum SinkFrame {
@@ -33,12 +37,16 @@ pub(crate) enum SinkFrame {
 }
 
 impl SinkFrame {
-    /// Bytes that count against the queue's limit: contents are bounded by the pages that wait.
+    /// Bytes that count against the queue's limit. Of contents that arrive only those of the pages that need
+    /// them: what else is in their frames is kept, and bounded, by the store of the rack.
     pub(in crate::target) fn counted(&self) -> usize {
-        match self {
-            Self::Frame { body, .. } | Self::Urgent(body) | Self::Relay(body) => body.len(),
-            Self::Arrived(_) | Self::NotComing { .. } | Self::Hurry => 0,
-        }
+        let bytes = match self {
+            Self::Frame { body, .. } | Self::Urgent(body) | Self::Relay(body) => body.held(),
+            Self::Arrived(contents) => contents.len() * PAGE_SIZE,
+            Self::NotComing { entries, .. } => size_of_val(entries.as_slice()),
+            Self::Hurry => 0,
+        };
+        FRAME + bytes
     }
 }
 
@@ -94,5 +102,28 @@ impl SinkHandle {
             return;
         }
         let _ = queue.send(frame);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::link::Pool;
+
+    #[test]
+    fn frames_without_bytes_fill_a_queue_as_well() {
+        let pool = Pool::new(1 << 10);
+        let empty = || Arc::new(pool.take(0));
+        for make in [&(|| SinkFrame::Hurry) as &dyn Fn() -> SinkFrame, &|| {
+            SinkFrame::Urgent(empty())
+        }] {
+            let (handle, frames, urgent, queued) = SinkHandle::new();
+            for _ in 0..=MAX_QUEUED / FRAME {
+                handle.push(make());
+            }
+            assert_eq!(frames.len() + urgent.len(), MAX_QUEUED / FRAME);
+            // So that the sink sees that something was left out.
+            assert!(queued.load(Ordering::Relaxed) > MAX_QUEUED);
+        }
     }
 }
