@@ -112,6 +112,12 @@ impl CallError {
             if matches!(source.kind(), ConnectionRefused | NotFound))
     }
 
+    /// Whether the agent may have done what it was asked, although it did not say so.
+    #[must_use]
+    pub fn may_have_acted(&self) -> bool {
+        !matches!(self, Self::Refused(_) | Self::Connect { .. })
+    }
+
     /// Whether the agent itself said no, so that asking again would give the same answer.
     #[must_use]
     pub fn refused_as(&self) -> Option<RefusalCode> {

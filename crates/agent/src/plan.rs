@@ -182,11 +182,18 @@ impl Plan {
             }
         }
         self.check_hosts()?;
-        let mut seen = HashSet::new();
+        let (mut seen, mut monitors) = (HashSet::new(), HashSet::new());
         for plan_move in &self.moves {
             self.check_move(plan_move)?;
             if !seen.insert(&plan_move.vm) {
                 return Err(PlanError::TwoMoves(plan_move.vm.clone()));
+            }
+            if !monitors.insert((&plan_move.from, &plan_move.qmp)) {
+                return Err(PlanError::CommandLine {
+                    vm: plan_move.vm.clone(),
+                    key: "qmp",
+                    problem: "is that of another move from the same host: each VM has its own",
+                });
             }
         }
         self.check_seeds()

@@ -49,10 +49,12 @@ impl Cli {
 const EXIT_CODES: &str = "\
 Exit codes:
   0    all moved
-  1    some VMs stayed, each runs at its source
+  1    some VMs stayed, each runs at its source; doctor, prepare, survey:
+       something is broken, or a host could not be looked at; cancel,
+       continue, postcopy: refused for some VMs
   2    the command line, the plan or the configuration is wrong
   3    refused before anything was started
-  4    a VM needs a person
+  4    a VM needs a person, or the agent cannot be asked any more
   130  left with Ctrl-C; the migration goes on";
 
 #[derive(Debug, Subcommand)]
@@ -94,6 +96,7 @@ pub(crate) enum Command {
     /// Show what this host's agent is doing, or one group.
     Status {
         /// Group; all if absent.
+        #[arg(value_parser = group_id)]
         group: Option<String>,
         /// Follow the group's migration to its end.
         #[arg(long)]
@@ -177,7 +180,7 @@ pub(crate) struct Evacuate {
     #[arg(long, value_name = "HOST:PORT", required = true, num_args = 1..)]
     pub(crate) to: Vec<String>,
     /// Print the plan (TOML) and start nothing.
-    #[arg(long = "plan")]
+    #[arg(long = "plan", conflicts_with = "json")]
     pub(crate) only_plan: bool,
     #[command(flatten)]
     pub(crate) overrides: Overrides,
@@ -253,7 +256,7 @@ pub(crate) struct Bounds {
           value_parser = clap::value_parser!(u8).range(1..=100))]
     cpu_percent: u8,
     /// Guest memory that is read in a second on each host; K, M and G are decimal.
-    #[arg(long, value_name = "BYTES/S", default_value = "1G")]
+    #[arg(long, value_name = "BYTES/S", default_value = "1G", value_parser = some_bytes)]
     read_rate: Bytes,
 }
 
@@ -262,7 +265,7 @@ impl Bounds {
     pub(crate) fn get(&self) -> PrepareBounds {
         PrepareBounds {
             cpu_percent: self.cpu_percent,
-            read_bytes_per_s: self.read_rate.0.max(1),
+            read_bytes_per_s: self.read_rate.0,
         }
     }
 }
@@ -314,6 +317,10 @@ impl Overrides {
         plan.sharing = self.sharing.or(plan.sharing);
         plan.compression = self.compression.or(plan.compression);
         plan.mode = self.mode.or(plan.mode);
+        if self.mode.is_some_and(|mode| mode != Mode::Hybrid) {
+            // The plan says it for its own mode, and another has no such time.
+            plan.postcopy_after_s = None;
+        }
         plan.postcopy_after_s = self.postcopy_after.or(plan.postcopy_after_s);
         let budget = self.max_bandwidth.map(|bytes| bytes.0);
         plan.max_bandwidth_bytes_per_s = budget.or(plan.max_bandwidth_bytes_per_s);
@@ -324,6 +331,7 @@ impl Overrides {
 #[derive(Debug, Args)]
 pub(crate) struct Target {
     /// Group; may be left out if only one comes into question.
+    #[arg(value_parser = group_id)]
     pub(crate) group: Option<String>,
     /// This VM only.
     #[arg(long, value_name = "VM")]
@@ -355,6 +363,19 @@ impl FromStr for Bytes {
             .map(Self)
             .ok_or("a number of bytes, such as 250000000, 250000K or 250M")
     }
+}
+
+fn some_bytes(text: &str) -> Result<Bytes, &'static str> {
+    let bytes: Bytes = text.parse()?;
+    if bytes.0 == 0 {
+        return Err("at 0 bytes per second it would never end");
+    }
+    Ok(bytes)
+}
+
+/// A group's id, which becomes part of the path of a request.
+fn group_id(text: &str) -> Result<String, PlanError> {
+    agent::plan::check_group_id(text).map(|()| text.to_owned())
 }
 
 /// Values of one of the API's enums, by the names that the API gives them.
@@ -424,6 +445,40 @@ mod tests {
         assert_eq!(plan.postcopy_after_s, None);
         overrides("--mode hybrid --postcopy-after 30").apply(&mut plan);
         assert_eq!(plan.postcopy_after_s, Some(30));
+        overrides("--mode hybrid").apply(&mut plan);
+        assert_eq!(plan.postcopy_after_s, Some(30));
+        overrides("--mode pre-copy").apply(&mut plan);
+        assert_eq!(plan.postcopy_after_s, None, "the plan's goes with its mode");
+        overrides("--mode pre-copy --postcopy-after 30").apply(&mut plan);
+        assert_eq!(plan.postcopy_after_s, Some(30), "to be refused");
+    }
+
+    #[test]
+    fn what_could_not_be_done_is_refused_as_usage() {
+        for line in [
+            "gangway prepare p --read-rate 0",
+            "gangway evacuate a:1 --to b:1 --plan --json",
+            "gangway status ../moves",
+            "gangway cancel g/web",
+            "gangway recover g?x",
+        ] {
+            let error = Cli::try_parse_from(line.split(' ')).err();
+            assert_eq!(error.map(|error| error.exit_code()), Some(2), "{line}");
+        }
+        let line = "gangway evacuate a:1 --to b:1 --plan";
+        Cli::try_parse_from(line.split(' ')).unwrap();
+    }
+
+    #[test]
+    fn what_an_agent_tells_a_person_to_say_can_be_said() {
+        // As the agent's tests expect it in the message.
+        match Cli::parse_from("gangway recover g --vm v".split(' ')).command {
+            Command::Recover(target) => {
+                assert_eq!(target.group.as_deref(), Some("g"));
+                assert_eq!(target.vm.as_deref(), Some("v"));
+            }
+            other => panic!("{other:?}"),
+        }
     }
 
     #[test]

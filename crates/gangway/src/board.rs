@@ -41,25 +41,44 @@ pub(crate) enum Outlook {
     },
 }
 
-/// Seconds to go, that never grow while they are shown.
+/// Samples without an estimate until what is shown is withdrawn: two seconds of them. In a single one
+/// the stream may have stood still.
+const MISSED_MAX: u8 = 4;
+
+/// Seconds to go, that never grow.
 ///
 /// An estimate above the one on display does not replace it: the display stands still until the
-/// estimates come down to it again. When a move stops converging, that is said instead, and what
-/// was shown before binds no longer.
+/// estimates come down to it again. When a move stops converging, that is said instead, and nothing is
+/// shown again before the estimates are below what was shown last.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Eta {
     shown: Option<f64>,
+    /// What was shown last.
+    least: Option<f64>,
+    missed: u8,
 }
 
 impl Eta {
-    /// Takes a new estimate; `None` withdraws what was shown.
+    /// Takes a new sample, with its estimate if it has one.
     pub(crate) fn update(&mut self, estimate: Option<f64>) {
         let estimate = estimate.filter(|seconds| seconds.is_finite() && *seconds >= 0.0);
-        self.shown = match (self.shown, estimate) {
-            (Some(shown), Some(estimate)) => Some(shown.min(estimate)),
-            (None, estimate) => estimate,
-            (_, None) => None,
+        let Some(estimate) = estimate else {
+            self.missed = self.missed.saturating_add(1);
+            if self.missed > MISSED_MAX {
+                self.withdraw();
+            }
+            return;
         };
+        self.missed = 0;
+        if self.least.is_none_or(|least| estimate <= least) {
+            self.least = Some(estimate);
+            self.shown = self.least;
+        }
+    }
+
+    /// There is nothing to estimate.
+    pub(crate) fn withdraw(&mut self) {
+        self.shown = None;
     }
 
     /// What may be shown.
@@ -97,8 +116,15 @@ impl Board {
             Happening::Progress { progress } => row.progress = *progress,
             Happening::Note { .. } => {}
         }
-        row.eta.update(row.estimate());
-        self.eta.update(self.slowest());
+        if !row.is_estimated() {
+            row.eta.withdraw();
+        } else if matches!(event.what, Happening::Progress { .. }) {
+            row.eta.update(row.progress.eta_s);
+        }
+        match self.slowest() {
+            Some(seconds) => self.eta.update(Some(seconds)),
+            None => self.eta.withdraw(),
+        }
     }
 
     /// The group's outlook: its slowest move's, once every move has one.
@@ -147,7 +173,9 @@ impl Row {
             progress: status.progress,
             eta: Eta::default(),
         };
-        row.eta.update(row.estimate());
+        if row.is_estimated() {
+            row.eta.update(row.progress.eta_s);
+        }
         row
     }
 
@@ -168,11 +196,9 @@ impl Row {
         }
     }
 
-    fn estimate(&self) -> Option<f64> {
-        // Before its memory moves and after its end there is nothing to estimate.
-        (self.phase == Phase::Bulk || self.phase == Phase::SwitchOver)
-            .then_some(self.progress.eta_s)
-            .flatten()
+    /// Before its memory moves and after its end there is nothing to estimate.
+    fn is_estimated(&self) -> bool {
+        self.phase == Phase::Bulk || self.phase == Phase::SwitchOver
     }
 }
 
@@ -252,12 +278,13 @@ mod tests {
                 if let (Some(before), Some(now)) = (rows[vm], row) {
                     prop_assert!(now <= before);
                 }
-                rows[vm] = row;
+                // What was shown before it was withdrawn counts, too.
+                rows[vm] = row.or(rows[vm]);
                 let now_total = seconds(board.outlook());
                 if let (Some(before), Some(now)) = (total, now_total) {
                     prop_assert!(now <= before);
                 }
-                total = now_total;
+                total = now_total.or(total);
             }
         }
 
@@ -270,6 +297,23 @@ mod tests {
                 prop_assert_eq!(eta.shown(), Some(estimate));
             }
         }
+    }
+
+    #[test]
+    fn an_eta_outlives_samples_in_which_the_stream_stood_still_but_not_many() {
+        let mut board = Board::new(&group(&["x"]));
+        board.apply(&progress("x", Some(5.0)));
+        for _ in 0..MISSED_MAX {
+            board.apply(&progress("x", None));
+            assert_eq!(board.rows[0].outlook(), Outlook::Seconds(5.0));
+            assert_eq!(board.outlook(), Outlook::Seconds(5.0));
+        }
+        board.apply(&progress("x", None));
+        assert_eq!(board.rows[0].outlook(), Outlook::Unknown);
+        board.apply(&progress("x", Some(8.0)));
+        assert_eq!(board.rows[0].outlook(), Outlook::Unknown, "it would grow");
+        board.apply(&progress("x", Some(4.0)));
+        assert_eq!(board.rows[0].outlook(), Outlook::Seconds(4.0));
     }
 
     #[test]

@@ -18,7 +18,7 @@ pub(crate) enum Exit {
     Usage,
     /// Refused, nothing was started.
     Refused,
-    /// A VM needs a person.
+    /// A VM needs a person, or may need one: the agent cannot be asked.
     NeedsPerson,
     /// The person left; the migration goes on. As shells report a command ended by Ctrl-C.
     Left,

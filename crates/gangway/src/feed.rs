@@ -29,6 +29,15 @@ pub(crate) enum News {
     GaveUp(CallError),
 }
 
+/// How long an agent is asked again that fails so.
+pub(crate) fn patience(error: &CallError) -> Duration {
+    if error.nobody_listens() {
+        PATIENCE_WITH_NOBODY
+    } else {
+        PATIENCE
+    }
+}
+
 /// Starts to follow a group.
 pub(crate) fn follow(client: Client, group: String) -> mpsc::Receiver<News> {
     let (sender, receiver) = mpsc::channel(EVENTS);
@@ -71,12 +80,7 @@ impl Feed {
             let since = *self.lost.get_or_insert_with(Instant::now);
             if let Some(error) = error {
                 let hopeless = error.refused_as() == Some(RefusalCode::UnknownGroup);
-                let patience = if error.nobody_listens() {
-                    PATIENCE_WITH_NOBODY
-                } else {
-                    PATIENCE
-                };
-                let over = hopeless || since.elapsed() > patience;
+                let over = hopeless || since.elapsed() > patience(&error);
                 let news = if over {
                     News::GaveUp(error)
                 } else {

@@ -23,6 +23,7 @@ use agent::client::Client;
 use agent::config::{Config, IndexConfig};
 use anyhow::Context;
 use clap::Parser;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing_subscriber::EnvFilter;
 
 use crate::act::Action;
@@ -31,6 +32,8 @@ use crate::exit::Exit;
 
 /// This host's agent answers at once, and says on streams every second that it is alive.
 const AGENT_TIMEOUT: Duration = Duration::from_secs(15);
+/// For what it asks other agents first, each of them within a timeout of its own.
+const AGENTS_TIMEOUT: Duration = Duration::from_secs(120);
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -82,10 +85,10 @@ async fn talk(cli: &Cli) -> anyhow::Result<Exit> {
         Command::Status { group, watch, json } => {
             status::status(&client, group.as_deref(), *watch, *json).await
         }
-        Command::Cancel(target) => act::run(&client, Action::Cancel, target).await,
-        Command::Continue(target) => act::run(&client, Action::Continue, target).await,
-        Command::Postcopy(target) => act::run(&client, Action::Postcopy, target).await,
-        Command::Recover(target) => act::run(&client, Action::Recover, target).await,
+        Command::Cancel(target) => act::run(cli, &client, Action::Cancel, target).await,
+        Command::Continue(target) => act::run(cli, &client, Action::Continue, target).await,
+        Command::Postcopy(target) => act::run(cli, &client, Action::Postcopy, target).await,
+        Command::Recover(target) => act::run(cli, &client, Action::Recover, target).await,
         Command::Doctor { json } => status::doctor(&client, *json).await,
         Command::Agent { .. }
         | Command::Index { .. }
@@ -96,17 +99,41 @@ async fn talk(cli: &Cli) -> anyhow::Result<Exit> {
     }
 }
 
+/// A client for what this host's agent asks other agents about.
+fn patient(cli: &Cli) -> Client {
+    Client::unix(cli.socket(), AGENTS_TIMEOUT)
+}
+
 /// Runs an agent or an index until it is told to stop.
 fn serve<F: Future<Output = anyhow::Result<()>>>(run: impl FnOnce() -> F) -> anyhow::Result<Exit> {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     let colours = io::stderr().is_terminal();
     let log = tracing_subscriber::fmt().with_env_filter(filter);
     log.with_ansi(colours).with_writer(io::stderr).init();
+    raise_file_limit();
     let runtime = tokio::runtime::Runtime::new().context("starting the runtime")?;
     runtime.block_on(run())?;
     Ok(Exit::AllMoved)
 }
 
+/// Has as many files open as the system lets: VMs and connections have some each. The usual limit, 1024,
+/// is there for programs that cannot have more (`select`).
+fn raise_file_limit() {
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    let raised = Rlimit {
+        current: maximum,
+        maximum,
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        // It works with fewer.
+        let _ = writeln!(
+            io::stderr(),
+            "gangway: the limit of open files stays: {error}"
+        );
+    }
+}
+
+/// Whether whoever read our output has gone.
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     let io = error.downcast_ref::<io::Error>();
     io.is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)

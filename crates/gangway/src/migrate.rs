@@ -1,7 +1,6 @@
 //! `migrate` and `evacuate`: hand a plan to the agent and watch.
 
 use std::io::{self, Write};
-use std::time::Duration;
 
 use agent::client::Client;
 use agent::types::{EvacuationRequest, GroupAccepted, GroupRequest, Mode, Plan};
@@ -10,9 +9,7 @@ use crate::args::{Cli, Evacuate, Manner, Migrate};
 use crate::exit::Exit;
 use crate::screen::json_line;
 use crate::watch::{left, watch};
-
-/// The agent asks every other agent about every move first.
-const AGREEMENT_TIME_MAX: Duration = Duration::from_secs(120);
+use crate::{is_broken_pipe, patient};
 
 /// What a person consents to.
 const POSTCOPY: &str = "post-copy: each VM runs at its target before its memory is there. If an agent or \
@@ -30,7 +27,7 @@ pub(crate) async fn evacuate(cli: &Cli, client: &Client, wish: &Evacuate) -> any
         from: wish.from.clone(),
         to: wish.to.clone(),
     };
-    let plan: Plan = client.post("/v1/evacuations/plan", &request).await?;
+    let plan: Plan = patient(cli).post("/v1/evacuations/plan", &request).await?;
     let plan = wish.overrides.with(plan, &wish.manner)?;
     if wish.only_plan {
         io::stdout().write_all(toml::to_string(&plan)?.as_bytes())?;
@@ -54,10 +51,10 @@ async fn start(cli: &Cli, client: &Client, plan: Plan, manner: &Manner) -> anyho
             "VMs that do not converge, or are told to, go over to {POSTCOPY}"
         )?,
     }
-    let patient = Client::unix(cli.socket(), AGREEMENT_TIME_MAX);
+    let patient = patient(cli);
     let request = GroupRequest { plan, id: None };
-    let accepted: GroupAccepted = tokio::select! {
-        accepted = patient.post("/v1/groups", &request) => accepted?,
+    let accepted = tokio::select! {
+        accepted = patient.post::<_, GroupAccepted>("/v1/groups", &request) => accepted,
         interrupted = tokio::signal::ctrl_c() => {
             interrupted?;
             let text = "left while the agents were being asked; `gangway status` shows whether \
@@ -66,7 +63,16 @@ async fn start(cli: &Cli, client: &Client, plan: Plan, manner: &Manner) -> anyho
             return Ok(Exit::Left);
         }
     };
-    let group = accepted.group;
+    let group = match accepted {
+        Ok(accepted) => accepted.group,
+        Err(error) if error.may_have_acted() => {
+            let text = "the migration may have been started all the same: `gangway status` shows \
+                        whether it was, `gangway cancel` ends it";
+            writeln!(io::stderr(), "gangway: {}; {text}", error.in_full())?;
+            return Ok(Exit::NeedsPerson);
+        }
+        Err(error) => return Err(error.into()),
+    };
     if manner.detach {
         if manner.json {
             json_line(&GroupAccepted { group })?;
@@ -83,7 +89,7 @@ async fn start(cli: &Cli, client: &Client, plan: Plan, manner: &Manner) -> anyho
     }
     match watch(client, &group, manner.json).await {
         // It runs, whatever became of the watcher.
-        Err(error) => {
+        Err(error) if !is_broken_pipe(&error) => {
             writeln!(io::stderr(), "gangway: {error:#}; {}", left(&group))?;
             Ok(Exit::NeedsPerson)
         }

@@ -108,6 +108,7 @@ struct Progress {
     quiet: bool,
     terminal: bool,
     last: Instant,
+    percent: u64,
 }
 
 impl Progress {
@@ -116,6 +117,7 @@ impl Progress {
             quiet,
             terminal: io::stderr().is_terminal(),
             last: Instant::now(),
+            percent: 0,
         }
     }
 
@@ -124,8 +126,7 @@ impl Progress {
             return Ok(());
         }
         self.last = Instant::now();
-        let percent = status.pages_done * 100 / status.pages_total.max(1);
-        let line = format!("{}, {} %", status.message, percent.min(100));
+        let line = format!("{}, {} %", status.message, self.percent(status));
         let mut err = io::stderr().lock();
         if self.terminal {
             write!(err, "\r\x1b[K{line}")?;
@@ -135,10 +136,41 @@ impl Progress {
         err.flush()
     }
 
+    /// Never less than before: hosts that are heard of later add to the whole.
+    fn percent(&mut self, status: &PreparationStatus) -> u64 {
+        let percent = status.pages_done * 100 / status.pages_total.max(1);
+        self.percent = self.percent.max(percent.min(100));
+        self.percent
+    }
+
     fn close(&self) -> io::Result<()> {
         if self.terminal && !self.quiet {
             write!(io::stderr(), "\r\x1b[K")?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_percentage_does_not_fall_when_another_host_is_heard_of() {
+        let mut progress = Progress::new(true);
+        let mut percent = |pages_done, pages_total| {
+            progress.percent(&PreparationStatus {
+                group: "g".to_owned(),
+                finished: false,
+                message: String::new(),
+                pages_done,
+                pages_total,
+                survey: None,
+            })
+        };
+        assert_eq!(percent(0, 0), 0);
+        assert_eq!(percent(50, 100), 50);
+        assert_eq!(percent(60, 400), 50);
+        assert_eq!(percent(400, 400), 100);
     }
 }

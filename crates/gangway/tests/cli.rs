@@ -3,8 +3,9 @@
 #![expect(clippy::unwrap_used, reason = "a failed set-up must stop the test")]
 
 use std::fs::File;
-use std::io::Read;
-use std::path::PathBuf;
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
@@ -161,6 +162,14 @@ async fn exit_1_when_a_vm_stayed_and_4_when_one_needs_a_person() {
     assert!(recovered.out.contains("lost: moved: "), "{recovered:?}");
     let nothing = bench.run(&["recover"]).await;
     assert_eq!(nothing.code, Some(3), "{nothing:?}");
+    let recovered = bench
+        .groups()
+        .await
+        .into_iter()
+        .find(|group| group.moves[1].status.vm == "lost");
+    let group = recovered.unwrap().group;
+    let watched = bench.run(&["status", "--watch", &group]).await;
+    assert_eq!(watched.code, Some(1), "how it ended at last: {watched:?}");
 }
 
 #[tokio::test]
@@ -481,4 +490,154 @@ async fn an_evacuation_that_does_not_fit_starts_nothing() {
     assert_eq!(outcome.code, Some(3), "{}", outcome.err);
     assert!(outcome.err.contains("v1"), "{}", outcome.err);
     assert!(bench.groups().await.is_empty());
+}
+
+#[tokio::test]
+async fn a_recovery_that_is_refused_in_part_is_waited_for_and_exits_4() {
+    let mut bench = Bench::new([("here", Script::NeedsPerson)]).await;
+    let on_b = [("there", Script::NeedsPerson)];
+    bench.b.replace_host(FakeHost::new(on_b, MEMORY)).await;
+    bench.b.start_again().await.unwrap();
+    let plan = bench.plan_file(&["here"], |plan| {
+        let other = agent::api::testing::plan(&bench.a, &bench.b, &[("there", "b", "a")]);
+        plan.moves.extend(other.moves);
+    });
+    let lost = bench.run(&["migrate", plan.to_str().unwrap()]).await;
+    assert_eq!(lost.code, Some(4), "{lost:?}");
+    bench.b.kill().await;
+    let recovered = bench.run(&["recover"]).await;
+    assert_eq!(recovered.code, Some(4), "{recovered:?}");
+    assert!(recovered.out.contains("here: moved: "), "{recovered:?}");
+    assert!(recovered.err.contains("VM `there`"), "{recovered:?}");
+}
+
+#[tokio::test]
+async fn a_vm_that_cannot_be_cancelled_any_more_is_named_with_where_it_is() {
+    let bench = Bench::new([("web", Script::Moves)]).await;
+    assert_eq!(bench.migrate(&["web"], &[]).await.code, Some(0));
+    let late = bench.run(&["cancel", "--vm", "web"]).await;
+    assert_eq!(late.code, Some(3), "{late:?}");
+    assert!(late.err.contains("VM `web` runs at the target"), "{late:?}");
+    let unknown = bench.run(&["cancel", "--vm", "ghost"]).await;
+    assert_eq!(unknown.code, Some(3), "{unknown:?}");
+    assert!(unknown.err.contains("VM `ghost`"), "{unknown:?}");
+}
+
+#[tokio::test]
+async fn whoever_reads_the_events_may_have_enough_of_them() {
+    let bench = Bench::new([("web", Script::NeverConverges)]).await;
+    let plan = bench.plan_file(&["web"], |_| {});
+    let mut child = bench.spawn(&["migrate", plan.to_str().unwrap(), "--json"]);
+    let mut reader = child.stdout.take().unwrap();
+    let read = tokio::task::spawn_blocking(move || reader.read_exact(&mut [0]).unwrap());
+    read.await.unwrap();
+    let outcome = finish(child).await;
+    assert_eq!(outcome.code, Some(130), "{outcome:?}");
+    assert_eq!(outcome.err, "");
+    assert!(!bench.groups().await[0].finished);
+}
+
+/// Answers like an agent: to each request by the beginning of its first line, in this order, the last
+/// one again and again. An empty answer, or none, cuts the connection.
+fn stand_in(bench: &Bench, mut answers: Vec<(&'static str, String)>) -> PathBuf {
+    let socket = bench.a.dir().join("stand-in.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let request = read_request(&mut stream);
+            let fits = |(line, _): &(&str, String)| request.starts_with(line);
+            let Some(at) = answers.iter().position(fits) else {
+                continue;
+            };
+            let body = answers[at].1.clone();
+            if answers[at + 1..].iter().any(fits) {
+                answers.remove(at);
+            }
+            let status = if body.contains("unknown-group") {
+                "404 Not Found"
+            } else {
+                "200 OK"
+            };
+            let length = body.len();
+            let answer = format!("HTTP/1.1 {status}\r\ncontent-length: {length}\r\n\r\n{body}");
+            if !body.is_empty() {
+                stream.write_all(answer.as_bytes()).unwrap();
+            }
+        }
+    });
+    socket
+}
+
+fn read_request(stream: &mut UnixStream) -> String {
+    let mut request = String::new();
+    let mut chunk = [0; 4096];
+    loop {
+        let count = stream.read(&mut chunk).unwrap();
+        request += std::str::from_utf8(&chunk[..count]).unwrap();
+        let length = |head: &str| -> Option<usize> {
+            let head = head.to_ascii_lowercase();
+            let (_, length) = head.split_once("content-length: ")?;
+            length.lines().next()?.parse().ok()
+        };
+        let is_whole = request
+            .split_once("\r\n\r\n")
+            .is_some_and(|(head, body)| body.len() >= length(head).unwrap_or(0));
+        if is_whole || count == 0 {
+            return request;
+        }
+    }
+}
+
+async fn run_at(socket: &Path, arguments: &[&str]) -> Outcome {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_gangway"));
+    command.arg("--socket").arg(socket).args(arguments);
+    let piped = command.stdin(Stdio::null()).stdout(Stdio::piped());
+    finish(piped.stderr(Stdio::piped()).spawn().unwrap()).await
+}
+
+#[tokio::test]
+async fn exit_4_when_a_migration_may_have_been_started() {
+    let bench = Bench::new([("web", Script::Moves)]).await;
+    let plan = bench.plan_file(&["web"], |_| {});
+    let socket = stand_in(&bench, Vec::new());
+    let outcome = run_at(&socket, &["migrate", plan.to_str().unwrap()]).await;
+    assert_eq!(outcome.code, Some(4), "{outcome:?}");
+    assert!(outcome.err.contains("may have been started"), "{outcome:?}");
+}
+
+#[tokio::test]
+async fn a_recovery_outlives_a_cut_connection_and_a_vm_that_is_gone_is_exit_4() {
+    let report = |vms: &[&str]| serde_json::json!({ "done": vms, "refused": [] }).to_string();
+    let web = serde_json::json!({
+        "id": "g/web", "group": "g", "vm": "web", "target": "b", "phase": "moved", "message": "there",
+        "progress": agent::types::Progress::default(),
+        "source": "a", "reachable": true, "elapsed_s": 1.0,
+    });
+    let status = serde_json::json!({
+        "group": "g", "accepted_unix_ms": 0.0, "finished": true, "moves": [web],
+    });
+    let bench = Bench::new([]).await;
+    // Nothing else of the agent is asked for than of this group.
+    let answers = vec![
+        ("POST /v1/groups/g/recover ", report(&["web"])),
+        ("GET /v1/groups/g ", String::new()),
+        ("GET /v1/groups/g ", status.to_string()),
+    ];
+    let socket = stand_in(&bench, answers);
+    let outcome = run_at(&socket, &["recover", "g"]).await;
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    assert!(outcome.out.contains("web: moved: there"), "{outcome:?}");
+
+    std::fs::remove_file(&socket).unwrap();
+    let unknown = serde_json::json!({ "code": "unknown-group", "message": "no such group" });
+    let answers = vec![
+        ("POST /v1/groups/g/recover ", report(&["web"])),
+        ("GET /v1/groups/g ", unknown.to_string()),
+        ("GET /v1/moves ", "[]".to_owned()),
+    ];
+    let socket = stand_in(&bench, answers);
+    let outcome = run_at(&socket, &["recover", "g"]).await;
+    assert_eq!(outcome.code, Some(4), "{outcome:?}");
+    assert!(outcome.err.contains("of web is not known"), "{outcome:?}");
 }

@@ -47,7 +47,11 @@ impl Index {
     fn start(keys: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = config(&dir, &format!("insecure_plaintext = true\n{keys}"));
-        let mut child = command(&path).spawn().unwrap();
+        Self::ready(command(&path).spawn().unwrap(), dir)
+    }
+
+    /// Waits until it is ready.
+    fn ready(mut child: Child, dir: tempfile::TempDir) -> Self {
         let mut log = BufReader::new(child.stderr.take().unwrap());
         let mut line = String::new();
         while !line.contains("the index is ready") {
@@ -218,4 +222,25 @@ fn a_taken_address_is_named() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert_ne!(output.status.code(), Some(0));
     assert!(said.contains(&index.address), "{said}");
+}
+
+#[test]
+fn as_many_files_can_be_open_as_the_system_lets() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = config(&dir, "insecure_plaintext = true\n");
+    let mut command = Command::new("sh");
+    command.args([
+        "-c",
+        "ulimit -S -n 256 && exec \"$0\" index --config \"$1\"",
+    ]);
+    command.arg(env!("CARGO_BIN_EXE_gangway")).arg(&path);
+    let child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn();
+    let index = Index::ready(child.unwrap(), dir);
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", index.child.id())).unwrap();
+    let files = limits
+        .lines()
+        .find(|line| line.starts_with("Max open files"));
+    let numbers: Vec<&str> = files.unwrap().split_whitespace().skip(3).take(2).collect();
+    assert_eq!(numbers[0], numbers[1], "{limits}");
+    assert_ne!(numbers[0], "256");
 }

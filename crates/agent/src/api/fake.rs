@@ -2,7 +2,7 @@
 //!
 //! It has VMs by name, each with a [`Script`] that says what becomes of its move.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -53,8 +53,19 @@ struct FakePreparation {
 pub struct FakeHost {
     state: Arc<State>,
     name: String,
-    free_bytes: u64,
     interrupted: Vec<MoveSpec>,
+    recovering: Recovering,
+}
+
+/// What becomes of recoveries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Recovering {
+    /// Each finds its VM at the target, at once.
+    Works,
+    /// Each takes until [`FakeHost::end_recovery`].
+    Waits,
+    /// None can begin.
+    NoJournal,
 }
 
 struct State {
@@ -65,6 +76,8 @@ struct State {
 #[derive(Default)]
 struct World {
     vms: BTreeMap<String, Script>,
+    free_bytes: u64,
+    recovery_ends: VecDeque<Phase>,
     moves: BTreeMap<String, Under>,
     limits: Vec<(String, Bandwidth)>,
     admitted: Vec<Admission>,
@@ -83,6 +96,19 @@ struct Under {
     goes_over: bool,
 }
 
+impl Under {
+    fn new(vm: &str) -> Self {
+        Self {
+            vm: vm.to_owned(),
+            held: false,
+            cancelled: false,
+            past_return: false,
+            is_hybrid: false,
+            goes_over: false,
+        }
+    }
+}
+
 impl FakeHost {
     /// A host with these VMs and so much memory free for others.
     #[must_use]
@@ -93,6 +119,7 @@ impl FakeHost {
             .collect();
         let world = World {
             vms,
+            free_bytes,
             ..World::default()
         };
         let state = State {
@@ -102,8 +129,8 @@ impl FakeHost {
         Self {
             state: Arc::new(state),
             name: "test".to_owned(),
-            free_bytes,
             interrupted: Vec::new(),
+            recovering: Recovering::Works,
         }
     }
 
@@ -119,6 +146,31 @@ impl FakeHost {
     pub fn with_interrupted(mut self, specs: Vec<MoveSpec>) -> Self {
         self.interrupted = specs;
         self
+    }
+
+    /// The same host, on which a recovery takes until [`Self::end_recovery`].
+    #[must_use]
+    pub fn with_slow_recovery(mut self) -> Self {
+        self.recovering = Recovering::Waits;
+        self
+    }
+
+    /// The same host, on which no recovery can begin.
+    #[must_use]
+    pub fn without_journal(mut self) -> Self {
+        self.recovering = Recovering::NoJournal;
+        self
+    }
+
+    /// Ends the recovery that is under way, or else the next one, in this phase.
+    pub fn end_recovery(&self, phase: Phase) {
+        self.state.lock().recovery_ends.push_back(phase);
+        self.state.changed.notify_all();
+    }
+
+    /// Sets the memory that is free for other VMs.
+    pub fn set_free(&self, bytes: u64) {
+        self.state.lock().free_bytes = bytes;
     }
 
     /// Lets every move that copies memory without end come to one.
@@ -294,12 +346,8 @@ impl Mover for FakeHost {
     fn start(&self, spec: MoveSpec, events: EventSink) -> Result<(), Refusal> {
         self.check(&spec)?;
         let under = Under {
-            vm: spec.vm.clone(),
-            held: false,
-            cancelled: false,
-            past_return: false,
             is_hybrid: spec.settings.mode == Mode::Hybrid,
-            goes_over: false,
+            ..Under::new(&spec.vm)
         };
         self.state.lock().moves.insert(spec.id.clone(), under);
         let state = self.state.clone();
@@ -358,15 +406,16 @@ impl Mover for FakeHost {
 
     fn admit(&self, request: &Admission) -> Result<(), Refusal> {
         let needed = request.memory_bytes();
-        if needed > self.free_bytes {
+        let mut world = self.state.lock();
+        if needed > world.free_bytes {
             let message = format!(
                 "the {} VMs need {needed} bytes of memory together, {} are free",
                 request.vms.len(),
-                self.free_bytes
+                world.free_bytes
             );
             return Err(Refusal::new(RefusalCode::NoMemory, message));
         }
-        self.state.lock().admitted.push(request.clone());
+        world.admitted.push(request.clone());
         Ok(())
     }
 
@@ -377,21 +426,39 @@ impl Mover for FakeHost {
             pid,
             memory_bytes: VM_BYTES,
         };
+        let free_bytes = self.state.lock().free_bytes;
         Ok(Inventory {
             name: self.name.clone(),
             bulk: format!("{}.test:1", self.name),
-            free_bytes: self.free_bytes,
+            free_bytes,
             vms: (1..).zip(self.vms()).map(vm).collect(),
         })
     }
 
-    fn recover(&self, _id: &str, events: EventSink) -> Result<(), Refusal> {
+    fn recover(&self, id: &str, events: EventSink) -> Result<(), Refusal> {
+        if self.recovering == Recovering::NoJournal {
+            let message = format!("no interrupted move {id} in the journal here");
+            return Err(Refusal::new(RefusalCode::UnknownMove, message));
+        }
+        let waits = self.recovering == Recovering::Waits;
+        if waits {
+            let vm = id.rsplit('/').next().unwrap_or(id);
+            let under = Under::new(vm);
+            self.state.lock().moves.insert(id.to_owned(), under);
+        }
+        let (state, id) = (self.state.clone(), id.to_owned());
         std::thread::spawn(move || {
-            let message = "it was found at the target and runs there".to_owned();
-            events(Happening::Phase {
-                phase: Phase::Moved,
-                message,
-            });
+            let phase = if waits {
+                state.recovery_end(&id)
+            } else {
+                Phase::Moved
+            };
+            let message = match phase {
+                Phase::Moved => "it was found at the target and runs there",
+                _ => "it was not found",
+            };
+            let message = message.to_owned();
+            events(Happening::Phase { phase, message });
         });
         Ok(())
     }
@@ -498,6 +565,14 @@ impl State {
             }
         }
         None
+    }
+
+    /// Waits for the end that a test gives a recovery.
+    fn recovery_end(&self, id: &str) -> Phase {
+        let mut world = self.wait_while(|world| world.recovery_ends.is_empty());
+        world.moves.remove(id);
+        let end = world.recovery_ends.pop_front();
+        end.unwrap_or(Phase::NeedsPerson)
     }
 
     fn wait_while(&self, waits: impl Fn(&World) -> bool) -> MutexGuard<'_, World> {

@@ -49,16 +49,19 @@ pub(super) async fn start_group(
         let message = "the agent is being stopped; nothing was started";
         return Err(Refusal::new(RefusalCode::Stopping, message));
     }
-    // A task of its own: once the agents are being asked, it does not matter who still listens.
-    let task = tokio::spawn(async move { api.coordinator.accept(request).await });
-    let accepted = task.await.unwrap_or_else(|error| {
-        tracing::error!("accepting a group failed: {error}");
-        Err(Refusal::new(
-            RefusalCode::Internal,
-            "the agent failed inside; see its log",
-        ))
-    })?;
+    let accepted = to_its_end(async move { api.coordinator.accept(request).await }).await?;
     Ok((StatusCode::ACCEPTED, Json(accepted)))
+}
+
+/// In a task of its own: once other agents are being asked, it does not matter who still listens.
+async fn to_its_end<T: Send + 'static>(
+    call: impl Future<Output = Result<T, Refusal>> + Send + 'static,
+) -> Result<T, Refusal> {
+    tokio::spawn(call).await.unwrap_or_else(|error| {
+        tracing::error!("a call into the coordinator failed: {error}");
+        let message = "the agent failed inside; see its log for what happened";
+        Err(Refusal::new(RefusalCode::Internal, message))
+    })
 }
 
 /// Make a plan that moves every VM of some hosts to others, each to the host with the most memory
@@ -156,9 +159,9 @@ async fn act(
     Payload(selection): Payload<Selection>,
     action: Action,
 ) -> Result<Json<ActionReport>, Refusal> {
-    let report = api
-        .coordinator
-        .act(&group, action, selection.vm.as_deref())
-        .await?;
-    Ok(Json(report))
+    let acting = async move {
+        let vm = selection.vm.as_deref();
+        api.coordinator.act(&group, action, vm).await
+    };
+    to_its_end(acting).await.map(Json)
 }

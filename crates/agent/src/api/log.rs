@@ -96,9 +96,12 @@ impl<E: Clone> EventLog<E> {
         self.news.send_replace(());
     }
 
-    /// Events come again.
-    pub(crate) fn reopen(&self) {
-        self.lock().ended = false;
+    /// Events come again. Those that `was_end` names were no end after all: whoever reads from the
+    /// start would stop at them.
+    pub(crate) fn reopen(&self, was_end: impl Fn(&E) -> bool) {
+        let mut inner = self.lock();
+        inner.lasting.events.retain(|(_, event)| !was_end(event));
+        inner.ended = false;
     }
 
     /// The events from number `from` on that are still there.
@@ -186,8 +189,20 @@ mod tests {
         let second = log.read(first.next);
         assert!(second.ended);
         assert_eq!(first.events.len() + second.events.len(), 100);
-        log.reopen();
+        log.reopen(|_| false);
         assert!(!log.read(100).ended);
+    }
+
+    #[test]
+    fn an_end_that_was_none_is_forgotten_and_the_rest_stays() {
+        let log = EventLog::new(4, 4);
+        for _ in 0..3 {
+            log.push(Life::Lasting, |seq| seq);
+        }
+        log.end();
+        log.reopen(|event| *event == 1);
+        log.push(Life::Lasting, |seq| seq);
+        assert_eq!(numbers(&log, 0), [0, 2, 3]);
     }
 
     #[tokio::test]

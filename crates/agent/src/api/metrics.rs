@@ -30,13 +30,14 @@ pub(super) fn page(moves: &Moves) -> String {
             ("kind=\"fill\"", pages.fill),
             ("kind=\"literal\"", pages.literal),
             ("kind=\"reference\"", pages.reference),
+            ("kind=\"remote-reference\"", pages.remote_reference),
             ("kind=\"repaired\"", pages.repaired),
             ("kind=\"mapped\"", pages.mapped),
         ],
     );
     page.counter(
         "gangway_moves_ended_total",
-        "Moves from this host by how they ended.",
+        "Moves from this host by how they ended; one that needed a person and was recovered ended twice.",
         &[
             ("outcome=\"moved\"", moved),
             ("outcome=\"stayed\"", stayed),

@@ -4,6 +4,7 @@
 //! table after its end, for those who ask late, until newer ones need its place.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -41,6 +42,8 @@ struct Table {
 pub(crate) struct MoveRecord {
     number: u64,
     status: Mutex<MoveStatus>,
+    /// How often it ended as [`Totals::ended`] counts: one that is recovered ends again.
+    ended: [AtomicU64; 3],
     /// Its events.
     pub(crate) log: EventLog<MoveEvent>,
 }
@@ -51,7 +54,7 @@ pub(crate) struct Totals {
     pub(crate) wire_bytes: u64,
     pub(crate) stream_bytes: u64,
     pub(crate) pages: PageCounts,
-    /// Moves that ended as moved, stayed, needing a person.
+    /// How often moves ended as moved, stayed, needing a person.
     pub(crate) ended: [u64; 3],
 }
 
@@ -79,7 +82,16 @@ impl Moves {
             );
             tracing::warn!(id = spec.id, "{message}");
             match self.insert(&spec, Phase::Recovering, message) {
-                Ok(record) => self.recover_record(&spec.id, &record),
+                Ok(record) => {
+                    if let Err(refusal) = self.mover.recover(&spec.id, sink(&record)) {
+                        let message = format!(
+                            "VM `{}`: its move was interrupted and cannot be recovered: {refusal}; \
+                             look for it here and on host `{}`",
+                            spec.vm, spec.target_name
+                        );
+                        record.needs_person(message);
+                    }
+                }
                 Err(refusal) => tracing::error!(id = spec.id, "cannot recover: {refusal}"),
             }
         }
@@ -134,18 +146,14 @@ impl Moves {
     /// Tries again to finish or undo a move that needs a person.
     pub(crate) fn recover(&self, id: &str) -> Result<(), Refusal> {
         let record = self.get(id)?;
-        record.reopen()?;
-        self.recover_record(id, &record);
-        Ok(())
-    }
-
-    fn recover_record(&self, id: &str, record: &Arc<MoveRecord>) {
-        if let Err(refusal) = self.mover.recover(id, sink(record)) {
-            record.happened(Happening::Phase {
-                phase: Phase::NeedsPerson,
-                message: refusal.message,
-            });
-        }
+        let before = record.reopen()?;
+        self.mover.recover(id, sink(&record)).map_err(|refusal| {
+            let vm = record.status().vm;
+            let message = format!("VM `{vm}` cannot be recovered here: {refusal}; {before}");
+            // What is known of the VM is what was known before.
+            record.needs_person(before);
+            Refusal::of_vm(refusal.code, vm, message)
+        })
     }
 
     pub(crate) fn get(&self, id: &str) -> Result<Arc<MoveRecord>, Refusal> {
@@ -195,7 +203,7 @@ impl Moves {
             .records
             .values()
             .fold(table.forgotten, |mut totals, record| {
-                totals.add(&record.status());
+                totals.add(record);
                 totals
             })
     }
@@ -254,19 +262,21 @@ impl Moves {
 }
 
 impl Table {
+    /// Makes room among the ended: what needs a person goes last.
     fn forget_oldest(&mut self) {
         let ended = |record: &&Arc<MoveRecord>| record.status().phase.is_final();
         if self.records.values().filter(ended).count() < ENDED_MAX {
             return;
         }
+        let needs_person = |record: &MoveRecord| record.status().phase == Phase::NeedsPerson;
         let oldest = self
             .records
             .values()
             .filter(ended)
-            .min_by_key(|record| record.number);
-        if let Some(status) = oldest.map(|record| record.status()) {
-            self.forgotten.add(&status);
-            self.records.remove(&status.id);
+            .min_by_key(|record| (needs_person(record), record.number));
+        if let Some(record) = oldest.cloned() {
+            self.forgotten.add(&record);
+            self.records.remove(&record.status().id);
         }
     }
 }
@@ -286,6 +296,7 @@ impl MoveRecord {
         Self {
             number,
             status: Mutex::new(status),
+            ended: Default::default(),
             log: EventLog::new(LASTING_EVENTS, PASSING_EVENTS),
         }
     }
@@ -294,8 +305,8 @@ impl MoveRecord {
         self.lock().clone()
     }
 
-    /// Takes a move that needs a person back to work.
-    fn reopen(&self) -> Result<(), Refusal> {
+    /// Takes a move that needs a person back to work; returns what was known of its VM.
+    fn reopen(&self) -> Result<String, Refusal> {
         let mut status = self.lock();
         if status.phase != Phase::NeedsPerson {
             let message = format!(
@@ -308,15 +319,24 @@ impl MoveRecord {
                 message,
             ));
         }
-        self.log.reopen();
+        // Its phases stay: whoever reads on from one that says it needs a person asks for its status.
+        self.log.reopen(|_| false);
         status.phase = Phase::Recovering;
+        let before = status.message.clone();
         drop(status);
         let message = "looking for the VM at both hosts".to_owned();
         self.happened(Happening::Phase {
             phase: Phase::Recovering,
             message,
         });
-        Ok(())
+        Ok(before)
+    }
+
+    fn needs_person(&self, message: String) {
+        self.happened(Happening::Phase {
+            phase: Phase::NeedsPerson,
+            message,
+        });
     }
 
     fn happened(&self, what: Happening) {
@@ -333,15 +353,15 @@ impl MoveRecord {
             Happening::Phase { phase, message } => {
                 status.phase = *phase;
                 status.message.clone_from(message);
-                (Life::Lasting, phase.is_final())
+                (Life::Lasting, how_ended(*phase))
             }
             Happening::Progress { progress } => {
                 status.progress = *progress;
-                (Life::Passing, false)
+                (Life::Passing, None)
             }
             Happening::Note { message } => {
                 status.note = Some(message.clone());
-                (Life::Passing, false)
+                (Life::Passing, None)
             }
         };
         // Under the lock, so that the log's order is the status's.
@@ -352,7 +372,8 @@ impl MoveRecord {
             vm: status.vm.clone(),
             what,
         });
-        if ended {
+        if let Some(how) = ended {
+            self.ended[how].fetch_add(1, Ordering::Relaxed);
             self.log.end();
         }
     }
@@ -363,8 +384,8 @@ impl MoveRecord {
 }
 
 impl Totals {
-    fn add(&mut self, status: &MoveStatus) {
-        let progress = &status.progress;
+    fn add(&mut self, record: &MoveRecord) {
+        let progress = record.status().progress;
         self.wire_bytes += progress.wire_bytes;
         self.stream_bytes += progress.stream_bytes;
         let (sum, pages) = (&mut self.pages, &progress.pages);
@@ -373,14 +394,22 @@ impl Totals {
         sum.fill += pages.fill;
         sum.literal += pages.literal;
         sum.reference += pages.reference;
+        sum.remote_reference += pages.remote_reference;
         sum.repaired += pages.repaired;
         sum.mapped += pages.mapped;
-        match status.phase {
-            Phase::Moved => self.ended[0] += 1,
-            Phase::Stayed => self.ended[1] += 1,
-            Phase::NeedsPerson => self.ended[2] += 1,
-            _ => {}
+        for (sum, count) in self.ended.iter_mut().zip(&record.ended) {
+            *sum += count.load(Ordering::Relaxed);
         }
+    }
+}
+
+/// A final phase's place in [`Totals::ended`].
+fn how_ended(phase: Phase) -> Option<usize> {
+    match phase {
+        Phase::Moved => Some(0),
+        Phase::Stayed => Some(1),
+        Phase::NeedsPerson => Some(2),
+        _ => None,
     }
 }
 
@@ -417,4 +446,29 @@ fn check_spec(spec: &MoveSpec) -> Result<(), Refusal> {
 pub(crate) fn unix_ms() -> f64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     since.map_or(0.0, |since| since.as_secs_f64() * 1e3)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::fake::FakeHost;
+
+    #[test]
+    fn what_needs_a_person_outlives_whatever_else_has_ended() {
+        let moves = Moves::new(Arc::new(FakeHost::new([], 0)));
+        let end = |number: usize, phase| {
+            let spec = crate::api::tests::spec(&format!("vm-{number}"));
+            let record = moves.insert(&spec, Phase::Queued, String::new()).unwrap();
+            let message = String::new();
+            record.happened(Happening::Phase { phase, message });
+        };
+        end(0, Phase::NeedsPerson);
+        for number in 1..=ENDED_MAX {
+            end(number, Phase::Moved);
+        }
+        assert!(moves.get("g/vm-0").is_ok());
+        assert!(moves.get("g/vm-1").is_err(), "the oldest of the others");
+        assert_eq!(moves.list().len(), ENDED_MAX);
+        assert_eq!(moves.totals().ended, [ENDED_MAX as u64, 0, 1]);
+    }
 }

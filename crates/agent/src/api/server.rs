@@ -15,7 +15,7 @@ use rustix::fs::{FlockOperation, flock};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::{AbortHandle, JoinSet};
 use tokio_rustls::TlsAcceptor;
 
@@ -26,7 +26,7 @@ use crate::config::Config;
 use crate::coordinator::Coordinator;
 use crate::tls::Tls;
 
-/// Connections at once: a stream for each move of two groups, and some for people.
+/// Connections of a listener at once: a stream for each move of two groups, and some for people.
 const CONNECTIONS_MAX: usize = 1024;
 /// A peer that has not sent its request's head (or finished its TLS handshake) by then is cut.
 const HEAD_TIME_MAX: Duration = Duration::from_secs(10);
@@ -125,26 +125,27 @@ impl Agent {
             coordinator: coordinator.clone(),
             cow_library: config.cow_library.as_deref().map(Arc::from),
         });
-        let server = Server {
-            router,
-            connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
-        };
-
-        let mut listeners = JoinSet::new();
         let socket = config.control_socket();
         let unix = listen_unix(&socket).map_err(|source| ServeError::Prepare {
             path: socket.clone(),
             source,
         })?;
-        listeners.spawn(server.clone().serve_unix(unix));
-        let mut control = None;
+        let mut tcp = None;
         if let Some(address) = config.control {
             let listen = |source| ServeError::Listen { address, source };
-            let tcp = TcpListener::bind(address).await.map_err(listen)?;
-            control = Some(tcp.local_addr().map_err(listen)?);
-            listeners.spawn(server.serve_tcp(tcp, server_tls.map(TlsAcceptor::from)));
+            let listener = TcpListener::bind(address).await.map_err(listen)?;
+            tcp = Some((listener.local_addr().map_err(listen)?, listener));
         }
+        // Before anyone is answered: a group that is not in the table counts as unknown. Its agents,
+        // this one among them, are asked through the listeners, where they wait meanwhile.
         coordinator.adopt_saved();
+        let mut listeners = JoinSet::new();
+        listeners.spawn(Server::new(router.clone()).serve_unix(unix));
+        let control = tcp.map(|(address, listener)| {
+            let tls = server_tls.map(TlsAcceptor::from);
+            listeners.spawn(Server::new(router).serve_tcp(listener, tls));
+            address
+        });
         tracing::info!(name = config.name, socket = %socket.display(), "the agent is ready");
         Ok(Self {
             moves,
@@ -240,19 +241,39 @@ fn listen_unix(socket: &PathBuf) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Serves the router on accepted connections.
-#[derive(Clone)]
+/// Serves the router on the accepted connections of one listener.
 struct Server {
     router: Router,
+    /// Each listener has its own: strangers at the port keep nobody from the socket.
     connections: Arc<Semaphore>,
 }
 
 impl Server {
+    fn new(router: Router) -> Self {
+        Self {
+            router,
+            connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+        }
+    }
+
+    /// A connection's place, which it needs from its first byte on; none if all are taken.
+    fn place(&self) -> Option<OwnedSemaphorePermit> {
+        let place = self.connections.clone().try_acquire_owned().ok();
+        if place.is_none() {
+            tracing::warn!("more than {CONNECTIONS_MAX} connections; one was cut");
+        }
+        place
+    }
+
     async fn serve_unix(self, listener: UnixListener) {
         let mut tasks = Connections::default();
         loop {
             match listener.accept().await {
-                Ok((stream, _)) => tasks.add(self.clone().serve(stream)),
+                Ok((stream, _)) => {
+                    if let Some(place) = self.place() {
+                        tasks.add(serve(self.router.clone(), place, stream));
+                    }
+                }
                 Err(error) => pause_after(&error).await,
             }
         }
@@ -268,33 +289,37 @@ impl Server {
                     continue;
                 }
             };
-            let server = self.clone();
+            let Some(place) = self.place() else {
+                continue;
+            };
+            let router = self.router.clone();
             let Some(tls) = tls.clone() else {
-                tasks.add(server.serve(stream));
+                tasks.add(serve(router, place, stream));
                 continue;
             };
             tasks.add(async move {
                 match tokio::time::timeout(HEAD_TIME_MAX, tls.accept(stream)).await {
-                    Ok(Ok(stream)) => server.serve(stream).await,
+                    Ok(Ok(stream)) => serve(router, place, stream).await,
                     Ok(Err(error)) => tracing::warn!(%peer, "TLS handshake failed: {error}"),
                     Err(_elapsed) => tracing::warn!(%peer, "TLS handshake took too long"),
                 }
             });
         }
     }
+}
 
-    async fn serve(self, stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) {
-        let Ok(_permit) = self.connections.try_acquire() else {
-            tracing::warn!("more than {CONNECTIONS_MAX} connections; one was cut");
-            return;
-        };
-        let connection = hyper::server::conn::http1::Builder::new()
-            .timer(TokioTimer::new())
-            .header_read_timeout(HEAD_TIME_MAX)
-            .serve_connection(TokioIo::new(stream), TowerToHyperService::new(self.router));
-        if let Err(error) = connection.await {
-            tracing::debug!("a connection of the control API ended: {error}");
-        }
+/// Serves one connection, which gives its place back when it ends.
+async fn serve(
+    router: Router,
+    _place: OwnedSemaphorePermit,
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+) {
+    let connection = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIME_MAX)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    if let Err(error) = connection.await {
+        tracing::debug!("a connection of the control API ended: {error}");
     }
 }
 
@@ -315,4 +340,34 @@ impl Connections {
 async fn pause_after(error: &io::Error) {
     tracing::error!("cannot accept a connection: {error}");
     tokio::time::sleep(Duration::from_millis(100)).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncReadExt;
+    use tokio::net::TcpStream;
+
+    use super::*;
+    use crate::api::testing::write_certificates;
+
+    #[tokio::test]
+    async fn a_connection_takes_its_place_before_its_handshake() {
+        let dir = tempfile::tempdir().unwrap();
+        write_certificates(dir.path(), &["127.0.0.1"]);
+        let tls = Tls::load(dir.path()).unwrap().server;
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = Server {
+            router: Router::new(),
+            connections: Arc::new(Semaphore::new(1)),
+        };
+        let serving = tokio::spawn(server.serve_tcp(listener, Some(TlsAcceptor::from(tls))));
+        let _silent = TcpStream::connect(address).await.unwrap();
+        let mut second = TcpStream::connect(address).await.unwrap();
+        let mut byte = [0];
+        let cut = tokio::time::timeout(HEAD_TIME_MAX / 2, second.read(&mut byte)).await;
+        // An end or a reset, and no handshake that is waited for.
+        assert!(matches!(cut, Ok(Ok(0) | Err(_))), "{cut:?}");
+        serving.abort();
+    }
 }

@@ -13,7 +13,7 @@ use crate::types::{AgentStatus, Happening, MoveEvent, MoveSpec, MoveStatus, Phas
 
 const MEMORY: u64 = 64 << 30;
 
-fn spec(vm: &str) -> MoveSpec {
+pub(super) fn spec(vm: &str) -> MoveSpec {
     let text = format!(
         "[hosts]\na = {{ control = \"h1:1\", bulk = \"h1:2\" }}\n\
          b = {{ control = \"h2:1\", bulk = \"h2:2\" }}\n\
@@ -361,6 +361,34 @@ async fn interrupted_moves_are_recovered_at_the_start_and_a_person_can_ask_again
     assert_eq!(phases(&second), [Phase::Recovering, Phase::Moved]);
     let again = refusal(client.post::<_, ()>("/v1/moves/g/lost/recover", &()).await);
     assert_eq!(again.code, RefusalCode::TooLate);
+    // Counters do not fall when what needed a person has moved after all.
+    let page = raw_get(&agent, "/metrics").await;
+    for (how, count) in [("needs-person", 1), ("moved", 2)] {
+        let line = format!("gangway_moves_ended_total{{outcome=\"{how}\"}} {count}\n");
+        assert!(page.contains(&line), "{page}");
+    }
+}
+
+#[tokio::test]
+async fn what_was_known_of_a_vm_outlives_a_recovery_that_cannot_begin() {
+    let host = FakeHost::new([("lost", Script::NeedsPerson)], MEMORY);
+    let agent = TestAgent::start(host.without_journal(), None).await;
+    let client = agent.client();
+    client
+        .post::<_, MoveStatus>("/v1/moves", &spec("lost"))
+        .await
+        .unwrap();
+    events_to_the_end(&client, "g/lost", 0).await;
+    let before: MoveStatus = client.get("/v1/moves/g/lost").await.unwrap();
+    let refused = refusal(client.post::<_, ()>("/v1/moves/g/lost/recover", &()).await);
+    assert_eq!(refused.vm.as_deref(), Some("lost"));
+    assert!(refused.message.contains("journal"), "{refused}");
+    assert!(refused.message.contains(&before.message), "{refused}");
+    let after: MoveStatus = client.get("/v1/moves/g/lost").await.unwrap();
+    assert_eq!(
+        (after.phase, after.message),
+        (Phase::NeedsPerson, before.message)
+    );
 }
 
 #[test]

@@ -89,6 +89,7 @@ fn place(from: Vec<Asked>, to: Vec<Asked>) -> Result<Plan, Refusal> {
                 .map(|vm| (inventory.name.clone(), vm)),
         );
     }
+    refuse_namesakes(&vms)?;
     if vms.is_empty() {
         let message = "no QEMU runs on these hosts: they are empty";
         return Err(Refusal::new(RefusalCode::UnknownVm, message));
@@ -164,6 +165,31 @@ fn know(hosts: &mut BTreeMap<String, Host>, name: &str, host: &Host) -> Result<(
     }
 }
 
+/// A plan knows its VMs by their names.
+fn refuse_namesakes(vms: &[(String, HostVm)]) -> Result<(), Refusal> {
+    let mut homes: BTreeMap<&str, &str> = BTreeMap::new();
+    for (host, vm) in vms.iter().filter(|(_, vm)| !vm.vm.is_empty()) {
+        let Some(other) = homes.insert(&vm.vm, host) else {
+            continue;
+        };
+        let message = if other == host {
+            format!(
+                "host `{host}` runs two VMs with the name `{0}`: a plan names a VM once. Give one of \
+                 them another name (`-name`), or write a plan without it; nothing was started",
+                vm.vm
+            )
+        } else {
+            format!(
+                "host `{other}` and host `{host}` each run a VM `{}`: a plan names a VM once. Empty \
+                 one host after the other; nothing was started",
+                vm.vm
+            )
+        };
+        return Err(Refusal::of_vm(RefusalCode::BadRequest, &vm.vm, message));
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -224,6 +250,23 @@ mod tests {
         let refusal = place(vec![from], vec![host("bb", 5 * GIB, &[])]).unwrap_err();
         assert_eq!(refusal.code, RefusalCode::CannotMigrate);
         assert_eq!(refusal.vm.as_deref(), Some("two"));
+    }
+
+    #[test]
+    fn two_hosts_with_vms_of_one_name_are_both_named_with_the_way_out() {
+        let from = vec![host("a", 0, &[("web", GIB)]), host("c", 0, &[("web", GIB)])];
+        let refusal = place(from, vec![host("bb", 5 * GIB, &[])]).unwrap_err();
+        for said in [
+            "host `a`",
+            "host `c`",
+            "VM `web`",
+            "one host after the other",
+        ] {
+            assert!(refusal.message.contains(said), "{refusal}");
+        }
+        let twice = vec![host("a", 0, &[("web", GIB), ("web", GIB)])];
+        let refusal = place(twice, vec![host("bb", 5 * GIB, &[])]).unwrap_err();
+        assert!(refusal.message.contains("two VMs"), "{refusal}");
     }
 
     #[test]

@@ -47,10 +47,14 @@ impl Silence {
 
     /// Waits before the next try; false once patience is at its end.
     async fn wait(&mut self) -> bool {
-        let since = *self.since.get_or_insert_with(Instant::now);
+        self.since.get_or_insert_with(Instant::now);
         tokio::time::sleep(self.pause).await;
         self.pause = (self.pause * 2).min(LONGEST_PAUSE);
-        since.elapsed() < PATIENCE
+        !self.is_too_long()
+    }
+
+    fn is_too_long(&self) -> bool {
+        self.since.is_some_and(|since| since.elapsed() >= PATIENCE)
     }
 }
 
@@ -63,20 +67,25 @@ impl Group {
         }
         for moves in sources.into_values() {
             let group = self.clone();
-            tokio::spawn(async move {
-                for at in moves {
-                    if group.start_move(at).await {
-                        group.follow(at);
-                    }
-                }
-            });
+            tokio::spawn(async move { group.start_queue(moves, Silence::new()).await });
+        }
+    }
+
+    /// Starts the moves of one source, whose agent is waited for once for all of them.
+    async fn start_queue(self: &Arc<Self>, moves: Vec<usize>, mut silence: Silence) {
+        for at in moves {
+            if self.start_move(at, &mut silence).await {
+                silence.is_over();
+                self.follow(at);
+            }
         }
     }
 
     /// Follows the moves that an earlier process of this coordinator started.
     pub(super) fn follow_all(self: &Arc<Self>) {
         for at in 0..self.members.len() {
-            if self.claim_start(at) {
+            if !self.has_ended(at) && self.claim_start(at) {
+                self.asks_where(at);
                 self.follow(at);
             }
         }
@@ -92,11 +101,20 @@ impl Group {
     }
 
     /// True once the source agent has the move; false if the move has ended instead.
-    async fn start_move(&self, at: usize) -> bool {
+    async fn start_move(&self, at: usize, silence: &mut Silence) -> bool {
         let member = &self.members[at];
         let vm = &member.spec.vm;
-        let mut silence = Silence::new();
         let mut maybe_started = false;
+        if silence.is_too_long() {
+            let message = format!(
+                "VM `{vm}` was not started, and nothing about it was changed: the agent of host `{}` \
+                 has not answered for {} s; see to it, and move the VM then",
+                member.source,
+                PATIENCE.as_secs(),
+            );
+            self.settle(at, Phase::Stayed, message).await;
+            return false;
+        }
         loop {
             if !maybe_started && !self.claim_start(at) {
                 let message =
@@ -111,18 +129,19 @@ impl Group {
                 .await
             {
                 Ok(_status) => return true,
-                // An earlier try got through after all.
-                Err(error) if maybe_started && error.refused_as() == Some(RefusalCode::Busy) => {
-                    return true;
-                }
                 Err(error) => error,
             };
             if error.refused_as().is_some() {
+                silence.is_over();
+                // An earlier try may have got through all the same: then it is under way.
+                if maybe_started && self.is_at_source(at).await {
+                    return true;
+                }
                 let message = format!("VM `{vm}` was not moved, nothing was changed: {error}");
                 self.settle(at, Phase::Stayed, message).await;
                 return false;
             }
-            maybe_started |= !matches!(error, CallError::Connect { .. });
+            maybe_started |= error.may_have_acted();
             if !maybe_started {
                 self.unclaim_start(at);
             }
@@ -143,7 +162,19 @@ impl Group {
         }
     }
 
-    async fn follow_to_end(&self, at: usize) {
+    /// Whether the source agent has a move, as far as can be known.
+    async fn is_at_source(&self, at: usize) -> bool {
+        let asked = self.status_at_source(at).await;
+        !asked.is_err_and(|error| error.refused_as() == Some(RefusalCode::UnknownMove))
+    }
+
+    async fn status_at_source(&self, at: usize) -> Result<MoveStatus, CallError> {
+        let member = &self.members[at];
+        let path = format!("/v1/moves/{}", member.spec.id);
+        member.client.get(&path).await
+    }
+
+    async fn follow_to_end(self: &Arc<Self>, at: usize) {
         let mut silence = Silence::new();
         loop {
             let error = match self.follow_once(at, &mut silence).await {
@@ -176,10 +207,13 @@ impl Group {
     }
 
     /// Follows one stream of events; true if the move has ended.
-    async fn follow_once(&self, at: usize, silence: &mut Silence) -> Result<bool, CallError> {
+    async fn follow_once(
+        self: &Arc<Self>,
+        at: usize,
+        silence: &mut Silence,
+    ) -> Result<bool, CallError> {
         let member = &self.members[at];
-        let path = format!("/v1/moves/{}", member.spec.id);
-        let events = format!("{path}/events");
+        let events = format!("/v1/moves/{}/events", member.spec.id);
         let mut cursor = self.cursor(at);
         let mut stream = member.client.events(&events, cursor.next).await?;
         if stream.boot != cursor.boot {
@@ -192,25 +226,33 @@ impl Group {
             };
         }
         let back = format!("the agent of host `{}` answers again", member.source);
-        self.set_reachable(at, true, &back);
+        if self.set_reachable(at, true, &back) {
+            // Its share may have changed while it could not be told.
+            let group = self.clone();
+            tokio::spawn(async move { group.rebalance().await });
+        }
         silence.is_over();
         while let Some(event) = stream.next::<MoveEvent>().await? {
+            let what = match event.what {
+                // A move that was recovered since has an older end in its log.
+                Happening::Phase {
+                    phase: Phase::NeedsPerson,
+                    ..
+                } => {
+                    let status = self.status_at_source(at).await?;
+                    (status.phase == Phase::NeedsPerson).then(|| end_of(status))
+                }
+                what => Some(what),
+            };
             cursor.next = event.seq + 1;
             self.set_cursor(at, cursor.clone());
-            if self.happened(at, event.what) {
+            if what.is_some_and(|what| self.happened(at, what)) {
                 return Ok(true);
             }
         }
         // The end of the stream without a final phase: it was read before, or the agent stops.
-        let status: MoveStatus = member.client.get(&path).await?;
-        if !status.phase.is_final() {
-            return Ok(false);
-        }
-        let what = Happening::Phase {
-            phase: status.phase,
-            message: status.message,
-        };
-        Ok(self.happened(at, what))
+        let status = self.status_at_source(at).await?;
+        Ok(status.phase.is_final() && self.happened(at, end_of(status)))
     }
 
     /// The source agent does not know the move: was the VM left there?
@@ -255,5 +297,118 @@ impl Group {
     async fn settle(&self, at: usize, phase: Phase, message: String) {
         self.happened(at, Happening::Phase { phase, message });
         self.rebalance().await;
+    }
+}
+
+fn end_of(status: MoveStatus) -> Happening {
+    Happening::Phase {
+        phase: status.phase,
+        message: status.message,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use axum::Json;
+    use axum::Router;
+    use axum::response::IntoResponse;
+    use axum::routing::{get, post};
+
+    use super::super::Peers;
+    use super::super::saved::{SavedGroup, SavedGroups};
+    use super::*;
+    use crate::api::mover::Refusal;
+    use crate::types::{Plan, Progress};
+
+    /// A group of these VMs whose source agent is at this address.
+    fn group(state: &Path, source: &str, vms: &[&str]) -> Arc<Group> {
+        let hosts = format!(
+            "[hosts]\na = {{ control = \"{source}\", bulk = \"h1:2\" }}\n\
+             b = {{ control = \"h2:1\", bulk = \"h2:2\" }}\n"
+        );
+        let moves = vms.iter().map(|vm| {
+            format!("[[move]]\nvm = \"{vm}\"\nfrom = \"a\"\nto = \"b\"\nqmp = \"/{vm}\"\n")
+        });
+        let text = moves.fold(hosts, |text, one| text + &one);
+        let saved = SavedGroup {
+            id: "g".to_owned(),
+            accepted_unix_ms: 0.0,
+            plan: Plan::parse("plan".as_ref(), &text).unwrap(),
+            outcomes: BTreeMap::new(),
+        };
+        let peers = Peers {
+            tls: None,
+            timeout: Duration::from_secs(5),
+        };
+        let on_disk = Arc::new(SavedGroups::new(state));
+        Arc::new(Group::new(&saved, &BTreeMap::new(), &peers, on_disk))
+    }
+
+    #[tokio::test]
+    async fn a_source_that_does_not_come_back_is_waited_for_once_for_all_its_moves() {
+        let state = tempfile::tempdir().unwrap();
+        let group = group(state.path(), "127.0.0.1:1", &["x", "y", "z"]);
+        let almost_over = Silence {
+            since: Instant::now().checked_sub(PATIENCE - FIRST_PAUSE / 2),
+            pause: FIRST_PAUSE,
+        };
+        let queue = group.start_queue(vec![0, 1, 2], almost_over);
+        tokio::time::timeout(Duration::from_secs(10), queue)
+            .await
+            .unwrap();
+        for one in group.status().moves {
+            let status = one.status;
+            assert_eq!(status.phase, Phase::Stayed);
+            assert!(status.message.contains(&status.vm), "{}", status.message);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_move_that_may_be_under_way_is_followed_when_a_second_try_is_refused() {
+        let moved = MoveStatus {
+            id: "g/x".to_owned(),
+            group: "g".to_owned(),
+            vm: "x".to_owned(),
+            target: "b".to_owned(),
+            phase: Phase::Moved,
+            message: "it runs at the target".to_owned(),
+            progress: Progress::default(),
+            note: None,
+        };
+        let first = Arc::new(AtomicBool::new(true));
+        let start = move || {
+            let first = first.clone();
+            async move {
+                if first.swap(false, Ordering::Relaxed) {
+                    // Its answer is lost on the way.
+                    return "no status".into_response();
+                }
+                let message = "the agent is being stopped";
+                Refusal::new(RefusalCode::Stopping, message).into_response()
+            }
+        };
+        let router = Router::new()
+            .route("/v1/moves", post(start))
+            .route("/v1/moves/g/x", get(move || async move { Json(moved) }))
+            .route("/v1/moves/g/x/events", get(|| async {}));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        tokio::spawn(async move { axum::serve(listener, router).await });
+
+        let state = tempfile::tempdir().unwrap();
+        let group = group(state.path(), &address, &["x"]);
+        group.start();
+        let wait = async {
+            while !group.ended() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), wait)
+            .await
+            .unwrap();
+        assert_eq!(group.status().moves[0].status.phase, Phase::Moved);
     }
 }

@@ -1,57 +1,30 @@
 //! One group: what its moves are, where each stands, what is asked of it.
 
+mod act;
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::Peers;
 use super::budget;
-use super::saved::{SavedGroup, SavedGroups};
+use super::saved::{Outcome, SavedGroup, SavedGroups};
 use crate::api::log::{EventLog, Life};
-use crate::api::mover::{Bandwidth, Refusal, RefusalCode};
+use crate::api::mover::{Bandwidth, Refusal};
 use crate::api::moves::unix_ms;
-use crate::client::{CallError, Client};
+use crate::client::Client;
 use crate::types::{
-    ActionReport, GroupEvent, GroupFinished, GroupFinishedTag, GroupMove, GroupPrepared,
-    GroupPreparedTag, GroupStatus, GroupSurvey, Happening, MoveEvent, MoveSpec, MoveStatus, Phase,
-    Progress,
+    GroupEvent, GroupFinished, GroupFinishedTag, GroupMove, GroupPrepared, GroupPreparedTag,
+    GroupStatus, GroupSurvey, Happening, MoveEvent, MoveSpec, MoveStatus, Phase, Progress,
 };
+
+pub(crate) use act::Action;
 
 /// Each move logs about nine phases, more if it is recovered.
 const LASTING_EVENTS_OF_MOVE: usize = 16;
 /// A reader that comes late gets the newest progress of each move, and a little history.
 const PASSING_EVENTS: usize = 256;
 const PASSING_EVENTS_OF_MOVE: usize = 2;
-
-/// What can be asked of moves under way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Action {
-    Cancel,
-    Continue,
-    Postcopy,
-    Recover,
-}
-
-impl Action {
-    fn path(self) -> &'static str {
-        match self {
-            Self::Cancel => "cancel",
-            Self::Continue => "continue",
-            Self::Postcopy => "postcopy",
-            Self::Recover => "recover",
-        }
-    }
-
-    /// Whether a group's action without a VM is meant for a move in this phase.
-    fn concerns(self, phase: Phase) -> bool {
-        match self {
-            Self::Cancel => !phase.is_final(),
-            Self::Continue => phase == Phase::Held,
-            Self::Postcopy => matches!(phase, Phase::Preparing | Phase::Bulk),
-            Self::Recover => phase == Phase::NeedsPerson,
-        }
-    }
-}
 
 /// One group.
 pub(crate) struct Group {
@@ -112,7 +85,10 @@ impl Group {
             .collect();
         let state = members
             .iter()
-            .map(|member| MemberState::new(&member.spec))
+            .map(|member| {
+                let before = saved.outcomes.get(&member.spec.vm);
+                MemberState::new(&member.spec, before)
+            })
             .collect();
         let count = members.len();
         Self {
@@ -155,6 +131,16 @@ impl Group {
         self.lock().iter().all(MemberState::has_ended)
     }
 
+    /// Whether a move has ended that needs a person.
+    pub(super) fn needs_person(&self) -> bool {
+        self.lock().iter().any(MemberState::needs_person)
+    }
+
+    /// Whether a move has ended.
+    pub(super) fn has_ended(&self, at: usize) -> bool {
+        self.lock()[at].has_ended()
+    }
+
     pub(crate) fn status(&self) -> GroupStatus {
         let state = self.lock();
         GroupStatus {
@@ -175,83 +161,6 @@ impl Group {
         self.members.iter().zip(state).map(shown).collect()
     }
 
-    /// Asks the source agents of the group's moves, or of one, to act.
-    pub(crate) async fn act(
-        self: &Arc<Self>,
-        action: Action,
-        vm: Option<&str>,
-    ) -> Result<ActionReport, Refusal> {
-        let chosen = self.choose(action, vm)?;
-        let mut report = ActionReport::default();
-        for at in chosen {
-            let member = &self.members[at];
-            match self.act_on(at, action).await {
-                Ok(()) => report.done.push(member.spec.vm.clone()),
-                Err(mut refusal) => {
-                    refusal.vm.get_or_insert_with(|| member.spec.vm.clone());
-                    report.refused.push(refusal);
-                }
-            }
-        }
-        Ok(report)
-    }
-
-    /// The moves that an action is for; none is a refusal.
-    fn choose(&self, action: Action, vm: Option<&str>) -> Result<Vec<usize>, Refusal> {
-        if let Some(vm) = vm {
-            let at = self.members.iter().position(|member| member.spec.vm == vm);
-            return at.map(|at| vec![at]).ok_or_else(|| {
-                let message = format!("group `{}` moves no VM `{vm}`", self.id);
-                Refusal::of_vm(RefusalCode::UnknownVm, vm, message)
-            });
-        }
-        let state = self.lock();
-        let concerned = |at: &usize| action.concerns(state[*at].status.phase);
-        let chosen: Vec<_> = (0..self.members.len()).filter(concerned).collect();
-        if !chosen.is_empty() {
-            return Ok(chosen);
-        }
-        let (code, what) = match action {
-            Action::Cancel => (RefusalCode::TooLate, "has ended; nothing is left to cancel"),
-            Action::Continue => (RefusalCode::NotHeld, "has no VM that waits for `continue`"),
-            Action::Postcopy => {
-                let what = "has no VM whose memory is being copied with its guest running";
-                (RefusalCode::TooLate, what)
-            }
-            Action::Recover => (RefusalCode::TooLate, "has no VM that needs a person"),
-        };
-        Err(Refusal::new(code, format!("group `{}` {what}", self.id)))
-    }
-
-    async fn act_on(self: &Arc<Self>, at: usize, action: Action) -> Result<(), Refusal> {
-        if action == Action::Cancel && self.cancel_unstarted(at) {
-            return Ok(());
-        }
-        let member = &self.members[at];
-        let path = format!("/v1/moves/{}/{}", member.spec.id, action.path());
-        let answer = member
-            .client
-            .post::<_, ()>(&path, &serde_json::json!({}))
-            .await;
-        if action == Action::Recover {
-            // Also when the agent has nothing to recover: then its news say how the move ended.
-            let too_late = |error: &CallError| error.refused_as() == Some(RefusalCode::TooLate);
-            if answer.as_ref().map_or_else(too_late, |()| true) && self.reopen(at) {
-                self.follow(at);
-                return Ok(());
-            }
-        }
-        answer.map_err(CallError::into_refusal)
-    }
-
-    /// Remembers the wish for a move that no agent knows yet.
-    fn cancel_unstarted(&self, at: usize) -> bool {
-        let mut state = self.lock();
-        let unstarted = !state[at].started && !state[at].has_ended();
-        state[at].cancelled |= unstarted;
-        unstarted
-    }
-
     /// Marks a move as known to its agent; false if it was cancelled before.
     pub(super) fn claim_start(&self, at: usize) -> bool {
         let mut state = self.lock();
@@ -259,22 +168,20 @@ impl Group {
         state[at].started
     }
 
+    /// An earlier process started the move: where it stands is not known before its source agent says it.
+    pub(super) fn asks_where(&self, at: usize) {
+        let mut state = self.lock();
+        let status = &mut state[at].status;
+        status.phase = Phase::Recovering;
+        status.message = format!(
+            "the coordinator was started again and asks the agent of host `{}` where VM `{}` is",
+            self.members[at].source, status.vm
+        );
+    }
+
     /// The agent was not reached: the move can be cancelled here again.
     pub(super) fn unclaim_start(&self, at: usize) {
         self.lock()[at].started = false;
-    }
-
-    /// Takes a move that needs a person back to work; false if it does not.
-    fn reopen(&self, at: usize) -> bool {
-        let mut state = self.lock();
-        let state = &mut state[at];
-        if state.status.phase != Phase::NeedsPerson {
-            return false;
-        }
-        state.status.phase = Phase::Recovering;
-        state.ended = None;
-        self.log.reopen();
-        true
     }
 
     /// Takes over an event of a move; true if it was the move's last.
@@ -299,16 +206,7 @@ impl Group {
                 Life::Passing
             }
         };
-        let (id, vm) = (state.status.id.clone(), state.status.vm.clone());
-        self.log.push(life, |seq| {
-            GroupEvent::Move(MoveEvent {
-                seq,
-                at_unix_ms: unix_ms(),
-                id,
-                vm,
-                what,
-            })
-        });
+        self.push(life, &state.status, what);
         let ended = state.status.phase.is_final();
         if ended {
             state.ended = Some(Instant::now());
@@ -317,6 +215,37 @@ impl Group {
             }
         }
         ended
+    }
+
+    fn push(&self, life: Life, of: &MoveStatus, what: Happening) {
+        self.log.push(life, |seq| {
+            GroupEvent::Move(MoveEvent {
+                seq,
+                at_unix_ms: unix_ms(),
+                id: of.id.clone(),
+                vm: of.vm.clone(),
+                what,
+            })
+        });
+    }
+
+    /// Tells the group's readers what concerns all of it, with its first move: events have one.
+    /// In no move's status, where it would stay.
+    pub(super) fn tell(&self, message: String) {
+        let state = self.lock();
+        if let Some(first) = state.first().filter(|first| !first.has_ended()) {
+            self.push(Life::Passing, &first.status, Happening::Note { message });
+        }
+    }
+
+    /// Ends the moves of a group that is not started after all.
+    pub(super) fn refuse(&self, refusal: &Refusal) {
+        for (at, member) in self.members.iter().enumerate() {
+            let vm = &member.spec.vm;
+            let message = format!("VM `{vm}` was not moved, it runs at the source: {refusal}");
+            let phase = Phase::Stayed;
+            self.happened(at, Happening::Phase { phase, message });
+        }
     }
 
     /// Says of the moves that have not been started yet what they wait for.
@@ -360,11 +289,22 @@ impl Group {
             })
         });
         self.log.end();
-        self.saved.remove(&self.id);
+        if !states.iter().any(MemberState::needs_person) {
+            return self.saved.remove(&self.id);
+        }
+        // It will be recovered, and perhaps not by this process.
+        let closed = states.iter().filter(|state| !state.needs_person());
+        let outcome = |state: &MemberState| {
+            let (phase, message) = (state.status.phase, state.status.message.clone());
+            (state.status.vm.clone(), Outcome { phase, message })
+        };
+        self.saved
+            .add_outcomes(&self.id, closed.map(outcome).collect());
     }
 
-    /// Says whether the source agent of a move answers; tells the group's readers on a change.
-    pub(super) fn set_reachable(&self, at: usize, reachable: bool, message: &str) {
+    /// Says whether the source agent of a move answers; tells the group's readers on a change, and
+    /// the caller.
+    pub(super) fn set_reachable(&self, at: usize, reachable: bool, message: &str) -> bool {
         let changed = {
             let mut state = self.lock();
             std::mem::replace(&mut state[at].reachable, reachable) != reachable
@@ -373,6 +313,7 @@ impl Group {
             let message = message.to_owned();
             self.happened(at, Happening::Note { message });
         }
+        changed
     }
 
     pub(super) fn cursor(&self, at: usize) -> Cursor {
@@ -408,7 +349,8 @@ impl Group {
         budget::shares(budget, &unfinished)
     }
 
-    /// Gives the budget of the sources that are done to those that are not.
+    /// Gives the budget of the sources that are done to those that are not. What fails is tried
+    /// again at the next end of a move, and when an agent answers again.
     pub(super) async fn rebalance(&self) {
         let mut shares = self.shares.lock().await;
         let wanted = self.wanted_shares();
@@ -436,8 +378,7 @@ impl Group {
                     );
                 }
                 Err(error) => {
-                    // Raising the others now would exceed the budget; the next end of a move, or
-                    // this agent's return, tries again.
+                    // Raising the others now would exceed the budget.
                     tracing::warn!(
                         source = change.source,
                         "share of bandwidth not cut: {}",
@@ -463,8 +404,9 @@ impl Group {
 }
 
 impl MemberState {
-    fn new(spec: &MoveSpec) -> Self {
-        let status = MoveStatus {
+    /// As it ended before, or to be started or found.
+    fn new(spec: &MoveSpec, before: Option<&Outcome>) -> Self {
+        let mut status = MoveStatus {
             id: spec.id.clone(),
             group: spec.group.clone(),
             vm: spec.vm.clone(),
@@ -474,18 +416,27 @@ impl MemberState {
             progress: Progress::default(),
             note: None,
         };
+        if let Some(before) = before {
+            status.phase = before.phase;
+            status.message.clone_from(&before.message);
+        }
+        let begin = Instant::now();
         Self {
             status,
             reachable: true,
-            started: false,
+            started: before.is_some(),
             cancelled: false,
-            begin: Instant::now(),
-            ended: None,
+            begin,
+            ended: before.map(|_| begin),
             cursor: Cursor::default(),
         }
     }
 
     fn has_ended(&self) -> bool {
         self.ended.is_some()
+    }
+
+    fn needs_person(&self) -> bool {
+        self.has_ended() && self.status.phase == Phase::NeedsPerson
     }
 }

@@ -49,6 +49,7 @@ use crate::types::{
 };
 
 pub(crate) use group::{Action, Group};
+use preflight::Admissions;
 use prepare::Preparation;
 use saved::{SavedGroup, SavedGroups};
 
@@ -108,7 +109,8 @@ impl Coordinator {
         }
     }
 
-    /// Checks a plan with every agent that it involves and starts it.
+    /// Checks a plan with every agent that it involves and starts it. Meanwhile the group can be seen
+    /// and cancelled; if it is refused, nobody knows of it any more.
     pub(crate) async fn accept(&self, request: GroupRequest) -> Result<GroupAccepted, Refusal> {
         let bad = |error: plan::PlanError| Refusal::new(RefusalCode::BadRequest, error.to_string());
         let plan = request.plan;
@@ -121,38 +123,36 @@ impl Coordinator {
             (None, None) => new_id()?,
         };
         plan::check_group_id(&id).map_err(bad)?;
-        self.refuse_used(&id)?;
 
         let saved = SavedGroup {
             id: id.clone(),
             accepted_unix_ms: crate::api::moves::unix_ms(),
             plan,
+            outcomes: BTreeMap::new(),
         };
         let keys = match &before {
             Some(before) => before.keys().clone(),
             None => domain_keys(&saved.plan)?,
         };
         let group = self.new_group(&saved, &keys);
-        preflight::run(&saved.plan, &self.peers, group.specs()).await?;
-        self.saved.write(&saved).map_err(|error| {
-            let message = format!("cannot remember the plan ({error}); nothing was started");
-            Refusal::new(RefusalCode::Internal, message)
-        })?;
-        {
-            let mut groups = self.lock();
-            if groups.contains_key(&id) {
-                return Err(used(&id));
+        self.enter(&group)?;
+        let admissions = match self.agree(&saved, &group).await {
+            Ok(admissions) => admissions,
+            Err(refusal) => {
+                // For those who watch it already.
+                group.refuse(&refusal);
+                self.lock().remove(&id);
+                return Err(refusal);
             }
-            forget_oldest(&mut groups);
-            groups.insert(id.clone(), group.clone());
-        }
+        };
         lock(&self.preparations).remove(&id);
         let settings = saved.plan.settings();
         let needs_it = settings.scope == Scope::Rack || settings.sharing == Sharing::Identical;
         let preparation = || Preparation::of_group(&saved, keys, &self.peers);
         match (needs_it && saved.plan.prepare != Some(false)).then(preparation) {
-            Some(preparation) => group.start_prepared(Arc::new(preparation)),
+            Some(preparation) => group.start_prepared(Arc::new(preparation), admissions),
             None => {
+                group.wait_for("its turn comes");
                 group.start();
                 if let Some(before) = before {
                     group.end_with(before);
@@ -160,6 +160,17 @@ impl Coordinator {
             }
         }
         Ok(GroupAccepted { group: id })
+    }
+
+    /// Asks all agents of a group, and remembers it.
+    async fn agree(&self, saved: &SavedGroup, group: &Group) -> Result<Admissions, Refusal> {
+        group.wait_for("the agents are being asked");
+        let admissions = preflight::run(&saved.plan, &self.peers, group.specs()).await?;
+        self.saved.write(saved).map_err(|error| {
+            let message = format!("cannot remember the plan ({error}); nothing was started");
+            Refusal::new(RefusalCode::Internal, message)
+        })?;
+        Ok(admissions)
     }
 
     pub(crate) fn get(&self, id: &str) -> Result<Arc<Group>, Refusal> {
@@ -212,6 +223,7 @@ impl Coordinator {
         {
             let mut preparations = lock(&self.preparations);
             preparations.retain(|_, one| !one.is_expired());
+            forget_survey(&mut preparations);
             if preparations.len() >= GROUPS_MAX && !preparations.contains_key(&id) {
                 let message = format!("this agent holds {GROUPS_MAX} preparations, its most");
                 return Err(Refusal::new(RefusalCode::Busy, message));
@@ -244,15 +256,24 @@ impl Coordinator {
         fitting.next().cloned()
     }
 
-    fn refuse_used(&self, id: &str) -> Result<(), Refusal> {
-        let groups = self.lock();
+    /// Puts a group into the table.
+    fn enter(&self, group: &Arc<Group>) -> Result<(), Refusal> {
+        let mut groups = self.lock();
+        let id = group.id();
         if groups.contains_key(id) {
-            return Err(used(id));
+            let message = format!("there is a group `{id}` already; an id is used once");
+            return Err(Refusal::new(RefusalCode::Busy, message));
         }
         if groups.values().filter(|group| !group.ended()).count() >= GROUPS_MAX {
             let message = format!("this agent coordinates {GROUPS_MAX} groups already, its most");
             return Err(Refusal::new(RefusalCode::Busy, message));
         }
+        if let Some(oldest) = oldest_beyond_room(&groups) {
+            groups.remove(&oldest);
+            // It is there still if a move of it needs a person.
+            self.saved.remove(&oldest);
+        }
+        groups.insert(id.to_owned(), group.clone());
         Ok(())
     }
 
@@ -269,19 +290,30 @@ fn new_id() -> Result<String, Refusal> {
     Ok(format!("g-{}", hex::encode(random::<4>()?)))
 }
 
-fn used(id: &str) -> Refusal {
-    let message = format!("there is a group `{id}` already; an id is used once");
-    Refusal::new(RefusalCode::Busy, message)
-}
-
-fn forget_oldest(groups: &mut BTreeMap<String, Arc<Group>>) {
+/// The group to forget if too many have ended: the oldest, and one that needs a person last.
+fn oldest_beyond_room(groups: &BTreeMap<String, Arc<Group>>) -> Option<String> {
     let ended = groups.values().filter(|group| group.ended());
     if ended.clone().count() < ENDED_MAX {
+        return None;
+    }
+    let oldest = ended.min_by(|a, b| {
+        let needs_person = a.needs_person().cmp(&b.needs_person());
+        needs_person.then(a.accepted_unix_ms().total_cmp(&b.accepted_unix_ms()))
+    });
+    oldest.map(|group| group.id().to_owned())
+}
+
+/// Makes room, if there is none, in the place of the oldest survey that is done: who made it has
+/// read it, and nothing else uses it.
+fn forget_survey(preparations: &mut BTreeMap<String, Arc<Preparation>>) {
+    if preparations.len() < GROUPS_MAX {
         return;
     }
-    let oldest = ended.min_by(|a, b| a.accepted_unix_ms().total_cmp(&b.accepted_unix_ms()));
-    if let Some(id) = oldest.map(|group| group.id().to_owned()) {
-        groups.remove(&id);
+    let done = preparations
+        .iter()
+        .filter_map(|(id, one)| Some((one.survey_done()?, id)));
+    if let Some(id) = done.min().map(|(_, id)| id.clone()) {
+        preparations.remove(&id);
     }
 }
 

@@ -9,9 +9,26 @@ use crate::api::mover::{Admission, MoveCheck, Refusal, RefusalCode};
 use crate::client::{CallError, Client};
 use crate::types::{MoveSpec, Plan};
 
+/// What each target agent is asked to admit.
+pub(super) struct Admissions {
+    targets: Vec<Target>,
+}
+
+struct Target {
+    name: String,
+    client: Client,
+    /// The first move to it in the plan.
+    first: usize,
+    request: Admission,
+}
+
 /// Every source agent checks its moves, then every target agent admits all that comes to it
 /// together. The refusal of the move that comes first in the plan is returned.
-pub(crate) async fn run(plan: &Plan, peers: &Peers, specs: Vec<MoveSpec>) -> Result<(), Refusal> {
+pub(super) async fn run(
+    plan: &Plan,
+    peers: &Peers,
+    specs: Vec<MoveSpec>,
+) -> Result<Admissions, Refusal> {
     let group = specs
         .first()
         .map(|spec| spec.group.clone())
@@ -23,22 +40,50 @@ pub(crate) async fn run(plan: &Plan, peers: &Peers, specs: Vec<MoveSpec>) -> Res
     }
     let checked: BTreeMap<usize, MoveCheck> = all(checks).await?.into_iter().flatten().collect();
 
-    let mut admissions = JoinSet::new();
     let checked = checked.into_values().collect();
-    for (target, vms) in by_host(plan, checked, |at| &plan.moves[at].to) {
-        let client = peers.client(&plan.hosts[&target]);
-        let first = vms.first().map_or(0, |(at, _)| *at);
-        let vms = vms.into_iter().map(|(_, vm)| vm).collect();
-        let request = Admission {
+    let targets = by_host(plan, checked, |at| &plan.moves[at].to).into_iter();
+    let targets = targets.map(|(name, vms)| Target {
+        client: peers.client(&plan.hosts[&name]),
+        name,
+        first: vms.first().map_or(0, |(at, _)| *at),
+        request: Admission {
             group: group.clone(),
-            vms,
-        };
-        admissions.spawn(async move {
-            let admitted = client.post::<_, ()>("/v1/admit", &request).await;
-            admitted.map_err(|error| (first, refusal(&target, None, error)))
-        });
+            vms: vms.into_iter().map(|(_, vm)| vm).collect(),
+        },
+    });
+    let admissions = Admissions {
+        targets: targets.collect(),
+    };
+    admissions.ask().await?;
+    Ok(admissions)
+}
+
+impl Admissions {
+    /// Asks all target agents. What they promise holds for a minute.
+    async fn ask(&self) -> Result<(), Refusal> {
+        let mut asking = JoinSet::new();
+        for target in &self.targets {
+            let (name, client) = (target.name.clone(), target.client.clone());
+            let (first, request) = (target.first, target.request.clone());
+            asking.spawn(async move {
+                let admitted = client.post::<_, ()>("/v1/admit", &request).await;
+                admitted.map_err(|error| (first, refusal(&name, None, error)))
+            });
+        }
+        all(asking).await.map(|_admitted: Vec<()>| ())
     }
-    all(admissions).await.map(|_admitted: Vec<()>| ())
+
+    /// Asks again, once what they promised may have run out. An agent that does not answer now may
+    /// do so when its VMs' turn comes, and refuses nothing.
+    pub(super) async fn renew(&self) -> Result<(), Refusal> {
+        match self.ask().await {
+            Err(refusal) if refusal.code == RefusalCode::Unreachable => {
+                tracing::warn!("memory is not promised anew: {refusal}");
+                Ok(())
+            }
+            renewed => renewed,
+        }
+    }
 }
 
 /// A move's place in the plan, and something of it.

@@ -14,13 +14,14 @@ use tokio::task::JoinSet;
 
 use super::forecast;
 use super::group::Group;
+use super::preflight::Admissions;
 use super::saved::SavedGroup;
 use super::seeds::{SeededHost, seeded_hosts};
 use super::{Peers, lock};
 use crate::api::mover::{Refusal, RefusalCode};
 use crate::client::{CallError, Client};
 use crate::types::{
-    GroupSurvey, Happening, HostSurvey, Plan, PreparationRequest, PreparationStatus, PrepareBounds,
+    GroupSurvey, HostSurvey, Plan, PreparationRequest, PreparationStatus, PrepareBounds,
     PrepareSpec, PrepareState, PrepareStatus, PrepareVm, ResolveSpec, Scope, Sharing,
 };
 
@@ -166,6 +167,11 @@ impl Preparation {
     pub(super) fn is_expired(&self) -> bool {
         let finished = lock(&self.state).finished;
         finished.is_some_and(|at| at.elapsed() > crate::prepare::LEASE)
+    }
+
+    /// When it was done, of a survey: nothing is kept of it for a migration.
+    pub(super) fn survey_done(&self) -> Option<Instant> {
+        self.survey.then(|| lock(&self.state).finished).flatten()
     }
 
     /// How far it is.
@@ -354,45 +360,56 @@ impl Preparation {
 }
 
 impl Group {
-    /// Prepares the group, then starts its moves, whatever came of it.
-    pub(super) fn start_prepared(self: &Arc<Self>, preparation: Arc<Preparation>) {
+    /// Prepares the group, then starts its moves, whatever came of it; unless a target has given
+    /// away meanwhile what it had for them.
+    pub(super) fn start_prepared(
+        self: &Arc<Self>,
+        preparation: Arc<Preparation>,
+        admissions: Admissions,
+    ) {
         let group = self.clone();
         self.wait_for("memory is being hashed");
         tokio::spawn(async move {
-            let run = tokio::spawn(preparation.clone().run());
-            let mut news = Instant::now();
-            while !run.is_finished() {
-                tokio::time::sleep(POLL).await;
-                if group.all_cancelled() {
-                    preparation.cancel();
-                }
-                let status = preparation.status();
-                let done = status.pages_done * 100 / status.pages_total.max(1);
-                let what = format!("memory is being hashed, {done} %");
-                group.wait_for(&what);
-                if news.elapsed() >= NEWS {
-                    news = Instant::now();
-                    group.happened(0, Happening::Note { message: what });
-                }
-            }
+            group.prepare(&preparation).await;
             match preparation.status().survey {
                 Some(survey) => {
                     for problem in &survey.failed {
-                        let message = format!("moves without its preparation: {problem}");
-                        group.happened(0, Happening::Note { message });
+                        group.tell(format!("moves without its preparation: {problem}"));
                     }
                     group.prepared(survey);
                 }
                 None if group.all_cancelled() => {}
-                None => {
-                    let message = "moves without preparation, which failed inside".to_owned();
-                    group.happened(0, Happening::Note { message });
-                }
+                None => group.tell("moves without preparation, which failed inside".to_owned()),
             }
             group.wait_for("its turn comes");
-            group.start();
+            match admissions.renew().await {
+                Err(refusal) if !group.all_cancelled() => group.refuse(&refusal),
+                _ => group.start(),
+            }
             group.end_with(preparation);
         });
+    }
+
+    /// Has the memory hashed, and says how far that is.
+    async fn prepare(&self, preparation: &Arc<Preparation>) {
+        let run = tokio::spawn(preparation.clone().run());
+        let mut news = Instant::now();
+        let mut done = 0;
+        while !run.is_finished() {
+            tokio::time::sleep(POLL).await;
+            if self.all_cancelled() {
+                preparation.cancel();
+            }
+            let status = preparation.status();
+            // Hosts that are heard of later add to the whole.
+            done = done.max(status.pages_done * 100 / status.pages_total.max(1));
+            let what = format!("memory is being hashed, {done} %");
+            self.wait_for(&what);
+            if news.elapsed() >= NEWS {
+                news = Instant::now();
+                self.tell(what);
+            }
+        }
     }
 
     /// Has the agents forget the preparation once the group has ended.

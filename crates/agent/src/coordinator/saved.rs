@@ -1,7 +1,9 @@
-//! Plans of unfinished groups on disk, so that a restarted coordinator follows them again.
+//! Plans of groups that are under way or need a person on disk, so that a restarted coordinator
+//! follows them again.
 //!
 //! No secrets: the source agents hold the keys for as long as their moves need them.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -9,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::types::Plan;
+use crate::types::{Phase, Plan};
 
 /// The directory of plans.
 pub(crate) struct SavedGroups {
@@ -23,6 +25,17 @@ pub(crate) struct SavedGroup {
     pub(crate) id: String,
     pub(crate) accepted_unix_ms: f64,
     pub(crate) plan: Plan,
+    /// How moves ended that nobody has to look at, by VM, while others need a person.
+    #[serde(default)]
+    pub(crate) outcomes: BTreeMap<String, Outcome>,
+}
+
+/// How a move ended.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Outcome {
+    pub(crate) phase: Phase,
+    pub(crate) message: String,
 }
 
 impl SavedGroups {
@@ -49,13 +62,24 @@ impl SavedGroups {
         File::open(&self.dir)?.sync_all()
     }
 
-    /// Forgets an ended group.
+    /// Adds to a group's plan how some of its moves ended. Their source agents forget that.
+    pub(crate) fn add_outcomes(&self, id: &str, outcomes: BTreeMap<String, Outcome>) {
+        let Some(mut group) = read(&self.path(id)) else {
+            return;
+        };
+        group.outcomes = outcomes;
+        if let Err(error) = self.write(&group) {
+            tracing::warn!(group = id, "cannot remember how its moves ended: {error}");
+        }
+    }
+
+    /// Forgets a group, if it is known.
     pub(crate) fn remove(&self, id: &str) {
-        if let Err(error) = fs::remove_file(self.path(id)) {
-            tracing::warn!(
-                group = id,
-                "cannot forget the plan of an ended group: {error}"
-            );
+        match fs::remove_file(self.path(id)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(group = id, "cannot forget its plan: {error}");
+            }
+            _ => {}
         }
     }
 

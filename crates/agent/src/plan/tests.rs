@@ -117,6 +117,11 @@ fn what_cannot_be_is_refused_with_the_names() {
             "definition = []",
             "VM `db.2`: `definition` is empty: it starts with the program",
         ),
+        (
+            "from = \"b\"\nto = \"a\"\nqmp = \"/run/vm/db.qmp\"",
+            "from = \"a\"\nto = \"b\"\nqmp = \"/run/vm/web-1.qmp\"",
+            "VM `db.2`: `qmp` is that of another move from the same host: each VM has its own",
+        ),
     ] {
         assert_eq!(refusal(find, put), expected);
     }
@@ -180,5 +185,33 @@ fn sharing_goes_with_every_scope_and_full_has_it() {
         assert_eq!(sharing(&(preset.clone() + preserve)), Sharing::Preserve);
         let has_it = preset.contains("slm") || preset.contains("full");
         assert_eq!(sharing(&preset) == Sharing::Preserve, has_it, "{preset}");
+    }
+}
+
+/// The keys that a type takes, by what it says of one that it does not know.
+fn keys_of<T: serde::de::DeserializeOwned>() -> Vec<String> {
+    let error = toml::from_str::<T>("nonsense = 1").err().unwrap();
+    let quoted = error.message().split('`').skip(1).step_by(2);
+    quoted
+        .filter(|key| *key != "nonsense")
+        .map(str::to_owned)
+        .collect()
+}
+
+#[test]
+fn every_key_of_plan_and_configuration_is_in_the_operators_document() {
+    let document = include_str!("../../../../docs/operating.md");
+    let keys = [
+        keys_of::<Plan>(),
+        keys_of::<crate::types::Host>(),
+        keys_of::<PlanMove>(),
+        keys_of::<crate::types::Replace>(),
+        keys_of::<crate::types::Resident>(),
+        keys_of::<crate::config::Config>(),
+        keys_of::<crate::config::IndexConfig>(),
+    ];
+    assert!(keys.iter().all(|keys| keys.len() > 1), "{keys:?}");
+    for key in keys.concat() {
+        assert!(document.contains(&format!("`{key}`")), "{key}");
     }
 }
