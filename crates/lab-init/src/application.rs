@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
+use lab_init::agreed::{IPERF_FIRST_PORT, NFS_PIECE};
 use rustix::mount::{MountFlags, mount};
 
 use crate::heartbeat::Health;
@@ -20,14 +21,10 @@ use crate::workload::spawn;
 
 /// Port of the request-response test.
 const RR_PORT: u16 = 5001;
-/// Port of the first guest's iperf3 server; each guest has its own, as a server has one client.
-const IPERF_FIRST_PORT: u32 = 5200;
 /// Time before something that ended, or was refused, is tried again.
 const AGAIN: Duration = Duration::from_millis(500);
 /// A request that got no answer for so long has lost its connection.
 const SILENCE: Duration = Duration::from_secs(30);
-/// What NFS writes at a time, and asks the server to confirm.
-const NFS_PIECE: usize = 256 << 10;
 /// Pieces of a file: 100 MB, as in section 3.3 of the IRLM paper.
 const NFS_PIECES: usize = 400;
 const NFS_MODULES: &str = "/lib/modules/load-nfs";

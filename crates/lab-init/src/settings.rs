@@ -60,6 +60,8 @@ pub(crate) struct Settings {
     pub(crate) dirty_rate_mb: usize,
     /// `lab.stamp_mb`: area that is stamped and checked all the time, in every mode.
     pub(crate) stamp_mb: usize,
+    /// `lab.stamp_still`: that area is checked slowly and never written.
+    pub(crate) stamp_still: bool,
     /// `lab.touch_mb`: area that is stamped once and whose pages are touched one by one, in every mode.
     pub(crate) touch_mb: usize,
     /// `lab.work_log2`: a round of work has 2 to the power of this many steps, of writing a sixteenth of them.
@@ -113,6 +115,7 @@ impl Settings {
             dirty_mb: words.or("dirty_mb", 0)?,
             dirty_rate_mb: words.or("dirty_rate_mb", 0)?,
             stamp_mb: words.or("stamp_mb", 0)?,
+            stamp_still: words.or("stamp_still", 0u8)? == 1,
             touch_mb: words.or("touch_mb", 0)?,
             // More than that would not end.
             work_log2: words.or("work_log2", 0)?.min(40),
@@ -186,6 +189,7 @@ mod tests {
             (64, 20, 0)
         );
         assert_eq!(settings.heartbeat, Duration::from_millis(10));
+        assert!(!settings.stamp_still);
         assert_eq!(settings.rack_ip, Some(Ipv4Addr::new(10, 77, 128, 1)));
         assert_eq!(settings.peer, None);
     }

@@ -5,11 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
+use lab_init::agreed::{TEMPLATE_MARKER, TEMPLATE_MARKER_TURN, TEMPLATE_WAITS};
 
-/// What the lab looks for in the guest's memory: these bytes, each turned by [`MARKER_TURN`], at
-/// the start of a page. Kept turned here, so that the program itself does not hold the marker.
-const MARKER: &[u8; 32] = b"gangway lab: who is this guest? ";
-const MARKER_TURN: u8 = 0x55;
 const WORD: usize = size_of::<u64>();
 /// How often the page is looked at: little work for many waiting guests.
 const LOOK: Duration = Duration::from_millis(20);
@@ -32,14 +29,14 @@ pub(crate) struct Identity {
 /// Says that it waits, and returns when the marker has been replaced by an identity.
 pub(crate) fn wait_for_identity() -> anyhow::Result<Identity> {
     let board: Box<Board> = Box::new(Board([const { AtomicU64::new(0) }; 4096 / WORD]));
-    for (place, word) in board.0.iter().zip(MARKER.chunks_exact(WORD)) {
+    for (place, word) in board.0.iter().zip(TEMPLATE_MARKER.chunks_exact(WORD)) {
         let mut turned = [0; WORD];
         turned.copy_from_slice(word);
-        let turned = turned.map(|byte| byte ^ MARKER_TURN);
+        let turned = turned.map(|byte| byte ^ TEMPLATE_MARKER_TURN);
         place.store(u64::from_ne_bytes(turned), Ordering::SeqCst);
     }
     let first = board.0[0].load(Ordering::SeqCst);
-    println!("lab-init: template waits");
+    println!("{TEMPLATE_WAITS}");
     while board.0[0].load(Ordering::SeqCst) == first {
         std::thread::sleep(LOOK);
     }

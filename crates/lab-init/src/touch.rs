@@ -4,24 +4,20 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use lab_init::agreed::{TOUCH_FIRST, TOUCH_PER_DOUBLING};
 use lab_init::stamp::{Noise, PAGE, Page, Stamp};
 
 use crate::heartbeat::Health;
 
 /// Pause between two touches, so that a guest whose pages are there is nearly idle.
 const PAUSE: Duration = Duration::from_millis(1);
-/// Upper end of the first bucket. What a page that is there takes is below it; so are the hiccups of
-/// an emulated processor that shares a core, mostly.
-const FIRST: Duration = Duration::from_micros(200);
-/// Buckets for each doubling: their ends are 9 % apart.
-const PER_DOUBLING: f64 = 8.0;
 /// Buckets: the last ends at 110 s, and has what took longer, too.
 const BUCKETS: usize = 154;
 
 /// How long touches took, counted since the guest booted.
 #[derive(Debug)]
 pub(crate) struct Touches {
-    /// Bucket `n` ends at `FIRST * 2^(n / PER_DOUBLING)`.
+    /// As [`TOUCH_PER_DOUBLING`] says.
     buckets: [AtomicU64; BUCKETS],
 }
 
@@ -56,13 +52,13 @@ impl std::fmt::Display for Touches {
 }
 
 fn bucket_of(took: Duration) -> usize {
-    let of_first = took.as_secs_f64() / FIRST.as_secs_f64();
+    let of_first = took.as_secs_f64() / TOUCH_FIRST.as_secs_f64();
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
         reason = "between 0 and the number of buckets"
     )]
-    let bucket = (of_first.log2() * PER_DOUBLING)
+    let bucket = (of_first.log2() * TOUCH_PER_DOUBLING)
         .ceil()
         .clamp(0.0, (BUCKETS - 1) as f64) as usize;
     bucket
@@ -131,13 +127,13 @@ mod tests {
     #[test]
     fn a_touch_is_counted_in_the_bucket_that_ends_above_it() {
         assert_eq!(bucket_of(Duration::ZERO), 0);
-        assert_eq!(bucket_of(FIRST), 0);
-        assert_eq!(bucket_of(FIRST + Duration::from_micros(1)), 1);
-        assert_eq!(bucket_of(2 * FIRST), 8);
+        assert_eq!(bucket_of(TOUCH_FIRST), 0);
+        assert_eq!(bucket_of(TOUCH_FIRST + Duration::from_micros(1)), 1);
+        assert_eq!(bucket_of(2 * TOUCH_FIRST), 8);
         assert_eq!(bucket_of(Duration::from_secs(3600)), BUCKETS - 1);
         let touches = Touches::default();
         assert_eq!(touches.to_string(), "-");
-        touches.count(2 * FIRST);
+        touches.count(2 * TOUCH_FIRST);
         touches.count(Duration::from_micros(1));
         touches.count(Duration::from_micros(2));
         assert_eq!(touches.to_string(), "0:2,8:1");

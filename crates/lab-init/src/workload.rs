@@ -14,10 +14,10 @@ use crate::settings::{Mode, Settings};
 use crate::stress;
 use crate::touch::Touched;
 
-/// Pages of a megabyte.
 /// An emulated processor computes 2 to the power of this many steps in the time of one write to a
 /// random place.
 const WRITE_LOG2: u32 = 4;
+/// Pages of a megabyte.
 pub(crate) const PAGES_PER_MB: usize = (1 << 20) / PAGE;
 /// Length of a turn: short enough that a turn's work is not a visible burst.
 pub(crate) const TURN: Duration = Duration::from_millis(10);
@@ -27,16 +27,17 @@ pub(crate) const TURNS_PER_S: usize = 100;
 /// notice damage, not to be a workload.
 const STAMP_CHECK_MB_PER_S: usize = 16;
 const STAMP_WRITE_MB_PER_S: usize = 1;
+/// Pages that a guest which is to stay as good as idle checks in a turn, and how long that is: 2 MiB are
+/// gone round while the lab listens after a move, in less than a hundredth of an emulated processor's time.
+const STILL_CHECK: usize = 32;
+const STILL_TURN: Duration = Duration::from_millis(100);
 /// A file system that is nothing but page cache.
 const CACHE_DIR: &str = "/tmp";
 
 /// Starts the threads of the workload. `health.ready` is set when its memory is filled.
 pub(crate) fn start(settings: &Settings, health: &Arc<Health>, gate: &Gate) -> anyhow::Result<()> {
     if settings.stamp_mb > 0 {
-        let pace = Pace {
-            check: STAMP_CHECK_MB_PER_S * PAGES_PER_MB / TURNS_PER_S,
-            write: STAMP_WRITE_MB_PER_S * PAGES_PER_MB / TURNS_PER_S,
-        };
+        let pace = stamp_pace(settings.stamp_still);
         let owner = stamp::owner(&settings.id, "stamp");
         let area = Area::new(owner, settings.stamp_mb * PAGES_PER_MB);
         spawn("stamp", health, move |health| area.tend(pace, health))?;
@@ -55,6 +56,7 @@ pub(crate) fn start(settings: &Settings, health: &Arc<Health>, gate: &Gate) -> a
             let pace = Pace {
                 check: pages,
                 write: pages,
+                turn: TURN,
             };
             // Guests that write alike give KSM the same pages again and again.
             let writer = match settings.mode {
@@ -105,11 +107,28 @@ pub(crate) fn spawn(
     Ok(())
 }
 
-/// Pages of a turn.
+/// Pages of a turn, and its length.
 #[derive(Clone, Copy)]
 struct Pace {
     check: usize,
     write: usize,
+    turn: Duration,
+}
+
+/// How the stamped area is gone round.
+fn stamp_pace(still: bool) -> Pace {
+    if still {
+        return Pace {
+            check: STILL_CHECK,
+            write: 0,
+            turn: STILL_TURN,
+        };
+    }
+    Pace {
+        check: STAMP_CHECK_MB_PER_S * PAGES_PER_MB / TURNS_PER_S,
+        write: STAMP_WRITE_MB_PER_S * PAGES_PER_MB / TURNS_PER_S,
+        turn: TURN,
+    }
 }
 
 /// Memory whose every page is stamped.
@@ -153,7 +172,7 @@ impl Area {
                 self.visit(at, nth < pace.write, health);
                 at = (at + 1) % self.pages.len();
             }
-            due += TURN;
+            due += pace.turn;
             let now = Instant::now();
             // A guest that was stopped does not make up for the time that it missed.
             due = due.max(now);
@@ -285,5 +304,15 @@ mod tests {
         area.visit(1, false, &health);
         assert_eq!(errors(), 1, "it is counted once");
         assert_eq!(area.generations, [0, 2]);
+    }
+
+    #[test]
+    fn a_still_guest_checks_two_megabytes_in_two_seconds_and_writes_none() {
+        let pace = stamp_pace(true);
+        assert_eq!(pace.write, 0);
+        let turns = (2 * PAGES_PER_MB).div_ceil(pace.check);
+        let round = pace.turn * u32::try_from(turns).unwrap();
+        assert!(round <= Duration::from_secs(2), "{round:?}");
+        assert!(stamp_pace(false).write > 0);
     }
 }

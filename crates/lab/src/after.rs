@@ -83,7 +83,9 @@ impl Afterwards<'_> {
         for vm in &vms {
             self.bench.net.ensure_tap(&to.address, &vm.tap())?;
         }
-        let moved = gangway::move_again((self.agents, self.bench), self.preset, &vms, self.log)?;
+        let of = (self.agents, self.bench);
+        let (moved, ended) = gangway::move_again(of, self.preset, &vms, self.log)?;
+        wrong.extend(ended);
         for one in &moved {
             wrong.extend(
                 one.remark

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 
+use crate::cgroup;
 use crate::clock::UnixMs;
 use crate::guest::{self, Host, Running, Vm};
 use crate::install::{Image, Qemu};
@@ -124,6 +125,7 @@ impl<'a> Bench<'a> {
         let racks = [counts.source, counts.target];
         let net = Net::build(session, racks, scenario.links, scenario.beside())
             .context("building the networks")?;
+        cgroup::make_parts(session.prefix());
         let observer = Observer::start(&net.observer_namespace_file(), net.hosts())?;
         let hosts = net
             .hosts()

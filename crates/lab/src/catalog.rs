@@ -241,6 +241,18 @@ mod tests {
     }
 
     #[test]
+    fn guests_of_the_papers_have_stamps_where_their_memory_is_not_compared() {
+        for name in PAPERS {
+            let scenario = Scenario::load(name, &[], false).unwrap();
+            let mut techniques = scenario.techniques.iter();
+            let is_compared = scenario.compare && techniques.all(|one| one.can_be_compared());
+            // They are to be as idle as the papers' guests, or as busy.
+            let is_stamped = scenario.vm.stamp_mb > 0 && scenario.vm.stamp_still;
+            assert!(is_compared || is_stamped, "{name}");
+        }
+    }
+
+    #[test]
     fn quick_runs_once_with_the_changes_that_the_scenario_wants() {
         let full = Scenario::load("irlm-fig5", &[], false).unwrap();
         let quick = Scenario::load("irlm-fig5", &[], true).unwrap();

@@ -6,6 +6,7 @@
 //! QEMUs in a session of its own.
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -106,28 +107,125 @@ pub fn names() -> Vec<String> {
         .collect()
 }
 
-/// Removes the cgroups of a session, whose processes have ended.
-pub fn remove(session: &str) {
-    for root in controllers() {
-        let parent = root.join(session);
-        let Ok(hosts) = fs::read_dir(&parent) else {
-            continue;
-        };
-        let hosts: Vec<PathBuf> = hosts
-            .flatten()
-            .map(|entry| entry.path())
-            .filter(|path| path.is_dir())
-            .collect();
-        for dir in hosts.iter().chain([&parent]) {
+/// The cgroups of a session below `root`, hosts before what holds them.
+fn all_below(root: &Path, session: &str) -> Vec<PathBuf> {
+    let parent = root.join(session);
+    let Ok(hosts) = fs::read_dir(&parent) else {
+        return Vec::new();
+    };
+    hosts
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.is_dir())
+        .chain([parent.clone()])
+        .collect()
+}
+
+/// Process ids of all that is in a session's cgroups. This process is, while a thread of it is.
+#[must_use]
+pub fn pids(session: &str) -> Vec<i32> {
+    pids_below(&controllers(), session)
+}
+
+fn pids_below(roots: &[PathBuf], session: &str) -> Vec<i32> {
+    let dirs = roots.iter().flat_map(|root| all_below(root, session));
+    let texts = dirs.filter_map(|dir| fs::read_to_string(dir.join("cgroup.procs")).ok());
+    let mut pids: Vec<i32> = texts
+        .flat_map(|text| text.lines().map(str::parse::<i32>).collect::<Vec<_>>())
+        .filter_map(Result::ok)
+        .collect();
+    pids.sort_unstable();
+    pids.dedup();
+    pids
+}
+
+/// Removes the cgroups of a session, whose processes have ended; returns those that could not be.
+#[must_use]
+pub fn remove(session: &str) -> Vec<PathBuf> {
+    let roots = controllers();
+    for root in &roots {
+        for dir in all_below(root, session) {
+            let_own_threads_go(root, &dir);
             // An ended process can stay accounted for a moment longer.
             for _ in 0..50 {
-                if fs::remove_dir(dir).is_ok() || !dir.exists() {
+                if fs::remove_dir(&dir).is_ok() || !dir.exists() {
                     break;
                 }
                 std::thread::sleep(std::time::Duration::from_millis(10));
             }
         }
     }
+    // Below one root with version 2.
+    let mut left: Vec<PathBuf> = roots
+        .iter()
+        .flat_map(|root| all_below(root, session))
+        .collect();
+    left.sort_unstable();
+    left.dedup();
+    left
+}
+
+/// Moves threads of this process that [`yield_to_hosts`] has put into `dir` to where all processes begin.
+fn let_own_threads_go(root: &Path, dir: &Path) {
+    let threads = fs::read_to_string(dir.join("tasks")).unwrap_or_default();
+    let own = |thread: &&str| Path::new("/proc/self/task").join(thread).exists();
+    for thread in threads.lines().filter(own) {
+        // It may have ended meanwhile.
+        let _ = fs::write(root.join("tasks"), thread);
+    }
+}
+
+/// What a thread that yields may have of the processors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// What no host wants.
+    Rest,
+    /// As much as one host.
+    OfAHost,
+}
+
+impl Part {
+    const ALL: [Self; 2] = [Self::Rest, Self::OfAHost];
+
+    /// Of its cgroup, beside those of the hosts: no host is called so.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Rest => "lab-rest",
+            Self::OfAHost => "lab-host",
+        }
+    }
+}
+
+/// The least that the kernel knows; a host has 1024.
+const LEAST_SHARES: &str = "2";
+
+/// Makes the cgroups that the lab's own threads of a session yield in. They hold single threads, which
+/// version 2 does not have: there they are missing.
+pub fn make_parts(session: &str) {
+    if is_v2() {
+        return;
+    }
+    let [_, _, root] = controllers();
+    for part in Part::ALL {
+        let dir = root.join(session).join(part.name());
+        let _ = fs::create_dir_all(&dir);
+        if part == Part::Rest {
+            let _ = fs::write(dir.join("cpu.shares"), LEAST_SHARES);
+        }
+    }
+}
+
+/// Gives the calling thread, until it ends, no more of the processors than a part beside the hosts of
+/// `session`. A priority would not do: the kernel gives each session of processes its part first, and the
+/// lab's would be as large as that of all hosts together.
+pub fn yield_to_hosts(session: &str, part: Part) -> anyhow::Result<()> {
+    let [_, _, root] = controllers();
+    let tasks = root.join(session).join(part.name()).join("tasks");
+    let thread = rustix::thread::gettid().to_string();
+    // Not made if it is not there.
+    let file = fs::File::options().write(true).open(&tasks);
+    file.and_then(|mut file| file.write_all(thread.as_bytes()))
+        .with_context(|| format!("writing to {}", tasks.display()))
 }
 
 fn is_v2() -> bool {
@@ -160,4 +258,70 @@ fn field(text: &str, name: &str) -> Option<u64> {
             .parse()
             .ok()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processes_of_all_hosts_and_controllers_are_found_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let roots = ["memory", "cpu"].map(|name| dir.path().join(name));
+        for (root, host, pids) in [
+            (&roots[0], "gw1/s1", "7\n8\n"),
+            (&roots[1], "gw1/s1", "8\n"),
+            (&roots[1], "gw1", "9\n"),
+            (&roots[1], "gw2/s1", "10\n"),
+        ] {
+            let host = root.join(host);
+            fs::create_dir_all(&host).unwrap();
+            fs::write(host.join("cgroup.procs"), pids).unwrap();
+        }
+        assert_eq!(pids_below(&roots, "gw1"), [7, 8, 9]);
+        assert!(pids_below(&roots, "gw3").is_empty());
+    }
+
+    /// Needs root, and version 1.
+    #[test]
+    fn real_a_thread_has_the_least_of_the_processors_and_then_as_much_as_a_host() {
+        if is_v2() {
+            return;
+        }
+        let session = format!("gw{}", std::process::id());
+        Cgroup::create(&session, "s1").unwrap();
+        make_parts(&session);
+        let shares = |part: Part| {
+            yield_to_hosts(&session, part).unwrap();
+            let all = fs::read_to_string("/proc/thread-self/cgroup").unwrap();
+            let own = all.lines().find_map(|line| {
+                let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+                controllers
+                    .split(',')
+                    .any(|name| name == "cpu")
+                    .then_some(path)
+            });
+            let shares = Path::new(ROOT)
+                .join("cpu")
+                .join(own.unwrap().trim_start_matches('/'))
+                .join("cpu.shares");
+            fs::read_to_string(shares).unwrap().trim().to_owned()
+        };
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| Part::ALL.map(shares));
+            assert_eq!(thread.join().unwrap(), ["2", "1024"]);
+            // One that still yields does not keep its cgroup.
+            let (left, leave) = std::sync::mpsc::channel::<()>();
+            let (ready, is_ready) = std::sync::mpsc::channel();
+            let session = &session;
+            scope.spawn(move || {
+                yield_to_hosts(session, Part::Rest).unwrap();
+                ready.send(()).unwrap();
+                let _ = leave.recv();
+            });
+            is_ready.recv().unwrap();
+            assert_eq!(remove(session), Vec::<PathBuf>::new());
+            drop(left);
+        });
+    }
 }

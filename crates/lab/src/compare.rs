@@ -136,10 +136,13 @@ fn technique(name: &str, all: &[Named]) -> String {
         .collect();
     let mut heading = vec![name.to_owned()];
     for (at, technique) in found.iter().enumerate() {
-        let runs = technique
-            .as_ref()
-            .map_or(0, |technique| technique.runs.len());
-        heading.push(format!("[{}] {}", at + 1, text::plural(runs as u64, "run")));
+        let runs = technique.as_ref().map_or(0, |one| one.runs.len());
+        let completed = technique.as_ref().map_or(0, |one| one.completed().count());
+        let mut said = text::plural(runs as u64, "run");
+        if completed < runs {
+            said += &format!(", {} failed", runs - completed);
+        }
+        heading.push(format!("[{}] {said}", at + 1));
         heading.extend((at > 0).then(|| "against [1]".to_owned()));
     }
     let mut lines = vec![heading];
@@ -308,6 +311,20 @@ mod tests {
         let comparison = compare(&all);
         let line = line_of(&comparison, "gang+zstd", "core traffic");
         assert!(line.ends_with("spread unknown"), "{line}");
+    }
+
+    #[test]
+    fn failed_runs_are_in_no_mean_and_are_counted() {
+        let mut failed = sample::results();
+        let run = failed.runs.iter_mut().find(|run| run.name() == "gang+zstd");
+        let run = run.unwrap();
+        run.core_bytes = Some(1 << 50);
+        run.failure = Some("a VM stayed".into());
+        let comparison = compare(&[named("a", sample::results()), named("b", failed)]);
+        let line = line_of(&comparison, "gang+zstd", "core traffic");
+        assert!(line.ends_with("no difference beyond the spread"), "{line}");
+        let heading = line_of(&comparison, "gang+zstd", "gang+zstd");
+        assert!(heading.contains("[2] 3 runs, 1 failed"), "{heading}");
     }
 
     #[test]

@@ -22,6 +22,7 @@ use crate::guest::{Host, Vm};
 use crate::matrix::Expect;
 use crate::outcome::EventLog;
 use crate::process;
+use crate::session::spawn;
 use crate::shell::say;
 
 /// How often the lab looks whether an agent has reached the instant.
@@ -256,7 +257,7 @@ impl<'a> Armed<'a> {
                 let mut cancel = host.command(agents.program());
                 cancel.args(["cancel", "--vm", &self.vm.name, "--socket"]);
                 cancel.arg(control_socket(host));
-                let mut cancel = cancel.spawn().context("starting `gangway cancel`")?;
+                let mut cancel = spawn(&mut cancel).context("starting `gangway cancel`")?;
                 // It returns when the move has ended, for which the agent must be let go first.
                 thread::spawn(move || cancel.wait());
                 thread::sleep(CANCEL_DELIVERY);

@@ -38,12 +38,6 @@ impl Footprint {
             agents_pss_bytes: agents.iter().map(|pid| process::pss_bytes(*pid)).sum(),
         }
     }
-
-    /// QEMUs and agents by PSS.
-    #[must_use]
-    pub fn all_pss_bytes(&self) -> Option<u64> {
-        Some(self.qemu_pss_bytes? + self.agents_pss_bytes?)
-    }
 }
 
 fn host_in(vm: &Vm, rack: Rack) -> &Host {

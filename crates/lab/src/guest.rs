@@ -14,7 +14,7 @@ use crate::load;
 use crate::net::{HostAddress, OBSERVER, SERVER};
 use crate::observer;
 use crate::qmp::Qmp;
-use crate::scenario::{Machine, Scenario};
+use crate::scenario::{Accel, Machine, Scenario};
 use crate::session::making;
 use crate::template;
 
@@ -164,7 +164,7 @@ impl Vm {
                 "-machine",
                 format!("{chipset}-{}{backend}", scenario.qemu.machine),
             ),
-            ("-accel", format!("tcg,tb-size={TRANSLATION_CACHE_MB}")),
+            ("-accel", accelerator(vm.accel)),
             ("-cpu", "qemu64".into()),
             ("-m", vm.memory_mb.to_string()),
             ("-smp", vm.cpus.to_string()),
@@ -224,14 +224,15 @@ impl Vm {
         // An emulated processor that gets no time looks to the kernel like a broken timer.
         format!(
             "console=ttyS0 quiet panic=-1 no_timer_check lab.id={} lab.ip={} lab.observer={OBSERVER}:{} \
-             lab.heartbeat_ms={} lab.mode={} lab.stamp_mb={} lab.dirty_mb={} lab.dirty_rate_mb={} \
-             lab.touch_mb={} lab.work_log2={} lab.template={}{}",
+             lab.heartbeat_ms={} lab.mode={} lab.stamp_mb={} lab.stamp_still={} lab.dirty_mb={} \
+             lab.dirty_rate_mb={} lab.touch_mb={} lab.work_log2={} lab.template={}{}",
             self.name,
             self.ip(),
             observer::PORT,
             vm.heartbeat_ms,
             if busy { vm.mode.as_str() } else { IDLE },
             vm.stamp_mb,
+            u8::from(vm.stamp_still),
             vm.dirty_mb,
             vm.dirty_rate_mb,
             vm.touch_mb,
@@ -286,6 +287,14 @@ impl Vm {
     pub fn mac(&self) -> String {
         let [high, low] = self.bytes();
         format!("52:54:00:67:{high:02x}:{low:02x}")
+    }
+}
+
+/// QEMU's accelerator, and what only that has.
+fn accelerator(accel: Accel) -> String {
+    match accel {
+        Accel::Tcg => format!("{},tb-size={TRANSLATION_CACHE_MB}", accel.name()),
+        Accel::Kvm => accel.name().to_owned(),
     }
 }
 
@@ -352,4 +361,20 @@ fn note_end(mut child: Child) -> anyhow::Result<Arc<OnceLock<UnixMs>>> {
         })
         .context("watching QEMU")?;
     Ok(gone)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guests_are_emulated_unless_the_scenario_wants_the_processor() {
+        let accel = |settings: &[&str]| {
+            let settings: Vec<String> = settings.iter().map(|&s| s.to_owned()).collect();
+            accelerator(Scenario::load("pair", &settings, false).unwrap().vm.accel)
+        };
+        assert_eq!(accel(&[]), "tcg,tb-size=64");
+        assert_eq!(accel(&["vm.accel=kvm"]), "kvm");
+        assert!(Scenario::load("pair", &["vm.accel=xen".to_owned()], false).is_err());
+    }
 }

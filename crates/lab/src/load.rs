@@ -1,26 +1,27 @@
 //! What runs beside a migration: applications in the guests, and traffic between other hosts.
 //!
 //! Throughput is measured before the move, during it and shortly after it. "During" is from the
-//! start of the first VM's move to the last VM running at its target: the preparation phase comes
-//! before it.
+//! start of the first VM's move to the end of the last one's: the preparation phase comes before it,
+//! and has a figure of its own.
 
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
+use lab_init::agreed::{IPERF_FIRST_PORT, NFS_PIECE};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::bench::Bench;
 use crate::clock::UnixMs;
 use crate::install;
-use crate::meter::{self, Meter, Rates, Reading};
+use crate::meter::{self, CLUSTER_SILENT, Meter, Rates, Reading};
 use crate::net::{HostAddress, Net};
 use crate::outcome::{Figures, Outcome};
 use crate::results::Run;
 use crate::scenario::Scenario;
-use crate::shell::{output, say};
+use crate::shell::{output_on_host, say};
 
 /// Name of the figures of an application in a run's `application`.
 pub const WORKLOAD: &str = "workload";
@@ -30,12 +31,15 @@ pub const BACKGROUND: &str = "background";
 const UDP_SHARE: f64 = 0.95;
 /// Bytes of a datagram, so that it needs no fragments.
 const UDP_BYTES: u32 = 1400;
-/// Bytes of a piece that the NFS client of the guests counts.
-const NFS_PIECE_BITS: f64 = 8.0 * 262_144.0;
-/// Where the first guest's iperf3 sends to; each guest has a server of its own.
-const IPERF_FIRST_PORT: u32 = 5200;
+/// Of a piece that the NFS client of the guests counts.
+const NFS_PIECE_BITS: f64 = 8.0 * NFS_PIECE as f64;
 /// How long servers in emulated guests may take to answer.
 const READY_PATIENCE: Duration = Duration::from_secs(120);
+/// How long a node of a cluster may take to tell its state, until another one is asked: one that is being
+/// moved may stand still.
+const NODE_PATIENCE_S: u32 = 1;
+/// How many seconds what is run on a host to its end may take.
+const PATIENCE_S: &str = "90";
 /// Keys of each Redis server, and bytes of a value: 10 MB beside what the server itself needs.
 const REDIS_KEYS: u32 = 20_000;
 const REDIS_VALUE_BYTES: u32 = 512;
@@ -161,12 +165,15 @@ pub struct Throughput {
     pub workers: u32,
     /// Mean rate before the move.
     pub before_per_s: f64,
-    /// From the first VM's start to the last VM running at its target.
+    /// From the first VM's start to the end of the last one's move.
     pub during_per_s: f64,
     /// In the seconds after that.
     pub after_per_s: f64,
     /// `during_per_s / before_per_s`.
     pub during_of_before: Option<f64>,
+    /// The rate in the preparation phase before that, where there is one, as a part of `before_per_s`.
+    #[serde(default)]
+    pub prepare_of_before: Option<f64>,
     /// How much later work is done that had to be done meanwhile, recovery included.
     pub lost_s: Option<f64>,
     /// Mean rate of each second, counted from the first VM's start.
@@ -180,7 +187,13 @@ impl Throughput {
         serde_json::from_value(run.application.get(key)?.clone()).ok()
     }
 
-    fn of(rates: &Rates, [zero, start, end]: [UnixMs; 3], before: UnixMs) -> Self {
+    fn of(rates: &Rates, times: &Times) -> Self {
+        let Times {
+            before: [zero, before],
+            prepare_s,
+            start,
+            end,
+        } = *times;
         let recovered = UnixMs(end.0 + f64::from(AFTER_S) * 1e3);
         let [before_per_s, during_per_s, after_per_s, all] = [
             (zero, before),
@@ -190,6 +203,10 @@ impl Throughput {
         ]
         .map(|(from, to)| rates.per_s(from, to));
         let known = before_per_s > 0.0;
+        let preparing = prepare_s.filter(|seconds| *seconds > 0.0).map(|seconds| {
+            let from = UnixMs(start.0 - seconds * 1e3);
+            rates.per_s(from, start)
+        });
         // The seconds of a migration fit.
         #[allow(clippy::cast_possible_truncation)]
         let last = recovered.s_since(start).ceil() as i32;
@@ -198,11 +215,25 @@ impl Throughput {
             during_per_s,
             after_per_s,
             during_of_before: known.then(|| during_per_s / before_per_s),
+            prepare_of_before: preparing.filter(|_| known).map(|rate| rate / before_per_s),
             lost_s: known.then(|| (1.0 - all / before_per_s) * recovered.s_since(start)),
             series: rates.series(start, (-BEFORE_S, last)),
             ..Self::default()
         }
     }
+}
+
+/// When what happened around a move.
+#[derive(Clone, Copy, Debug)]
+struct Times {
+    /// Begin and end of what is measured before it.
+    before: [UnixMs; 2],
+    /// Length of the preparation phase, which ends as the first VM starts.
+    prepare_s: Option<f64>,
+    /// Start of the first VM's move.
+    start: UnixMs,
+    /// End of the last one's.
+    end: UnixMs,
 }
 
 /// Servers that guests need when they boot, and whose output may be the measure.
@@ -240,8 +271,24 @@ fn program(line: &str) -> anyhow::Result<Command> {
 fn run_on(host: &HostAddress, line: &str) -> anyhow::Result<String> {
     let program = program(line)?;
     let mut command = host.cgroup.enter(&host.namespace);
+    command.args(["timeout", PATIENCE_S]);
     command.arg(program.get_program()).args(program.get_args());
-    output(&mut command)
+    output_on_host(&mut command)
+}
+
+/// Asks the nodes of a Redis cluster for its state, one after the other until one answers.
+fn cluster_state(nodes: &[String]) -> anyhow::Result<Command> {
+    let script = format!(
+        r#"root=$1; shift; for node in "$@"; do
+timeout --foreground {NODE_PATIENCE_S} chroot "$root" /usr/bin/redis-cli -h "$node" cluster info |
+    grep ^cluster_state: && exit; done; echo {CLUSTER_SILENT}"#
+    );
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", &script, "sh"])
+        .arg(install::workloads()?.root)
+        .args(nodes);
+    Ok(command)
 }
 
 /// Has a program of that tree run on a host, again whenever it ends.
@@ -286,8 +333,28 @@ impl<'a> Load<'a> {
             load.from = UnixMs::now();
             thread::sleep(Duration::from_secs(seconds));
             load.to = UnixMs::now();
+            load.must_be_under_way()?;
         }
         Ok(load)
+    }
+
+    /// What does nothing before the move cannot suffer from it.
+    fn must_be_under_way(&self) -> anyhow::Result<()> {
+        let rate = |rates: Rates| rates.per_s(self.from, self.to);
+        if let Some((kind, _)) = self.workload_kind() {
+            under_way(kind.name(), rate(self.workload_rates(kind)))?;
+        }
+        if let Some(kind) = self.background_kind() {
+            under_way(kind.name(), rate(self.background_rates()))?;
+        }
+        Ok(())
+    }
+
+    fn background_rates(&self) -> Rates {
+        let mut rates = Rates::default();
+        let meters = self.background.iter();
+        meters.for_each(|meter| rates.add(meter.rates()));
+        rates
     }
 
     fn is_any(&self) -> bool {
@@ -353,14 +420,15 @@ impl<'a> Load<'a> {
                 "{base} -q -t set -d {REDIS_VALUE_BYTES} -n {}",
                 2 * REDIS_KEYS
             );
-            run_on(server, &fill)?;
+            // Its threads were seen to wait for each other for ever.
+            run_on(server, &fill).or_else(|_| run_on(server, &fill))?;
             let get = format!("{base} -t get -n 1000000000");
             self.workload
                 .push(keep_on(server, &get, meter::redis_benchmark)?);
         }
         if cluster {
-            let info = format!("/usr/bin/redis-cli -h {} cluster info", ips[ips.len() - 1]);
-            self.failures = Some(keep_on(server, &info, meter::cluster_failures)?);
+            let asked = cluster_state(&ips)?;
+            self.failures = Some(Meter::start(Some(server), &asked, meter::cluster_failures)?);
         }
         Ok(())
     }
@@ -404,27 +472,28 @@ impl<'a> Load<'a> {
         // Half a second for what is still to be said.
         let rest = recovered.s_since(UnixMs::now()) + 0.5;
         thread::sleep(Duration::try_from_secs_f64(rest).unwrap_or_default());
-        let times = [self.from, start, end];
+        let times = Times {
+            before: [self.from, self.to],
+            prepare_s: run.prepare_time_s,
+            start,
+            end,
+        };
         if let Some((kind, unit)) = self.workload_kind() {
             let measured = Throughput {
                 name: kind.name().into(),
                 unit: unit.into(),
                 workers: kind.workers(self.bench.scenario.vms()),
-                ..Throughput::of(&self.workload_rates(kind), times, self.to)
+                ..Throughput::of(&self.workload_rates(kind), &times)
             };
             say(&describe(&measured));
             figures.push((WORKLOAD.into(), serde_json::to_value(measured)?));
         }
         if let Some(kind) = self.background_kind() {
-            let mut rates = Rates::default();
-            self.background
-                .iter()
-                .for_each(|meter| rates.add(meter.rates()));
             let measured = Throughput {
                 name: kind.name().into(),
                 unit: "bit/s".into(),
                 workers: self.bench.scenario.beside().pairs,
-                ..Throughput::of(&rates, times, self.to)
+                ..Throughput::of(&self.background_rates(), &times)
             };
             say(&describe(&measured));
             figures.push((BACKGROUND.into(), serde_json::to_value(measured)?));
@@ -436,6 +505,14 @@ impl<'a> Load<'a> {
         }
         Ok(figures)
     }
+}
+
+fn under_way(what: &str, per_s: f64) -> anyhow::Result<()> {
+    ensure!(
+        per_s > 0.0,
+        "{what} was to run beside the move, and did nothing before it"
+    );
+    Ok(())
 }
 
 fn describe(measured: &Throughput) -> String {
@@ -514,12 +591,35 @@ mod tests {
             .collect();
         let at = |second: f64| UnixMs(second * 1e3);
         let rates = Rates::of_beats(&beats);
-        let measured = Throughput::of(&rates, [at(0.0), at(9.0), at(13.0)], at(8.0));
+        let times = Times {
+            before: [at(0.0), at(8.0)],
+            prepare_s: None,
+            start: at(9.0),
+            end: at(13.0),
+        };
+        let measured = Throughput::of(&rates, &times);
         assert!((measured.before_per_s - 10.0).abs() < 1e-9);
         assert!((measured.during_of_before.unwrap() - 0.5).abs() < 1e-9);
         assert!((measured.after_per_s - 10.0).abs() < 1e-9);
         assert!((measured.lost_s.unwrap() - 2.0).abs() < 1e-9);
         assert_eq!(measured.series[0], [-5.0, 10.0]);
         assert_eq!(measured.series.len(), 14);
+        assert_eq!(measured.prepare_of_before, None);
+        // The preparation phase had the two seconds in which nothing was done, and two others.
+        let prepared = Times {
+            prepare_s: Some(4.0),
+            start: at(13.0),
+            end: at(14.0),
+            ..times
+        };
+        let part = Throughput::of(&rates, &prepared).prepare_of_before.unwrap();
+        assert!((part - 0.5).abs() < 1e-9, "{part}");
+    }
+
+    #[test]
+    fn what_did_nothing_before_the_move_fails_the_run() {
+        assert!(under_way("udp", 0.1).is_ok());
+        let error = under_way("udp", 0.0).unwrap_err();
+        assert!(error.to_string().starts_with("udp was to run"), "{error}");
     }
 }

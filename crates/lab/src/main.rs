@@ -125,8 +125,9 @@ fn run_one(name: &str, out: &Path, settings: &[String], quick: bool) -> anyhow::
 /// Runs the papers' scenarios one after the other, and writes the report over all of them after
 /// each. One that cannot be run is said, and the others are run.
 fn run_papers(out: &Path, settings: &[String], quick: bool) -> anyhow::Result<bool> {
+    look_for_what_papers_need(settings, quick)?;
     let mut intact = true;
-    for name in catalog::PAPERS {
+    for (nth, name) in catalog::PAPERS.iter().enumerate() {
         match run_one(name, &out.join(name), settings, quick) {
             Ok(well) => intact &= well,
             Err(error) => {
@@ -134,8 +135,30 @@ fn run_papers(out: &Path, settings: &[String], quick: bool) -> anyhow::Result<bo
                 intact = false;
             }
         }
-        let page = papers::write(&papers::load(out)?, out).context("writing the report")?;
+        // Not what an earlier invocation left of those that are still to come.
+        let all = papers::load_of(out, &catalog::PAPERS[..=nth])?;
+        let page = papers::write(&all, out).context("writing the report")?;
         println!("report: {}", page.display());
     }
     Ok(intact)
+}
+
+/// An hour and a half should not be over when something turns out to be missing.
+fn look_for_what_papers_need(settings: &[String], quick: bool) -> anyhow::Result<()> {
+    let mut missing = Vec::new();
+    for name in catalog::PAPERS {
+        let scenario = Scenario::load(name, settings, quick)?;
+        if let Err(error) = run::look_for_programs(&scenario) {
+            let said = format!("{error:#}");
+            if !missing.contains(&said) {
+                missing.push(said);
+            }
+        }
+    }
+    anyhow::ensure!(
+        missing.is_empty(),
+        "nothing was started: {}",
+        missing.join("; ")
+    );
+    Ok(())
 }

@@ -10,12 +10,13 @@ use serde_json::{Value, json};
 
 use crate::bench::Bench;
 use crate::clock::UnixMs;
-use crate::guest::Vm;
+use crate::guest::{Running, Vm};
+use crate::memory::Compared;
 use crate::net::{Counters, Rack};
 use crate::observer::{Life, Track};
 use crate::outcome::{Moved, Outcome, PREPARE_TIME};
 use crate::process;
-use crate::results::{Downtime, Pages, Run, Sample, VmResult, VmTimeline};
+use crate::results::{Downtime, Pages, Run, STAMPS_CHECKED, Sample, VmResult, VmTimeline};
 use crate::touch::{self, TouchLatency};
 
 /// Interval between readings of the hosts' memory.
@@ -32,13 +33,14 @@ pub struct Before {
     counters: Counters,
     processor_s: [Option<f64>; 2],
     source_pss_bytes: Option<u64>,
+    /// By VM, those that stay after those that move.
     checked: Vec<u64>,
 }
 
 impl Before {
     /// Reads everything.
     pub fn read(bench: &Bench<'_>) -> anyhow::Result<Self> {
-        let checked = bench.vms.iter().map(|vm| {
+        let checked = bench.all_vms().map(|vm| {
             bench
                 .observer
                 .track(&vm.name)
@@ -102,29 +104,37 @@ pub fn listen(bench: &Bench<'_>, outcome: &Outcome) {
     thread::sleep(LISTEN);
 }
 
-/// Everything measured, except what only the caller knows (technique, repeat).
-pub fn run(bench: &Bench<'_>, before: &Before, outcome: &Outcome) -> anyhow::Result<Run> {
+/// Everything measured, except what only the caller knows (technique, repeat). `follows`: VMs may run
+/// before their memory, so that their moves end with the source's being free of them.
+pub fn run(
+    bench: &Bench<'_>,
+    before: &Before,
+    (outcome, follows): (&Outcome, bool),
+) -> anyhow::Result<Run> {
     let counters = bench.counters()?.since(before.counters);
-    let lives: Vec<VmLife> = (0..bench.vms.len())
-        .map(|nth| VmLife::judge(bench, outcome, nth, before.checked[nth]))
+    let (moving, staying) = before.checked.split_at(bench.vms.len());
+    let lives: Vec<VmLife> = (0..)
+        .zip(moving)
+        .map(|(nth, checked)| VmLife::judge(bench, (outcome, follows), nth, *checked))
         .collect();
+    let residents = residents(bench, staying);
     let started = start_of(bench, outcome);
-    let end = |life: &VmLife| life.running.map(|at| at.s_since(started) - life.hold_s());
+    let since_start =
+        |life: &VmLife, at: Option<UnixMs>| Some(at?.s_since(started) - life.hold_s());
+    let all = || lives.iter().chain(&residents);
     let times: Vec<f64> = lives
         .iter()
         .filter_map(|life| life.result.migration_time_s)
         .collect();
-    let compared: Vec<_> = outcome
-        .moved
-        .iter()
-        .filter_map(|moved| moved.compared)
-        .collect();
+    let compared = outcome.moved.iter().filter_map(|moved| moved.compared);
+    let compared = compared.reduce(Compared::and);
     Ok(Run {
         vms: bench.scenario.vms(),
         core_bytes: Some(counters.core()),
         target_to_target_bytes: Some(counters.target_to_target()),
         index_bytes: Some(counters.source_to_source()),
-        total_migration_time_s: latest(lives.iter().map(end)),
+        total_migration_time_s: latest(lives.iter().map(|life| since_start(life, life.end))),
+        running_at_target_s: latest(lives.iter().map(|life| since_start(life, life.running))),
         mean_migration_time_s: mean_of_all(&times, lives.len()),
         eviction_time_s: eviction_s(bench, started, &lives),
         downtime_ms: Downtime::of(
@@ -136,26 +146,37 @@ pub fn run(bench: &Bench<'_>, before: &Before, outcome: &Outcome) -> anyhow::Res
         prepare_time_s: figure_of(outcome, PREPARE_TIME),
         agent_peak_bytes: outcome.agent_peak,
         pages: total_pages(&outcome.moved),
-        compared_pages: (!compared.is_empty()).then(|| compared.iter().map(|c| c.pages).sum()),
-        mismatched_pages: (!compared.is_empty())
-            .then(|| compared.iter().map(|c| c.mismatched).sum()),
-        vms_lost: Some(u32::try_from(
-            lives.iter().filter(|life| life.lost).count(),
-        )?),
-        stamp_errors: lives.iter().map(|life| life.result.stamp_errors).sum(),
-        application: application(bench, before, &lives, (counters, outcome)),
+        compared_pages: compared.map(|found| found.pages),
+        mismatched_pages: compared.map(|found| found.mismatched),
+        vms_lost: Some(u32::try_from(all().filter(|life| life.lost).count())?),
+        stamp_errors: all()
+            .filter_map(|life| life.result.stamp_errors)
+            .reduce(|sum, errors| sum + errors),
+        application: application(
+            (bench, before),
+            all().map(|life| life.checked).sum(),
+            (counters, outcome),
+        ),
         cpu_seconds: cpu_seconds(bench, before, outcome),
-        timeline: outcome
-            .moved
-            .iter()
-            .map(|moved| VmTimeline {
-                vm: moved.vm.clone(),
-                samples: samples_since(started, outcome, moved),
-            })
+        timeline: timeline(started, outcome),
+        per_vm: lives
+            .into_iter()
+            .chain(residents)
+            .map(|life| life.result)
             .collect(),
-        per_vm: lives.into_iter().map(|life| life.result).collect(),
         ..Run::default()
     })
+}
+
+/// Those that stay, of whose pages so many were checked before.
+fn residents(bench: &Bench<'_>, checked: &[u64]) -> Vec<VmLife> {
+    let residents = bench.residents.iter().zip(checked);
+    residents
+        .map(|(vm, checked)| {
+            let names = (vm.name.as_str(), vm.source.name());
+            VmLife::of_resident(names, &bench.observer.track(&vm.name), *checked)
+        })
+        .collect()
 }
 
 /// What became of one VM.
@@ -163,13 +184,20 @@ struct VmLife {
     result: VmResult,
     /// First heartbeat from the target.
     running: Option<UnixMs>,
+    /// When its move was over.
+    end: Option<UnixMs>,
     lost: bool,
     /// Pages that the guest has checked since the migration began.
     checked: u64,
 }
 
 impl VmLife {
-    fn judge(bench: &Bench<'_>, outcome: &Outcome, nth: usize, checked_before: u64) -> Self {
+    fn judge(
+        bench: &Bench<'_>,
+        (outcome, follows): (&Outcome, bool),
+        nth: usize,
+        checked_before: u64,
+    ) -> Self {
         let (vm, moved) = (&bench.vms[nth], &outcome.moved[nth]);
         let track = bench.observer.track(&vm.name);
         let arrived = moved.remark.is_none();
@@ -180,28 +208,49 @@ impl VmLife {
             .first_from(vm.target.name())
             .map(|beat| beat.at)
             .filter(|_| arrived);
+        let free = bench.running.get(nth).and_then(Running::gone_at);
+        let end = end_of(running, free, follows);
         let hold_ms = moved.hold.map(|hold| hold.ms());
         let without_hold = |ms: f64| ms - hold_ms.unwrap_or(0.0);
-        let last = track.0.last();
+        let (checked, stamp_errors) = checks(&track, checked_before);
         let result = VmResult {
             vm: vm.name.clone(),
             source_host: vm.source.name().to_owned(),
             target_host: vm.target.name().to_owned(),
-            migration_time_s: running.map(|at| without_hold(at.ms_since(moved.started)) / 1e3),
+            migration_time_s: end.map(|at| without_hold(at.ms_since(moved.started)) / 1e3),
             downtime_ms: track
                 .gap_ms(vm.target.name())
                 .filter(|_| arrived)
                 .map(without_hold),
             hold_ms,
-            stamp_errors: last.map(|beat| beat.errors),
+            stamp_errors,
             remark: join(trouble.clone(), moved.remark.clone()),
         };
-        let checked = last
-            .map_or(0, |beat| beat.checked)
-            .saturating_sub(checked_before);
         Self {
             result,
             running,
+            end,
+            lost: trouble.is_some(),
+            checked,
+        }
+    }
+
+    /// Of a VM that runs at a target host and must go on there.
+    fn of_resident((vm, host): (&str, &str), track: &Track, checked_before: u64) -> Self {
+        let trouble = trouble(track, host);
+        let (checked, stamp_errors) = checks(track, checked_before);
+        let result = VmResult {
+            vm: vm.to_owned(),
+            source_host: host.to_owned(),
+            target_host: host.to_owned(),
+            stamp_errors,
+            remark: trouble.clone(),
+            ..VmResult::default()
+        };
+        Self {
+            result,
+            running: None,
+            end: None,
             lost: trouble.is_some(),
             checked,
         }
@@ -210,6 +259,27 @@ impl VmLife {
     fn hold_s(&self) -> f64 {
         self.result.hold_ms.unwrap_or(0.0) / 1e3
     }
+}
+
+/// When the move of a VM is over that runs at its target since `running`, and whose source has been free
+/// of it since `free`. With memory that follows it is over when both are so (SLM, section IV).
+fn end_of(running: Option<UnixMs>, free: Option<UnixMs>, follows: bool) -> Option<UnixMs> {
+    if follows {
+        Some(running?.later(free?))
+    } else {
+        running
+    }
+}
+
+/// Stamped pages that a guest has checked since it had checked `before` of them, and how many were
+/// damaged, if it has.
+fn checks(track: &Track, before: u64) -> (u64, Option<u64>) {
+    let (checked, errors) = track
+        .0
+        .last()
+        .map_or((0, 0), |beat| (beat.checked, beat.errors));
+    let checked = checked.saturating_sub(before);
+    (checked, (checked > 0 || errors > 0).then_some(errors))
 }
 
 /// Why a VM counts as lost, if it does.
@@ -249,6 +319,16 @@ fn start_of(bench: &Bench<'_>, outcome: &Outcome) -> UnixMs {
         Some(_) => outcome.started,
         None => outcome.first_start(),
     }
+}
+
+fn timeline(started: UnixMs, outcome: &Outcome) -> Vec<VmTimeline> {
+    let moved = outcome.moved.iter();
+    moved
+        .map(|moved| VmTimeline {
+            vm: moved.vm.clone(),
+            samples: samples_since(started, outcome, moved),
+        })
+        .collect()
 }
 
 /// The samples of a VM, with times from `started` on.
@@ -292,16 +372,14 @@ fn total_pages(moved: &[Moved]) -> Option<Pages> {
 }
 
 fn application(
-    bench: &Bench<'_>,
-    before: &Before,
-    lives: &[VmLife],
+    (bench, before): (&Bench<'_>, &Before),
+    checked: u64,
     (counters, outcome): (Counters, &Outcome),
 ) -> BTreeMap<String, Value> {
-    let checked: u64 = lives.iter().map(|life| life.checked).sum();
     let touches = TouchLatency::measure(bench, outcome);
     let figure = |name: &str, value: Value| (name.to_owned(), value);
     [
-        figure("stamped_pages_checked", json!(checked)),
+        figure(STAMPS_CHECKED, json!(checked)),
         figure(
             "core_bytes_source_to_target",
             json!(counters.core_to_target),
@@ -339,4 +417,51 @@ fn cpu_seconds(bench: &Bench<'_>, before: &Before, outcome: &Outcome) -> BTreeMa
         })
         .chain(outcome.cpu_seconds.iter().cloned())
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::observer::Beat;
+
+    fn beat(host: &str, sequence: u64, (checked, errors): (u64, u64)) -> Beat {
+        Beat {
+            at: UnixMs::now(),
+            host: host.to_owned(),
+            sequence,
+            checked,
+            errors,
+            ..Beat::default()
+        }
+    }
+
+    #[test]
+    fn a_move_whose_memory_follows_ends_when_the_source_is_free() {
+        let at = |second: f64| Some(UnixMs(second * 1e3));
+        assert_eq!(end_of(at(2.0), at(3.0), false), at(2.0));
+        assert_eq!(end_of(at(2.0), at(9.0), true), at(9.0));
+        assert_eq!(end_of(at(2.0), at(1.0), true), at(2.0));
+        assert_eq!(end_of(at(2.0), None, true), None);
+        assert_eq!(end_of(None, at(9.0), true), None);
+    }
+
+    #[test]
+    fn a_guest_that_has_checked_nothing_says_nothing_of_its_stamps() {
+        let track = |checked, errors| Track(vec![beat("t1", 1, (checked, errors))]);
+        assert_eq!(checks(&track(7, 0), 7), (0, None));
+        assert_eq!(checks(&track(9, 0), 7), (2, Some(0)));
+        assert_eq!(checks(&track(7, 1), 7), (0, Some(1)));
+        assert_eq!(checks(&Track::default(), 0), (0, None));
+    }
+
+    #[test]
+    fn a_resident_that_falls_silent_or_runs_elsewhere_is_lost() {
+        let life = |track: &Track| VmLife::of_resident(("stays5", "t1"), track, 0);
+        let whole = life(&Track(vec![beat("t1", 1, (5, 0))]));
+        assert!(!whole.lost && whole.result.stamp_errors == Some(0));
+        assert_eq!(whole.result.remark, None);
+        let silent = life(&Track::default());
+        assert!(silent.lost && silent.result.remark.is_some());
+        assert!(life(&Track(vec![beat("elsewhere", 1, (5, 0))])).lost);
+    }
 }

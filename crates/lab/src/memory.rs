@@ -1,15 +1,18 @@
-//! Compares the memory of a guest between its source QEMU and its target QEMU, every page of it.
+//! Compares the memory of a guest between its source QEMU and its target QEMU, every page of its RAM.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, anyhow, ensure};
 
+use crate::cgroup::{self, Part};
 use crate::process;
 use crate::qmp::Qmp;
+use crate::session;
 
-const PAGE: usize = 4096;
+pub(crate) const PAGE: usize = 4096;
 /// An entry of `/proc/PID/pagemap`: the page is in memory, and then in which frame.
 const ENTRY: usize = 8;
 const PRESENT: u64 = 1 << 63;
@@ -17,11 +20,11 @@ const FRAME: u64 = (1 << 55) - 1;
 /// Bytes read at a time: large enough that system calls do not count, small enough that what was
 /// read of both sides is still in the processor's cache when it is compared.
 const CHUNK: usize = 256 << 10;
-/// Priority of a comparison, and how long it keeps to it: guests that take all processors would keep
-/// a VM from its target for good.
-const BEHIND: i32 = 19;
+/// How long a comparison has only what no host wants: guests that take all processors would keep a VM
+/// from its target for good.
 const LONGEST_BEHIND: Duration = Duration::from_secs(5);
-/// Name of the RAM block that holds all of a guest's memory on pc and q35.
+/// Name of the RAM block that holds all of a guest's RAM on pc and q35. Those of the video card and of
+/// firmware are not looked at.
 const BLOCK: &str = "pc.ram";
 
 /// A guest's memory inside its QEMU.
@@ -145,7 +148,20 @@ impl GuestMemory {
 
 /// Compares all pages of two guests that are both stopped. Pages in one frame, which is mostly the
 /// kernel's frame of zeros, are the same without being read; all others are read.
+///
+/// In one thread, since two readers of one process wait for each other's locks; in one of its own, which
+/// stays behind the other VMs' migrations: its time is taken off what is measured of this VM, and not
+/// of them.
 pub fn compare(source: &GuestMemory, target: &GuestMemory) -> anyhow::Result<Compared> {
+    thread::scope(|scope| {
+        let comparing = scope.spawn(|| compare_here(source, target));
+        comparing
+            .join()
+            .map_err(|_| anyhow!("the comparing thread panicked"))?
+    })
+}
+
+fn compare_here(source: &GuestMemory, target: &GuestMemory) -> anyhow::Result<Compared> {
     ensure!(
         source.length == target.length,
         "the VM has {:#x} bytes at the source and {:#x} at the target",
@@ -156,16 +172,16 @@ pub fn compare(source: &GuestMemory, target: &GuestMemory) -> anyhow::Result<Com
         source.length.is_multiple_of(PAGE as u64),
         "the VM has a broken page at its end"
     );
-    // In one thread, since two readers of one process wait for each other's locks, and behind the
-    // other VMs' migrations: its time is taken off what is measured of this VM, and not of them.
-    let mut behind = Some(Behind::others());
+    fall_back_to(Part::Rest);
+    let mut part = Part::Rest;
     let begun = Instant::now();
     let mut frames = [vec![0; CHUNK / PAGE], vec![0; CHUNK / PAGE]];
     let mut buffers = [vec![0; CHUNK], vec![0; CHUNK]];
     let mut found = Compared::default();
     while found.pages * (PAGE as u64) < source.length {
-        if begun.elapsed() > LONGEST_BEHIND {
-            behind = None;
+        if part == Part::Rest && begun.elapsed() > LONGEST_BEHIND {
+            part = Part::OfAHost;
+            fall_back_to(part);
         }
         let at = found.pages * PAGE as u64;
         let left = (source.length - at) / PAGE as u64;
@@ -197,29 +213,19 @@ pub fn compare(source: &GuestMemory, target: &GuestMemory) -> anyhow::Result<Com
         }
         found.pages += count as u64;
     }
-    drop(behind);
     Ok(found)
 }
 
-/// The calling thread has the processors after all others, until this is dropped.
-struct Behind(());
-
-impl Behind {
-    fn others() -> Self {
-        Self::set(BEHIND);
-        Self(())
-    }
-
-    /// On Linux a priority belongs to a thread. Where it may not be changed a comparison finds the same.
-    fn set(nice: i32) {
-        let _ = rustix::process::setpriority_process(None, nice);
-    }
-}
-
-impl Drop for Behind {
-    fn drop(&mut self) {
-        Self::set(0);
-    }
+/// Leaves the calling thread this part of the processors, until it ends.
+fn fall_back_to(part: Part) {
+    let nice = match part {
+        Part::Rest => 19,
+        Part::OfAHost => 0,
+    };
+    // On Linux a priority belongs to a thread. It is all that there is where a cgroup cannot hold one, and
+    // where neither may be changed a comparison finds the same.
+    let _ = rustix::process::setpriority_process(None, nice);
+    let _ = cgroup::yield_to_hosts(&session::own_prefix(), part);
 }
 
 struct Block {

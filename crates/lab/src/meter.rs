@@ -10,6 +10,7 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use crate::clock::UnixMs;
 use crate::net::HostAddress;
 use crate::observer::Beat;
+use crate::session::spawn;
 
 /// Between the end of a program and its next start.
 const PAUSE_S: f64 = 0.3;
@@ -131,7 +132,7 @@ impl Meter {
             .stderr(Stdio::null());
         // One group, so that the shell and what it runs end together.
         std::os::unix::process::CommandExt::process_group(&mut child, 0);
-        let mut child = child.spawn().context("starting a program that measures")?;
+        let mut child = spawn(&mut child).context("starting a program that measures")?;
         let output = child.stdout.take().context("it has no output")?;
         let segments = Arc::new(Mutex::new(Vec::new()));
         let kept = Arc::clone(&segments);
@@ -231,12 +232,17 @@ pub fn redis_benchmark(line: &str) -> Option<Reading> {
     })
 }
 
-/// Counts the seconds in which a node, asked again and again, says that its cluster has failed.
+/// What is said where no node of a cluster answers.
+pub const CLUSTER_SILENT: &str = "cluster_state:silent";
+
+/// Counts the seconds, each time since the last answer, in which a node says that its cluster has
+/// failed, or no node says anything.
 #[must_use]
 pub fn cluster_failures(line: &str) -> Option<Reading> {
-    line.starts_with("cluster_state:fail").then_some(Reading {
-        seconds: Some(PAUSE_S),
-        per_s: 1.0,
+    let state = line.trim_end().strip_prefix("cluster_state:")?;
+    Some(Reading {
+        seconds: None,
+        per_s: if state == "ok" { 0.0 } else { 1.0 },
     })
 }
 
@@ -284,8 +290,50 @@ mod tests {
         let redis = "GET: rps=51234.5 (overall: 50000.0) avg_msec=14.2 (overall: 15.0)";
         assert_eq!(redis_benchmark(redis).unwrap().per_s, 51_234.5);
         assert_eq!(redis_benchmark("GET: rps=nan"), None);
-        assert!(cluster_failures("cluster_state:fail\r").is_some());
-        assert!(cluster_failures("cluster_state:ok").is_none());
+        let failed = |line: &str| cluster_failures(line).map(|reading| reading.per_s);
+        assert_eq!(failed("cluster_state:fail\r"), Some(1.0));
+        assert_eq!(failed("cluster_state:ok\r"), Some(0.0));
+        assert_eq!(failed(CLUSTER_SILENT), Some(1.0));
+        assert_eq!(failed("cluster_slots_ok:16384"), None);
+    }
+
+    #[test]
+    fn a_failed_cluster_counts_for_as_long_as_it_is_failed() {
+        let start = UnixMs::now();
+        let segments = Mutex::new(Vec::new());
+        let lines = Slowly(vec![
+            "cluster_state:ok\n",
+            "cluster_state:fail\n",
+            "cluster_state:ok\n",
+        ]);
+        follow(lines, cluster_failures, &segments);
+        let rates = Rates(segments.into_inner().unwrap());
+        let end = UnixMs::now();
+        let failed_s = rates.per_s(start, end) * end.s_since(start);
+        // The one pause before it was said, which on a busy machine is longer.
+        let pause_s = rates.0[1].to.s_since(rates.0[1].from);
+        assert!(
+            pause_s >= SLOWLY.as_secs_f64() && pause_s < 60.0,
+            "{pause_s}"
+        );
+        assert!((failed_s - pause_s).abs() < 0.01, "{failed_s} of {pause_s}");
+    }
+
+    /// A pause before each line.
+    const SLOWLY: std::time::Duration = std::time::Duration::from_millis(30);
+
+    struct Slowly(Vec<&'static str>);
+
+    impl Read for Slowly {
+        fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+            if self.0.is_empty() {
+                return Ok(0);
+            }
+            std::thread::sleep(SLOWLY);
+            let line = self.0.remove(0).as_bytes();
+            into[..line.len()].copy_from_slice(line);
+            Ok(line.len())
+        }
     }
 
     #[test]

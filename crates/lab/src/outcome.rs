@@ -15,8 +15,8 @@ use crate::results::{AgentPeak, Pages, Sample};
 /// The time that a VM stood still, loaded at the target, while the lab compared its memory.
 ///
 /// Neither QEMU nor Gangway needs this pause, so it is taken off every measured time. It begins
-/// when the technique would have let the VM run: for stock QEMU when the target reports the
-/// migration complete, for Gangway when the agent reports `held`. It ends when the lab says
+/// when the technique would have let the VM run: for stock QEMU when its source has the target's word
+/// that all is loaded, for Gangway when the agent reports `held`. It ends when the lab says
 /// `cont` or `continue`. All that comes after, until the guest's first heartbeat, is the
 /// technique's own time again.
 #[derive(Clone, Copy, Debug, PartialEq)]

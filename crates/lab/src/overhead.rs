@@ -6,6 +6,9 @@
 //! in pairs, every other pair in the opposite order, so that a drift of the machine does not look
 //! like an effect. The result is the mean over the pairs of the difference in percent, with its
 //! confidence interval by Student's t.
+//!
+//! Every preparation is the first one of its group, as before a migration, and hashes all memory: the
+//! agents forget each as soon as it has ended. Those that follow it would look at an eighth.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -51,10 +54,10 @@ pub struct Preparation {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Times {
-    /// Again and again: the guests never work without it.
+    /// Anew whenever it has ended: the guests hardly ever work without it.
     #[default]
     Loop,
-    /// As before a migration.
+    /// One time, however many rounds follow it.
     Once,
 }
 
@@ -99,7 +102,7 @@ pub struct Overhead {
     pub overhead_percent: Option<f64>,
     /// Where that mean lies with a confidence of 95 %.
     pub ci95_percent: Option<[f64; 2]>,
-    /// Length of each preparation, in the order in which they ran.
+    /// Length of each preparation, all of which hashed all memory, in the order in which they ran.
     pub prepare_s: Vec<f64>,
     /// Processor time of all agents during the measurements with preparation.
     pub agents_cpu_s: f64,
@@ -211,12 +214,19 @@ struct Experiment<'a> {
 }
 
 impl Experiment<'_> {
-    /// A round and a preparation that are not measured: translated code, page tables and the
-    /// agents' first allocations are in place afterwards.
+    /// Rounds that are not measured: translated code and page tables are in place afterwards.
     fn settle(&self) -> anyhow::Result<()> {
-        self.plan.run(self.agents)?;
         self.rounds_s(UnixMs::now())?;
         Ok(())
+    }
+
+    /// How long one preparation takes, which is the group's first.
+    fn prepare_s(&self) -> anyhow::Result<f64> {
+        let began = Instant::now();
+        let group = self.plan.run(self.agents)?;
+        let took = began.elapsed().as_secs_f64();
+        prepare::Plan::forget(self.agents, &group)?;
+        Ok(took)
     }
 
     /// Mean time of a round while preparation runs.
@@ -228,9 +238,7 @@ impl Experiment<'_> {
             let preparing = scope.spawn(|| {
                 let mut times = Vec::new();
                 loop {
-                    let began = Instant::now();
-                    self.plan.run(self.agents)?;
-                    times.push(began.elapsed().as_secs_f64());
+                    times.push(self.prepare_s()?);
                     let once = self.preparation.run == Times::Once;
                     if once || done.load(Ordering::Relaxed) {
                         return Ok::<_, anyhow::Error>(times);

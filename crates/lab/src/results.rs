@@ -16,13 +16,15 @@ pub use crate::footprint::Footprint;
 
 /// Name of the file inside a run's output directory.
 pub const FILE_NAME: &str = "results.json";
+/// Figure in a run's `application`: stamped pages that guests have checked since the move began.
+pub const STAMPS_CHECKED: &str = "stamped_pages_checked";
 
 /// All runs of one invocation of `gangway-lab run`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Results {
     /// Name of the scenario.
     pub scenario: String,
-    /// What took part, by name (`gangway`, `qemu_source`, `qemu_target`, `kernel`, ...).
+    /// What took part, by name (`gangway`, `qemu_source`, `qemu_target`, `guest_kernel`, ...).
     pub versions: BTreeMap<String, String>,
     /// Hosts, VMs and links.
     pub topology: Topology,
@@ -58,7 +60,7 @@ pub struct Topology {
 pub struct Run {
     /// `stock`, `stock-xbzrle`, `stock-multifd-zstd`, `oc`, `gang`, ...
     pub technique: String,
-    /// `pre-copy`.
+    /// `pre-copy`, `post-copy`, `post-copy-held` or `hybrid`.
     pub mode: String,
     /// `none` or `zstd`: what gangway does with literals.
     pub compression: String,
@@ -91,9 +93,14 @@ pub struct Run {
     /// Bytes between hosts of the source rack, where an index is there: its traffic, and what the
     /// agents say to the one that coordinates.
     pub index_bytes: Option<u64>,
-    /// From the start of the first VM's move to the last VM running at its target, holds taken off.
+    /// From the start of the first VM's move to the end of the last one's, holds taken off: a VM runs at
+    /// its target, and where its memory follows it the source host is free of it, too.
     pub total_migration_time_s: Option<f64>,
-    /// Mean over the VMs of the time from the VM's start to its running at the target.
+    /// From the start of the first VM's move to the last VM running at its target, holds taken off,
+    /// whatever is still to follow.
+    #[serde(default)]
+    pub running_at_target_s: Option<f64>,
+    /// Mean over the VMs of the time from the VM's start to the end of its move.
     pub mean_migration_time_s: Option<f64>,
     /// From the start of the first VM's move until the source hosts are free of the VMs.
     pub eviction_time_s: Option<f64>,
@@ -123,7 +130,7 @@ pub struct Run {
     pub compared_pages: Option<u64>,
     /// Of these, how many differed.
     pub mismatched_pages: Option<u64>,
-    /// VMs that run nowhere, or twice, at the end.
+    /// VMs that run nowhere, twice or elsewhere than they should at the end, those that stay included.
     pub vms_lost: Option<u32>,
     /// What the workloads in the guests said, by measure.
     #[serde(default)]
@@ -134,10 +141,11 @@ pub struct Run {
     /// How far each VM was at which time.
     #[serde(default)]
     pub timeline: Vec<VmTimeline>,
-    /// CPU time by kind of process (`qemu_source`, `agent_source`, ...), in seconds.
+    /// CPU time in seconds: of all that runs on the hosts of a rack (`all_source`, `all_target`), and of
+    /// that what is the agents' (`agents_source`, `agents_target`).
     #[serde(default)]
     pub cpu_seconds: BTreeMap<String, f64>,
-    /// Stamped pages that a guest found changed.
+    /// Stamped pages that a guest found changed; absent if no guest has checked one.
     #[serde(default)]
     pub stamp_errors: Option<u64>,
     /// Why the run did not come to its end; absent if it did.
@@ -193,13 +201,13 @@ pub struct VmResult {
     pub source_host: String,
     /// Host that it went to.
     pub target_host: String,
-    /// From its start to its running at the target, its hold taken off.
+    /// From its start to the end of its move, its hold taken off.
     pub migration_time_s: Option<f64>,
     /// The observer's gap, its hold taken off.
     pub downtime_ms: Option<f64>,
     /// How long the lab held it, stopped at both ends, to compare its memory.
     pub hold_ms: Option<f64>,
-    /// Stamped pages that the guest found changed.
+    /// Stamped pages that the guest found changed; absent if it has checked none.
     #[serde(default)]
     pub stamp_errors: Option<u64>,
     /// What the VM's end was, if it was not a clean move.
@@ -264,8 +272,10 @@ impl Results {
             path: path.clone(),
             source,
         })?;
-        serde_json::from_reader(BufReader::new(file))
-            .map_err(|source| FileError::Format { path, source })
+        let mut results: Self = serde_json::from_reader(BufReader::new(file))
+            .map_err(|source| FileError::Format { path, source })?;
+        results.runs.iter_mut().for_each(Run::renew);
+        Ok(results)
     }
 
     /// Writes `results.json` into `dir`. Replaces an older file only when the new one is whole.
@@ -361,6 +371,14 @@ pub struct Technique<'a> {
     pub runs: Vec<&'a Run>,
 }
 
+impl<'a> Technique<'a> {
+    /// Those that came to their end: what others measured says nothing of the technique.
+    pub fn completed(&self) -> impl Iterator<Item = &'a Run> {
+        let runs = self.runs.iter().copied();
+        runs.filter(|run| run.failure.is_none())
+    }
+}
+
 impl Run {
     /// The run as one of this technique.
     #[must_use]
@@ -373,6 +391,28 @@ impl Run {
             preempt: technique.preempts(),
             ..run
         }
+    }
+
+    /// Brings a run of an older file to what the fields mean now. Then the total time of a VM in
+    /// post-copy ended when it ran, and 0 stamps were broken where none was checked.
+    fn renew(&mut self) {
+        if self.running_at_target_s.is_none() && self.total_migration_time_s.is_some() {
+            self.running_at_target_s = self.total_migration_time_s;
+            if self.mode.starts_with("post-copy") {
+                self.total_migration_time_s = self.eviction_time_s;
+                self.mean_migration_time_s = None;
+            }
+        }
+        let checked = self.application.get(STAMPS_CHECKED);
+        if checked.and_then(serde_json::Value::as_u64) == Some(0) && self.stamp_errors == Some(0) {
+            self.stamp_errors = None;
+        }
+    }
+
+    /// Whether memory was compared, or stamps in it checked.
+    #[must_use]
+    pub fn is_checked(&self) -> bool {
+        self.compared_pages.is_some() || self.stamp_errors.is_some()
     }
 
     /// The technique with the settings that set it apart: `gang+zstd`.
@@ -474,6 +514,33 @@ mod tests {
         let path = results.save(dir.path()).unwrap();
         assert_eq!(Results::load(dir.path()).unwrap(), results);
         assert_eq!(Results::load(&path).unwrap(), results);
+    }
+
+    #[test]
+    fn an_older_file_is_read_with_the_meaning_that_its_fields_have_now() {
+        let old = |mode: &str, checked: u64| Run {
+            mode: mode.into(),
+            total_migration_time_s: Some(2.0),
+            mean_migration_time_s: Some(1.0),
+            eviction_time_s: Some(9.0),
+            stamp_errors: Some(0),
+            application: [(STAMPS_CHECKED.to_owned(), checked.into())].into(),
+            ..Run::default()
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let results = Results {
+            runs: vec![old("post-copy", 0), old("pre-copy", 5)],
+            ..Results::default()
+        };
+        results.save(dir.path()).unwrap();
+        let runs = Results::load(dir.path()).unwrap().runs;
+        let times = |run: &Run| [run.total_migration_time_s, run.running_at_target_s];
+        assert_eq!(times(&runs[0]), [Some(9.0), Some(2.0)]);
+        assert_eq!(runs[0].mean_migration_time_s, None);
+        assert_eq!(times(&runs[1]), [Some(2.0), Some(2.0)]);
+        assert_eq!(runs[1].mean_migration_time_s, Some(1.0));
+        let errors: Vec<_> = runs.iter().map(|run| run.stamp_errors).collect();
+        assert_eq!(errors, [None, Some(0)]);
     }
 
     #[test]

@@ -22,10 +22,11 @@ use crate::install::{self, Image, Suite};
 use crate::ksm::{self, Merged};
 use crate::load::Load;
 use crate::measure::{self, Before};
+use crate::memory::PAGE;
 use crate::net::Rack;
 use crate::outcome::{EventLog, Figures, Outcome};
 use crate::overhead;
-use crate::results::{Results, Run, Topology};
+use crate::results::{self, Results, Run, Topology};
 use crate::saved::Saved;
 use crate::scenario::{Preset, Scenario, Stock, Technique};
 use crate::session::Session;
@@ -40,12 +41,11 @@ const TCP_CONGESTION: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
 /// is part of the results; only what keeps the lab itself from working is an error.
 pub fn scenario(name: &str, scenario: &Scenario, out: &Path) -> anyhow::Result<Results> {
     std::fs::create_dir_all(out).with_context(|| format!("making {}", out.display()))?;
-    let programs = Programs {
-        source: install::qemu(&scenario.qemu.source)?,
-        target: install::qemu(&scenario.qemu.target)?,
-        images: images(scenario)?,
-    };
-    let _ = std::fs::remove_file(out.join("events.jsonl"));
+    // What an earlier invocation left is not to be taken for this one's, whatever becomes of it.
+    for name in [results::FILE_NAME, "events.jsonl"] {
+        let _ = std::fs::remove_file(out.join(name));
+    }
+    let programs = programs(scenario)?;
     let session = Session::start()?;
     let mut results = Results {
         scenario: name.to_owned(),
@@ -136,6 +136,29 @@ fn overheads(
     Ok(runs)
 }
 
+fn programs(scenario: &Scenario) -> anyhow::Result<Programs> {
+    Ok(Programs {
+        source: install::qemu(&scenario.qemu.source)?,
+        target: install::qemu(&scenario.qemu.target)?,
+        images: images(scenario)?,
+    })
+}
+
+/// Finds everything that a scenario starts, and starts nothing.
+pub fn look_for_programs(scenario: &Scenario) -> anyhow::Result<()> {
+    programs(scenario)?;
+    if needs_gangway(scenario) {
+        install::gangway(scenario.gangway.as_deref())?;
+    }
+    Ok(())
+}
+
+fn needs_gangway(scenario: &Scenario) -> bool {
+    let mut techniques = scenario.techniques.iter();
+    techniques.any(|technique| matches!(technique, Technique::Gangway { .. }))
+        || scenario.preparation.is_some()
+}
+
 /// What the guests boot in turn: with applications, if any guest needs one.
 fn images(scenario: &Scenario) -> anyhow::Result<Vec<Image>> {
     let mut images = vec![image(scenario)?];
@@ -208,7 +231,7 @@ fn failed(scenario: &Scenario, error: &anyhow::Error) -> Run {
     }
 }
 
-/// Whether every run came to its end with every VM intact.
+/// Whether every run came to its end with every VM intact, as far as its scenario looks.
 #[must_use]
 pub fn all_intact(results: &Results) -> bool {
     results.runs.iter().all(|run| {
@@ -256,7 +279,8 @@ fn one(
     if scenario.check_stamps {
         frozen::wait_for_rounds(&bench)?;
     }
-    let mut run = measure::run(&bench, &before, &outcome)?;
+    let follows = technique.memory_may_follow();
+    let mut run = measure::run(&bench, &before, (&outcome, follows))?;
     if !technique.has_index() {
         run.index_bytes = None;
     }
@@ -301,7 +325,10 @@ fn one(
         .iter()
         .filter_map(|vm| Some(format!("{}: {}", vm.vm, vm.remark.as_ref()?)));
     let wrong = outcome.unexpected.into_iter().chain(trouble).chain(remarks);
-    let wrong: Vec<String> = wrong.collect();
+    let mut wrong: Vec<String> = wrong.collect();
+    if wrong.is_empty() {
+        wrong.extend(left_out(scenario, technique, run.compared_pages));
+    }
     let failure = (!wrong.is_empty()).then(|| wrong.join("; "));
     Ok(Run {
         source_footprint_bytes,
@@ -309,6 +336,21 @@ fn one(
         failure,
         ..run
     })
+}
+
+/// What is wrong with so many `compared` pages, where all should have been.
+fn left_out(scenario: &Scenario, technique: Technique, compared: Option<u64>) -> Option<String> {
+    if !scenario.compare || scenario.check_stamps || !technique.can_be_compared() {
+        return None;
+    }
+    let wanted = u64::from(scenario.vms()) * (scenario.vm.memory_mb << 20) / PAGE as u64;
+    let found = compared.unwrap_or(0);
+    // Where a fault strikes, VMs move twice, and some are compared both times.
+    let is_all = match &scenario.fault {
+        Some(_) => found >= wanted,
+        None => found == wanted,
+    };
+    (!is_all).then(|| format!("{found} pages were compared, and should have been {wanted}"))
 }
 
 /// What the guests' memory comes to at best. Guests that begin alike and do nothing are measured once.
@@ -506,6 +548,10 @@ fn versions(scenario: &Scenario, programs: &Programs) -> anyhow::Result<BTreeMap
         ("qemu_source".to_owned(), programs.source.version.clone()),
         ("qemu_target".to_owned(), programs.target.version.clone()),
         ("machine".to_owned(), scenario.qemu.machine.clone()),
+        (
+            "accelerator".to_owned(),
+            scenario.vm.accel.name().to_owned(),
+        ),
         ("guest_kernel".to_owned(), programs.kernels()),
         ("lab".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
     ]);
@@ -518,12 +564,7 @@ fn versions(scenario: &Scenario, programs: &Programs) -> anyhow::Result<BTreeMap
     if let Ok(name) = std::fs::read_to_string(TCP_CONGESTION) {
         versions.insert("tcp_congestion_control".to_owned(), name.trim().to_owned());
     }
-    if scenario
-        .techniques
-        .iter()
-        .any(|technique| matches!(technique, Technique::Gangway { .. }))
-        || scenario.preparation.is_some()
-    {
+    if needs_gangway(scenario) {
         let program = install::gangway(scenario.gangway.as_deref())?;
         let version = output(std::process::Command::new(program).arg("--version"))?;
         versions.insert("gangway".to_owned(), version.trim().to_owned());
@@ -547,4 +588,34 @@ fn seconds(at: UnixMs) -> u64 {
     std::time::Duration::try_from_secs_f64(at.0 / 1e3)
         .unwrap_or_default()
         .as_secs()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_in_which_pages_were_left_out_of_the_comparison_is_a_failed_one() {
+        let load = |name: &str, settings: &[&str]| {
+            let settings: Vec<String> = settings.iter().map(|&s| s.to_owned()).collect();
+            Scenario::load(name, &settings, false).unwrap()
+        };
+        let technique = |name: &str| name.parse::<Technique>().unwrap();
+        let pair = load("pair", &[]);
+        let all = 2 * (256 << 20) / 4096;
+        let of_pair = |name: &str, compared| left_out(&pair, technique(name), compared).is_some();
+        assert!(!of_pair("gang", Some(all)));
+        for too_few in [None, Some(0), Some(all - 1), Some(all / 2)] {
+            assert!(of_pair("gang", too_few), "{too_few:?}");
+            assert!(of_pair("gang+postcopy-held", too_few), "{too_few:?}");
+            assert!(!of_pair("stock-postcopy", too_few), "{too_few:?}");
+        }
+        let alone = load("pair", &["compare=false"]);
+        assert_eq!(left_out(&alone, technique("gang"), None), None);
+        // Compared under the fault and after it.
+        let fault = load("fault", &[]);
+        let one = (192 << 20) / 4096;
+        assert_eq!(left_out(&fault, technique("gang"), Some(2 * one)), None);
+        assert!(left_out(&fault, technique("gang"), Some(one - 1)).is_some());
+    }
 }

@@ -80,7 +80,7 @@ pub struct Scenario {
     /// What is done with the guests' balloons; `vm.balloon` gives them some.
     #[serde(default)]
     pub balloon: Option<Balloon>,
-    /// Longest switch-over that the plans of Gangway's techniques allow; QEMU's own 300 ms if absent.
+    /// Longest switch-over that plans allow, and what stock QEMU is told; its own 300 ms if absent.
     #[serde(default)]
     pub downtime_limit_ms: Option<u64>,
     /// What each VM's memory may take of the links, in Mbit/s: in post-copy of stock QEMU, in all of a move
@@ -157,6 +157,9 @@ pub struct Vm {
     /// Chipset.
     #[serde(default)]
     pub machine: Machine,
+    /// What carries out their instructions.
+    #[serde(default)]
+    pub accel: Accel,
     /// Whether it has a virtio-blk disk on storage that both racks share.
     #[serde(default)]
     pub disk: bool,
@@ -184,6 +187,9 @@ pub struct Vm {
     /// MiB that are stamped and checked.
     #[serde(default)]
     pub stamp_mb: u32,
+    /// Whether these are checked slowly and never written, so that a guest stays as good as idle.
+    #[serde(default)]
+    pub stamp_still: bool,
     /// MiB that are stamped once, and whose pages are touched one after the other, each touch timed.
     #[serde(default)]
     pub touch_mb: u32,
@@ -207,6 +213,28 @@ pub enum Machine {
     Pc,
     /// Q35.
     Q35,
+}
+
+/// What carries out the guests' instructions.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accel {
+    /// QEMU.
+    #[default]
+    Tcg,
+    /// The processor, where the kernel lets QEMU use it.
+    Kvm,
+}
+
+impl Accel {
+    /// As scenarios and QEMU write it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tcg => "tcg",
+            Self::Kvm => "kvm",
+        }
+    }
 }
 
 /// Versions of QEMU, like `10.0`.

@@ -2,19 +2,21 @@
 //!
 //! Whatever the lab makes outside its own process carries the session's prefix `gw<pid>`: network
 //! namespaces `gw<pid>-HOST`, cgroups `gw<pid>`, the directory `gw<pid>` for sockets and logs, and `gw<pid>-kept`.
-//! Every process of a run lives in one of the namespaces. So the name alone is enough to remove
-//! all of it: at the end, on a signal, or when a later session finds the leftovers of a dead one.
+//! Every process of a run lives in one of the cgroups, and most in one of the namespaces. So the name
+//! alone is enough to remove all of it: at the end, on a signal, or when a later session finds the
+//! leftovers of a dead one.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 use std::time::Duration;
 
 use anyhow::Context;
 use rustix::mount::{UnmountFlags, unmount};
 use rustix::process::{Pid, Signal, kill_process};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::cgroup;
@@ -37,6 +39,12 @@ pub fn making() -> RwLockReadGuard<'static, ()> {
     MAKING.read().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Starts a process of a run, unless the lab is ending.
+pub fn spawn(command: &mut Command) -> io::Result<Child> {
+    let _making = making();
+    command.spawn()
+}
+
 /// The names of one session. Dropping it removes all that carries them.
 #[derive(Debug)]
 pub struct Session {
@@ -51,7 +59,7 @@ impl Session {
             "the lab needs root: it makes network namespaces and reads the memory of QEMU"
         );
         remove_leftovers();
-        let prefix = format!("{PREFIX}{}", std::process::id());
+        let prefix = own_prefix();
         fs::create_dir_all(dir_of(&prefix)).context("making the session's directory")?;
         remove_on_signal(prefix.clone())?;
         Ok(Self { prefix })
@@ -94,6 +102,12 @@ impl Drop for Session {
     }
 }
 
+/// Prefix of the session of this process, of which there is one at a time.
+#[must_use]
+pub fn own_prefix() -> String {
+    format!("{PREFIX}{}", std::process::id())
+}
+
 /// The directories of all sessions of this machine.
 #[must_use]
 pub fn directories() -> Vec<PathBuf> {
@@ -113,7 +127,13 @@ fn kept_dir_of(prefix: &str) -> PathBuf {
 }
 
 fn remove_on_signal(prefix: String) -> anyhow::Result<()> {
-    let mut signals = Signals::new([SIGINT, SIGTERM]).context("watching for signals")?;
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mut ends = vec![SIGINT, SIGTERM];
+    // With `nohup` the lab goes on when its terminal closes.
+    if !is_ignored(SIGHUP, &status) {
+        ends.push(SIGHUP);
+    }
+    let mut signals = Signals::new(ends).context("watching for signals")?;
     std::thread::Builder::new()
         .name("signals".into())
         .spawn(move || {
@@ -126,6 +146,13 @@ fn remove_on_signal(prefix: String) -> anyhow::Result<()> {
         })
         .context("watching for signals")?;
     Ok(())
+}
+
+/// Whether a process ignores a signal whose `/proc/PID/status` this is.
+fn is_ignored(signal: i32, status: &str) -> bool {
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
 }
 
 fn remove_leftovers() {
@@ -175,14 +202,18 @@ fn remove(prefix: &str) {
         .filter(|name| session_of(name).is_some_and(|(of, _)| of == prefix))
         .collect();
     for namespace in &namespaces {
-        end_processes(namespace);
+        end_processes(namespace, || pids_in_namespace(namespace));
     }
+    // Those on their way into a namespace, and what has left it.
+    end_processes("the session's cgroups", || cgroup::pids(prefix));
     for namespace in &namespaces {
         if let Err(error) = output(Command::new("ip").args(["netns", "del", namespace])) {
             say(&format!("{error:#}"));
         }
     }
-    cgroup::remove(prefix);
+    for left in cgroup::remove(prefix) {
+        say(&format!("the cgroup {} cannot be removed", left.display()));
+    }
     let dir = dir_of(prefix);
     ksm::restore(&dir);
     remove_dir(&dir);
@@ -208,17 +239,16 @@ fn unmount_below(dir: &Path) {
     }
 }
 
-/// Kills every process of a namespace and waits until they are gone.
-fn end_processes(namespace: &str) {
-    // Twice the time that a QEMU with much memory was seen to need; then the namespace goes anyway.
+/// Kills every process that is `listed`, in `place`, and waits until they are gone.
+fn end_processes(place: &str, listed: impl Fn() -> Vec<i32>) {
+    let others = || -> Vec<Pid> {
+        let pids = listed().into_iter().filter_map(Pid::from_raw);
+        pids.filter(|pid| *pid != rustix::process::getpid())
+            .collect()
+    };
+    // Twice the time that a QEMU with much memory was seen to need; then the place goes anyway.
     for _ in 0..100 {
-        let listed = output(Command::new("ip").args(["netns", "pids", namespace]));
-        let pids: Vec<Pid> = listed
-            .unwrap_or_default()
-            .lines()
-            .filter_map(|line| Pid::from_raw(line.trim().parse().ok()?))
-            .filter(|pid| *pid != rustix::process::getpid())
-            .collect();
+        let pids = others();
         if pids.is_empty() {
             return;
         }
@@ -228,11 +258,31 @@ fn end_processes(namespace: &str) {
         }
         std::thread::sleep(Duration::from_millis(20));
     }
+    let left: Vec<String> = others().iter().map(ToString::to_string).collect();
+    if !left.is_empty() {
+        let left = left.join(", ");
+        say(&format!("processes in {place} do not end: {left}"));
+    }
+}
+
+fn pids_in_namespace(namespace: &str) -> Vec<i32> {
+    let listed = output(Command::new("ip").args(["netns", "pids", namespace]));
+    let listed = listed.unwrap_or_default();
+    let pids = listed.lines().map(|line| line.trim().parse::<i32>());
+    pids.filter_map(Result::ok).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_closed_terminal_ends_the_lab_unless_it_was_started_to_outlive_it() {
+        let status = |mask: &str| format!("SigBlk:\t00ff\nSigIgn:\t{mask}\nSigCgt:\tffff\n");
+        assert!(is_ignored(SIGHUP, &status("0000000000001001")));
+        assert!(!is_ignored(SIGHUP, &status("0000000000001000")));
+        assert!(!is_ignored(SIGHUP, ""));
+    }
 
     #[test]
     fn only_names_of_a_session_are_taken_for_leftovers() {

@@ -7,6 +7,8 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 
+use crate::session::spawn;
+
 /// Runs `command` to its end and returns its standard output.
 pub fn output(command: &mut Command) -> anyhow::Result<String> {
     let done = command
@@ -14,6 +16,18 @@ pub fn output(command: &mut Command) -> anyhow::Result<String> {
         .output()
         .with_context(|| describe(command))?;
     finish(&describe(command), done)
+}
+
+/// As [`output`], of a program that runs on a host: none is started once the lab is ending.
+pub fn output_on_host(command: &mut Command) -> anyhow::Result<String> {
+    let what = describe(command);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let child = spawn(command).with_context(|| what.clone())?;
+    let done = child.wait_with_output().with_context(|| what.clone())?;
+    finish(&what, done)
 }
 
 /// As [`output`], with `input` on its standard input.
@@ -60,5 +74,6 @@ fn describe(command: &Command) -> String {
 pub fn say(text: &str) {
     static STARTED: OnceLock<Instant> = OnceLock::new();
     let elapsed = STARTED.get_or_init(Instant::now).elapsed().as_secs_f64();
-    eprintln!("[{elapsed:7.1}s] {text}");
+    // Not `eprintln`, which panics where the terminal is gone: what follows must be done then, too.
+    let _ = writeln!(std::io::stderr(), "[{elapsed:7.1}s] {text}");
 }

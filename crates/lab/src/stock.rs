@@ -94,11 +94,14 @@ struct Settings {
 }
 
 impl Settings {
-    /// The best that suits every scenario: no limit of the bandwidth, and what the technique is
-    /// named after.
+    /// The best that suits every scenario: no limit of the bandwidth, the scenario's own limits, and what
+    /// the technique is named after.
     fn of(stock: Stock, scenario: &Scenario) -> Self {
         // 0 lifts QEMU's own limit of 128 MiB/s.
         let mut parameters = json!({"max-bandwidth": 0});
+        if let Some(limit) = scenario.downtime_limit_ms {
+            parameters["downtime-limit"] = limit.into();
+        }
         let mut capabilities = Vec::new();
         match stock {
             Stock::Plain => {}
@@ -192,7 +195,7 @@ impl Move<'_> {
         moved.pages = wait_for_source(&mut source)?;
         // In post-copy it runs already, and has written to its memory.
         if !self.stock.is_postcopy() {
-            self.hand_over(&mut source, &mut target, loaded, moved)?;
+            self.hand_over(&mut source, &mut target, moved)?;
         }
         source
             .execute("quit", json!({}))
@@ -279,14 +282,15 @@ impl Move<'_> {
         })
     }
 
-    /// Compares, lets the target run, and notes how long that held the VM up.
+    /// Compares, lets the target run, and notes how long that held the VM up: not what passed until the
+    /// source was done, which a manager must wait for, too.
     fn hand_over(
         &self,
         source: &mut Qmp,
         target: &mut Qmp,
-        loaded: UnixMs,
         moved: &mut Moved,
     ) -> anyhow::Result<()> {
+        let from = UnixMs::now();
         if !self.bench.scenario.compare {
             target
                 .execute("cont", json!({}))
@@ -301,12 +305,12 @@ impl Move<'_> {
         target
             .execute("cont", json!({}))
             .context("letting the target run")?;
-        moved.hold = Some(Hold { from: loaded, to });
+        moved.hold = Some(Hold { from, to });
         let fields = json!({
             "phase": "released",
             "compared_pages": compared.pages,
             "mismatched_pages": compared.mismatched,
-            "hold_ms": to.ms_since(loaded),
+            "hold_ms": to.ms_since(from),
         });
         self.log.note(&self.vm.name, "phase", fields);
         Ok(())
@@ -362,6 +366,15 @@ mod tests {
             said(Stock::PostcopyPreempt, 128).starts_with("postcopy-ram=on postcopy-preempt=on ")
         );
         assert!(said(Stock::AutoConverge, 128).starts_with("auto-converge=on"));
+    }
+
+    #[test]
+    fn a_baseline_has_the_scenarios_limit_of_the_downtime() {
+        let scenario = Scenario::load("slm-fig7", &[], false).unwrap();
+        let limit = scenario.downtime_limit_ms.unwrap();
+        let said = Settings::of(Stock::Plain, &scenario).text();
+        let wanted = format!("downtime-limit={limit}");
+        assert!(said.split(' ').any(|word| word == wanted), "{said}");
     }
 
     #[test]

@@ -194,6 +194,28 @@ impl Technique {
         }
     }
 
+    /// Whether VMs may run at their targets before their memory.
+    #[must_use]
+    pub fn memory_may_follow(self) -> bool {
+        match self {
+            Self::Stock(stock) => stock.is_postcopy(),
+            Self::Gangway { mode, .. } => mode != Mode::PreCopy,
+        }
+    }
+
+    /// Whether VMs stand still at both ends with all of their memory, so that it can be compared.
+    #[must_use]
+    pub fn can_be_compared(self) -> bool {
+        let is_held = matches!(
+            self,
+            Self::Gangway {
+                mode: Mode::PostCopyHeld,
+                ..
+            }
+        );
+        is_held || !self.memory_may_follow()
+    }
+
     /// Gangway's compression.
     #[must_use]
     pub fn compression(self) -> &'static str {
@@ -323,6 +345,21 @@ mod tests {
         ] {
             assert!(wrong.parse::<Technique>().is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn only_vms_that_are_held_or_come_after_their_memory_can_be_compared() {
+        let of = |name: &str| {
+            let technique = name.parse::<Technique>().unwrap();
+            (technique.memory_may_follow(), technique.can_be_compared())
+        };
+        for name in ["stock", "full"] {
+            assert_eq!(of(name), (false, true), "{name}");
+        }
+        for name in ["stock-postcopy-preempt", "slm+postcopy", "oc+hybrid"] {
+            assert_eq!(of(name), (true, false), "{name}");
+        }
+        assert_eq!(of("slm+postcopy-held"), (true, true));
     }
 
     #[test]

@@ -16,6 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use lab_init::agreed::{TEMPLATE_MARKER, TEMPLATE_MARKER_TURN, TEMPLATE_WAITS};
 use rustix::mount::{MountFlags, mount};
 use serde_json::json;
 
@@ -29,13 +30,7 @@ use crate::state_file;
 /// Name and number of the template itself; guests are numbered from 1.
 const NAME: &str = "template";
 const NUMBER: u32 = 0;
-/// The marker that `lab-init` puts at the start of its page: these bytes, each turned by
-/// [`MARKER_TURN`], so that neither program holds it anywhere else.
-const MARKER: &[u8; 32] = b"gangway lab: who is this guest? ";
-const MARKER_TURN: u8 = 0x55;
 const PAGE: usize = 4096;
-/// What the template says when it waits.
-const WAITING: &str = "lab-init: template waits";
 /// As for any guest's boot.
 const PATIENCE: Duration = Duration::from_secs(240);
 const LOOK: Duration = Duration::from_millis(50);
@@ -128,7 +123,7 @@ fn wait_until_it_waits(vm: &Vm) -> anyhow::Result<()> {
     loop {
         let said = std::fs::read(&console).unwrap_or_default();
         let said = String::from_utf8_lossy(&said);
-        if said.contains(WAITING) {
+        if said.contains(TEMPLATE_WAITS) {
             return Ok(());
         }
         ensure!(
@@ -142,11 +137,11 @@ fn wait_until_it_waits(vm: &Vm) -> anyhow::Result<()> {
 
 /// Address of the one page of `memory` that starts with the marker.
 fn find_marker(memory: &File) -> anyhow::Result<u64> {
-    let marker = MARKER.map(|byte| byte ^ MARKER_TURN);
+    let marker = TEMPLATE_MARKER.map(|byte| byte ^ TEMPLATE_MARKER_TURN);
     let length = memory.metadata().context("asking for its size")?.len();
     let mut found = Vec::new();
     for at in (0..length).step_by(PAGE) {
-        let mut start = [0; MARKER.len()];
+        let mut start = [0; TEMPLATE_MARKER.len()];
         memory.read_exact_at(&mut start, at).context("reading it")?;
         if start == marker {
             found.push(at);
@@ -166,7 +161,7 @@ mod tests {
     fn only_a_marker_at_the_start_of_a_single_page_is_taken() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("ram");
-        let marker = MARKER.map(|byte| byte ^ MARKER_TURN);
+        let marker = TEMPLATE_MARKER.map(|byte| byte ^ TEMPLATE_MARKER_TURN);
         let find = |places: &[usize]| {
             let mut memory = vec![0; 8 * PAGE];
             for place in places {

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use lab_init::agreed::{TOUCH_FIRST, TOUCH_PER_DOUBLING};
 use serde::{Deserialize, Serialize};
 
 use crate::bench::Bench;
@@ -13,10 +14,6 @@ use crate::results::Run;
 
 /// Name of the figure.
 pub const NAME: &str = "touch_latency";
-/// End of the first bucket, as the guest has it: what took longer waited for something.
-const FIRST_MS: f64 = 0.2;
-/// Buckets for each doubling.
-const PER_DOUBLING: f64 = 8.0;
 /// How long before its move it is read what a guest at rest counts.
 const BEFORE_MS: f64 = 3e3;
 
@@ -80,7 +77,13 @@ impl Counts {
 }
 
 fn end_ms(bucket: u32) -> f64 {
-    FIRST_MS * (f64::from(bucket) / PER_DOUBLING).exp2()
+    first_ms() * (f64::from(bucket) / TOUCH_PER_DOUBLING).exp2()
+}
+
+/// End of the first bucket: what took longer waited for something.
+fn first_ms() -> f64 {
+    // As a fraction of a millisecond in one step: 200 us are 0.2 ms, not a little more.
+    TOUCH_FIRST.as_micros() as f64 / 1e3
 }
 
 /// Touches between the VM's start at its target and the arrival of all of its memory, of all VMs.
@@ -129,7 +132,7 @@ impl TouchLatency {
             median_ms: during.slow_at(0.5),
             p99_ms: during.slow_at(0.99),
             longest_ms: during.slow().next_back().map(|(bucket, _)| end_ms(bucket)),
-            threshold_ms: FIRST_MS,
+            threshold_ms: first_ms(),
             slow_before_permille: (before.all() > 0).then_some(permille),
             histogram: during
                 .slow()

@@ -9,7 +9,9 @@ use rustix::process::{Pid, Signal, kill_process};
 
 /// Starts a run with stock QEMU.
 fn start_lab(scenario: &str, settings: &[&str], out: &Path) -> Child {
-    let mut lab = Command::new(env!("CARGO_BIN_EXE_gangway-lab"));
+    // Who runs the tests may have them outlive a terminal.
+    let mut lab = Command::new("env");
+    lab.args(["--default-signal=HUP", env!("CARGO_BIN_EXE_gangway-lab")]);
     lab.args(["run", scenario, "--set", "techniques=stock"]);
     for setting in settings {
         lab.args(["--set", setting]);
@@ -102,6 +104,17 @@ fn real_interrupted_lab_removes_its_guests_and_networks() {
     assert!(!leftovers(lab.id()).is_empty());
     signal(&lab, Signal::INT);
     assert_eq!(lab.wait().unwrap().code(), Some(130));
+    assert_eq!(leftovers(lab.id()), Vec::<String>::new());
+}
+
+/// As when its terminal is closed: what it says goes nowhere.
+#[test]
+fn real_lab_whose_terminal_is_closed_removes_its_guests_and_networks() {
+    let out = tempfile::tempdir().unwrap();
+    let mut lab = lab_with_booting_guests(out.path());
+    assert!(!leftovers(lab.id()).is_empty());
+    signal(&lab, Signal::HUP);
+    assert_eq!(lab.wait().unwrap().code(), Some(129));
     assert_eq!(leftovers(lab.id()), Vec::<String>::new());
 }
 

@@ -14,6 +14,7 @@ use crate::bench::Bench;
 use crate::guest::Host;
 use crate::net::Rack;
 use crate::process;
+use crate::session::making;
 use crate::shell::say;
 
 /// Port of the first shard; the others follow.
@@ -136,6 +137,7 @@ fn file(host: &Host, number: u8, extension: &str) -> PathBuf {
 /// Starts a shard with a new log.
 fn spawn(host: &Host, number: u8, program: &Path) -> anyhow::Result<Child> {
     let log = File::create(file(host, number, "log")).context("creating an index's log")?;
+    let _making = making();
     host.command(program)
         .args(["index", "--config"])
         .arg(file(host, number, "toml"))

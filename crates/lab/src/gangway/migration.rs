@@ -23,6 +23,7 @@ use crate::guest::Vm;
 use crate::outcome::{EventLog, Hold, Moved, Outcome, PREPARE_TIME};
 use crate::postcopy;
 use crate::scenario::Preset;
+use crate::session::making;
 use crate::shell::say;
 use crate::technique::{Extras, Mode, Technique};
 
@@ -30,6 +31,8 @@ use crate::technique::{Extras, Mode, Technique};
 const CONTINUE_PATIENCE: Duration = Duration::from_secs(20);
 /// Key of the figures under which a survey's forecast stands.
 const FORECAST: &str = "forecast_core_bytes";
+/// Name of the figure that says what the plan sets.
+pub const PLAN_SETTINGS: &str = "plan_settings";
 /// What `gangway migrate` says, in the coordinator's directory.
 const CLI_LOG: &str = "migrate.log";
 
@@ -83,13 +86,18 @@ pub fn migrate(
             if mode != Mode::PreCopy {
                 figures.extend(postcopy::figures(bench, &attempted.faults, log));
             }
-            (attempted.moved, figures, None)
+            let unexpected = attempted.ended_otherwise();
+            (attempted.moved, figures, unexpected)
         }
         Some(fault) => {
             let struck = struck::run(&attempt, fault, settings)?;
             (struck.moved, struck.figures, struck.unexpected)
         }
     };
+    figures.push((
+        PLAN_SETTINGS.to_owned(),
+        json!(plan::said(bench.scenario, settings)),
+    ));
     figures.extend(forecast.map(|bytes| (FORECAST.to_owned(), json!(bytes))));
     let cpu_seconds = agents.processor_s_since(&cpu_before);
     Ok(Outcome {
@@ -102,13 +110,13 @@ pub fn migrate(
     })
 }
 
-/// Moves the VMs once more, on the ways that they have now.
+/// Moves the VMs once more, on the ways that they have now. Returns what is wrong with how it ended, too.
 pub fn move_again(
     (agents, bench): (&Agents, &Bench<'_>),
     (preset, extras): (Preset, Extras),
     vms: &[Vm],
     log: &EventLog,
-) -> anyhow::Result<Vec<Moved>> {
+) -> anyhow::Result<(Vec<Moved>, Option<String>)> {
     let settings = Settings {
         preset,
         extras,
@@ -124,7 +132,9 @@ pub fn move_again(
         started,
     };
     let all: Vec<&Vm> = vms.iter().collect();
-    Ok(attempt.run(&all, settings, None)?.moved)
+    let attempted = attempt.run(&all, settings, None)?;
+    let wrong = attempted.ended_otherwise();
+    Ok((attempted.moved, wrong))
 }
 
 /// One `gangway migrate`.
@@ -139,11 +149,29 @@ pub(super) struct Attempt<'a> {
 pub(super) struct Attempted {
     pub(super) moved: Vec<Moved>,
     pub(super) exit_code: Option<i32>,
+    /// The last that the command said beside its events.
+    said: String,
     prepare_s: Option<f64>,
     /// What was said of VMs beside their phases.
     pub(super) notes: Vec<String>,
     /// What the agents say of page faults, for each VM that had some.
     faults: Vec<Value>,
+}
+
+impl Attempted {
+    /// What is wrong with how the command ended, if all was to move: that all has is not enough.
+    pub(super) fn ended_otherwise(&self) -> Option<String> {
+        ended_otherwise(self.exit_code, &self.said)
+    }
+}
+
+fn ended_otherwise(exit_code: Option<i32>, said: &str) -> Option<String> {
+    let how = match exit_code {
+        Some(0) => return None,
+        Some(code) => code.to_string(),
+        None => "a signal".to_owned(),
+    };
+    Some(format!("`gangway migrate` ended with {how}: {said}"))
 }
 
 impl Attempt<'_> {
@@ -178,6 +206,7 @@ impl Attempt<'_> {
             faults: record.faults(),
             moved: record.into_moved(exit_code, &said),
             exit_code,
+            said,
         })
     }
 
@@ -193,6 +222,7 @@ impl Attempt<'_> {
         let file = host.dir.join("plan.toml");
         std::fs::write(&file, plan).context("writing the plan")?;
         let log = std::fs::File::create(host.dir.join(CLI_LOG)).context("making a log")?;
+        let _making = making();
         host.command(self.agents.program())
             .arg("migrate")
             .arg(file)
@@ -265,7 +295,7 @@ fn hand_over(vm: &Vm, held: &Held, record: &Record<'_>) {
 
 /// Sends a POST without a body over a unix socket: all of HTTP that the lab needs. Not the CLI,
 /// whose start would count as downtime.
-fn post(socket: &Path, path: &str) -> anyhow::Result<()> {
+pub(super) fn post(socket: &Path, path: &str) -> anyhow::Result<()> {
     let mut stream = UnixStream::connect(socket).context("connecting to the agent")?;
     stream
         .set_read_timeout(Some(CONTINUE_PATIENCE))
@@ -283,4 +313,17 @@ fn post(socket: &Path, path: &str) -> anyhow::Result<()> {
     let status = answer.split_whitespace().nth(1).unwrap_or_default();
     anyhow::ensure!(status.starts_with('2'), "POST {path}: {answer}");
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_command_that_does_not_end_with_0_fails_the_run_although_all_vms_moved() {
+        assert_eq!(ended_otherwise(Some(0), ""), None);
+        let said = ended_otherwise(Some(4), "vm1 needs a person").unwrap();
+        assert_eq!(said, "`gangway migrate` ended with 4: vm1 needs a person");
+        assert!(ended_otherwise(None, "").unwrap().contains("a signal"));
+    }
 }

@@ -10,4 +10,4 @@ mod still;
 mod struck;
 
 pub use agents::{Agents, control_socket};
-pub use migration::{migrate, move_again};
+pub use migration::{PLAN_SETTINGS, migrate, move_again};

@@ -11,7 +11,7 @@ use super::index;
 use crate::bench::Bench;
 use crate::guest::{Host, Vm};
 use crate::net::{Rack, bytes_per_s};
-use crate::scenario::Preset;
+use crate::scenario::{Preset, Scenario};
 use crate::technique::{Extras, Mode};
 use crate::template;
 
@@ -84,6 +84,22 @@ pub(super) fn text(bench: &Bench<'_>, vms: &[&Vm], settings: Settings) -> anyhow
     toml::to_string(&plan).context("writing the plan")
 }
 
+/// What the plan sets beside the moves, in a line, as the report shows it.
+pub(super) fn said(scenario: &Scenario, settings: Settings) -> String {
+    let mut words = vec![format!("preset={}", settings.preset.name())];
+    if settings.mode != Mode::PreCopy {
+        words.push(format!("mode={}", settings.mode.in_plan()));
+    }
+    if let Some(limit) = scenario.downtime_limit_ms {
+        words.push(format!("downtime_limit_ms={limit}"));
+    }
+    if let Some(mbit) = scenario.push_mbit {
+        let limit = bytes_per_s(mbit);
+        words.push(format!("max_bandwidth_bytes_per_s={limit}"));
+    }
+    words.join(" ")
+}
+
 fn one(bench: &Bench<'_>, vm: &Vm) -> Value {
     let replace = |from: &Path, to: &Path| json!({"from": from, "to": to});
     // With a slash at the end: `/s1/` must not be found in `/s10/`.
@@ -107,4 +123,25 @@ fn one(bench: &Bench<'_>, vm: &Vm) -> Value {
         "qmp": vm.agent_socket(&vm.source),
         "replace": replaced,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_plan_limits_is_said_as_what_a_baseline_is_told() {
+        let scenario = Scenario::load("slm-fig7", &[], false).unwrap();
+        let settings = Settings {
+            preset: Preset::Slm,
+            extras: Extras::default(),
+            mode: Mode::PreCopy,
+            confirm_handover: false,
+            stale: false,
+        };
+        assert_eq!(
+            said(&scenario, settings),
+            "preset=slm downtime_limit_ms=1500"
+        );
+    }
 }

@@ -1,6 +1,7 @@
 //! A migration that a fault strikes; then, with everything healed, another one of the same VMs.
 //! Those that stayed go again, those that arrived go back: both must still work.
 
+use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -18,6 +19,7 @@ use crate::fault::{Action, Armed, Fault, Victim};
 use crate::guest::Vm;
 use crate::matrix::{Arrived, Seen};
 use crate::outcome::{Figures, Moved};
+use crate::session::spawn;
 use crate::shell::say;
 use crate::technique::Mode;
 
@@ -100,6 +102,7 @@ pub(super) fn run(
         .collect();
     say("moving the VMs again, after the fault");
     let second = attempt.run(&again.iter().collect::<Vec<_>>(), settings, None)?;
+    let unexpected = unexpected.or_else(|| second.ended_otherwise());
     figures.push(figure("exit_code", json!(second.exit_code)));
     let moved = first
         .moved
@@ -238,7 +241,10 @@ fn recover(agents: &Agents) -> anyhow::Result<Option<i32>> {
     let mut command = host.command(agents.program());
     command
         .args(["recover", "--socket"])
-        .arg(control_socket(host));
-    let done = command.output().context("running `gangway recover`")?;
-    Ok(done.status.code())
+        .arg(control_socket(host))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let mut child = spawn(&mut command).context("running `gangway recover`")?;
+    let ended = child.wait().context("waiting for `gangway recover`")?;
+    Ok(ended.code())
 }

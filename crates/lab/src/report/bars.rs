@@ -77,7 +77,7 @@ fn bar(metric: &Metric, technique: &Technique<'_>, scale: &Scale, middle: f64) -
         @if spread.is_known() {
             line class="whisker" x1=(px(scale.at(spread.min))) x2=(px(scale.at(spread.max)))
                 y1=(px(middle)) y2=(px(middle)) {}
-            @for run in &technique.runs {
+            @for run in technique.completed() {
                 @if let Some(value) = (metric.read)(run) {
                     circle class="dot" cx=(px(scale.at(value))) cy=(px(middle)) r="3.5" {
                         title { "repeat " (run.repeat) ": " (metric.unit.write(value)) }

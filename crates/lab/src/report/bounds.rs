@@ -18,8 +18,8 @@ struct Row {
 impl Row {
     fn of(technique: &Technique<'_>) -> Option<Self> {
         let mean = |read: fn(f64, &Bounds) -> f64| {
-            let both = |run: &&Run| Some(read(run.core_bytes? as f64, run.bounds.as_ref()?));
-            let values = technique.runs.iter().filter_map(both);
+            let both = |run: &Run| Some(read(run.core_bytes? as f64, run.bounds.as_ref()?));
+            let values = technique.completed().filter_map(both);
             Some(Spread::of(values)?.mean)
         };
         Some(Self {

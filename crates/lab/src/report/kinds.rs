@@ -15,7 +15,8 @@ const GAP: f64 = 2.0;
 /// Narrower parts carry no text; their title and the table still do.
 const ROOM_FOR_TEXT: f64 = 44.0;
 
-/// A way for a page to cross, most costly first.
+/// A way for a page to cross, most costly first. What is mapped at the target has crossed as one of
+/// these, too.
 pub(crate) struct Kind {
     pub(crate) name: &'static str,
     /// Its field below `runs[].pages`.
@@ -40,11 +41,6 @@ pub(crate) const KINDS: &[Kind] = &[
         read: |pages| pages.remote_reference,
     },
     Kind {
-        name: "mapped",
-        field: "mapped",
-        read: |pages| pages.mapped,
-    },
-    Kind {
         name: "fill",
         field: "fill",
         read: |pages| pages.fill,
@@ -56,33 +52,28 @@ pub(crate) const KINDS: &[Kind] = &[
     },
 ];
 
-/// Mean pages of each of [`KINDS`] over the repetitions that counted them.
+/// Mean pages of each of [`KINDS`] over the completed repetitions that counted them.
 pub(crate) struct Mix {
     pub(crate) technique: String,
     pub(crate) total: f64,
     pub(crate) parts: Vec<f64>,
+    /// Of all, those that are mapped copy-on-write at the target.
+    pub(crate) mapped: f64,
 }
 
 impl Mix {
     pub(crate) fn of(technique: &Technique<'_>) -> Option<Self> {
-        let counted: Vec<Pages> = technique.runs.iter().filter_map(|run| run.pages).collect();
-        let runs = counted.len() as f64;
-        let total = counted.iter().map(|pages| pages.total as f64).sum::<f64>() / runs;
-        let parts = KINDS
-            .iter()
-            .map(|kind| {
-                counted
-                    .iter()
-                    .filter_map(kind.read)
-                    .map(|pages| pages as f64)
-                    .sum::<f64>()
-                    / runs
-            })
-            .collect();
+        let counted: Vec<Pages> = technique.completed().filter_map(|run| run.pages).collect();
+        let mean = |read: fn(&Pages) -> Option<u64>| {
+            let counts = counted.iter().filter_map(read);
+            counts.map(|pages| pages as f64).sum::<f64>() / counted.len() as f64
+        };
+        let total = mean(|pages| Some(pages.total));
         (total > 0.0).then(|| Self {
             technique: technique.name.clone(),
             total,
-            parts,
+            parts: KINDS.iter().map(|kind| mean(kind.read)).collect(),
+            mapped: mean(|pages| pages.mapped),
         })
     }
 
@@ -153,5 +144,33 @@ fn legend(mixes: &[Mix]) -> Markup {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::results::Run;
+
+    #[test]
+    fn a_page_that_is_mapped_is_counted_once_among_those_that_crossed() {
+        let run = Run {
+            pages: Some(Pages {
+                total: 100,
+                zero: Some(30),
+                literal: Some(20),
+                reference: Some(50),
+                mapped: Some(45),
+                ..Pages::default()
+            }),
+            ..Run::default()
+        };
+        let mix = Mix::of(&Technique {
+            name: "slm".into(),
+            runs: vec![&run],
+        });
+        let mix = mix.unwrap();
+        assert_eq!(mix.parts.iter().sum::<f64>(), mix.total);
+        assert_eq!(mix.mapped, 45.0);
     }
 }

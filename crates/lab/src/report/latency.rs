@@ -42,10 +42,7 @@ pub(super) fn section(techniques: &[Technique<'_>]) -> Markup {
 }
 
 fn first_of(technique: &Technique<'_>) -> Option<TouchLatency> {
-    technique
-        .runs
-        .iter()
-        .find_map(|run| TouchLatency::of_run(run))
+    technique.completed().find_map(TouchLatency::of_run)
 }
 
 fn sentence(name: &str, latency: &TouchLatency) -> String {

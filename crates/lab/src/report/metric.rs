@@ -81,16 +81,27 @@ pub(crate) const TOTAL_TIME: Metric = Metric {
     field: "total_migration_time_s",
     title: "Total migration time",
     noun: "total migration time",
-    meaning: "From the first start to the last VM running at its target",
+    meaning: "From the first start to the last VM running at its target, and its source free of it \
+              where memory follows",
     unit: Unit::Seconds,
     read: |run| run.total_migration_time_s,
+};
+
+/// Of moves in which that is not the end.
+pub(crate) const RUNNING_TIME: Metric = Metric {
+    field: "running_at_target_s",
+    title: "Time until all VMs run at their targets",
+    noun: "time until all VMs run at their targets",
+    meaning: "From the first start, whatever memory is still to follow",
+    unit: Unit::Seconds,
+    read: |run| run.running_at_target_s.filter(|_| run.mode != "pre-copy"),
 };
 
 pub(crate) const MEAN_TIME: Metric = Metric {
     field: "mean_migration_time_s",
     title: "Mean migration time of a VM",
     noun: "mean migration time",
-    meaning: "From a VM's start to its running at the target",
+    meaning: "From a VM's start to the end of its move",
     unit: Unit::Seconds,
     read: |run| run.mean_migration_time_s,
 };
@@ -146,7 +157,8 @@ pub(crate) const CPU_TIME: Metric = Metric {
     noun: "CPU time",
     meaning: "QEMUs and agents of both racks together",
     unit: Unit::Seconds,
-    read: |run| (!run.cpu_seconds.is_empty()).then(|| run.cpu_seconds.values().sum()),
+    // What the agents used is in there.
+    read: |run| Some(run.cpu_seconds.get("all_source")? + run.cpu_seconds.get("all_target")?),
 };
 
 pub(crate) const WORK_LOST: Metric = Metric {
@@ -189,6 +201,7 @@ pub(crate) const TOUCH_P99: Metric = Metric {
 pub(crate) const ALL: &[Metric] = &[
     CORE_BYTES,
     TOTAL_TIME,
+    RUNNING_TIME,
     DOWNTIME_MEAN,
     DOWNTIME_MAX,
     EVICTION_TIME,
@@ -203,8 +216,48 @@ pub(crate) const ALL: &[Metric] = &[
 ];
 
 impl Metric {
-    /// Over the repetitions of a technique in which it was measured.
+    /// Over the completed repetitions of a technique in which it was measured.
     pub(crate) fn spread(&self, technique: &Technique<'_>) -> Option<Spread> {
-        Spread::of(technique.runs.iter().filter_map(|run| (self.read)(run)))
+        Spread::of(technique.completed().filter_map(self.read))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_processor_time_of_agents_is_counted_once() {
+        let times = [
+            ("agents_source", 1.0),
+            ("agents_target", 2.0),
+            ("all_source", 10.0),
+            ("all_target", 20.0),
+        ];
+        let run = |cpu: &[(&str, f64)]| Run {
+            cpu_seconds: cpu.iter().map(|&(of, s)| (of.to_owned(), s)).collect(),
+            ..Run::default()
+        };
+        assert_eq!((CPU_TIME.read)(&run(&times)), Some(30.0));
+        assert_eq!((CPU_TIME.read)(&run(&times[..2])), None);
+    }
+
+    #[test]
+    fn what_a_failed_run_measured_is_in_no_mean() {
+        let run = |core_bytes, failure: Option<&str>| Run {
+            core_bytes: Some(core_bytes),
+            failure: failure.map(str::to_owned),
+            ..Run::default()
+        };
+        let runs = [run(10, None), run(1000, Some("a VM stayed")), run(20, None)];
+        let technique = |runs: &'_ [Run]| -> Option<Spread> {
+            CORE_BYTES.spread(&Technique {
+                name: "gang".into(),
+                runs: runs.iter().collect(),
+            })
+        };
+        let spread = technique(&runs).unwrap();
+        assert_eq!((spread.runs, spread.mean, spread.max), (2, 15.0, 20.0));
+        assert_eq!(technique(&runs[1..2]), None);
     }
 }

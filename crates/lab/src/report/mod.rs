@@ -73,7 +73,9 @@ mod tests {
     #[test]
     fn every_plot_names_its_field_and_says_what_it_shows() {
         let page = html(&sample::results());
-        for metric in metric::ALL {
+        // In pre-copy it is the total time.
+        let is_shown = |metric: &&metric::Metric| metric.field != metric::RUNNING_TIME.field;
+        for metric in metric::ALL.iter().filter(is_shown) {
             assert!(
                 page.contains(&format!("runs[].{}", metric.field)),
                 "{}",
@@ -105,11 +107,41 @@ mod tests {
     }
 
     #[test]
+    fn how_long_memory_follows_is_shown_beside_when_vms_run() {
+        let mut results = sample::results();
+        for run in &mut results.runs {
+            run.mode = "post-copy".into();
+            run.running_at_target_s = Some(0.5);
+        }
+        let page = html(&results);
+        assert!(page.contains("runs[].running_at_target_s"));
+        assert!(page.contains("Time until all VMs run at their targets"));
+    }
+
+    #[test]
+    fn stamps_are_said_to_be_intact_only_where_some_were_checked() {
+        let mut results = sample::results();
+        assert!(html(&results).contains("every stamp that guests checked intact"));
+        results
+            .runs
+            .iter_mut()
+            .for_each(|run| run.stamp_errors = None);
+        let page = html(&results);
+        assert!(page.contains("no stamps checked in the guests"), "{page}");
+        results.runs[0].compared_pages = None;
+        let page = html(&results);
+        assert!(page.contains("In 1 run neither was memory compared"));
+        assert!(page.contains("verdict open"));
+    }
+
+    #[test]
     fn a_failed_run_is_shown_with_its_reason() {
         let mut results = sample::results();
         results.runs[0].failure = Some("vm1 <did> not start".into());
         assert!(html(&results).contains("vm1 &lt;did&gt; not start"));
-        assert!(table(&results).contains("stock (repeat 0) failed: vm1 <did> not start"));
+        let table = table(&results);
+        assert!(table.contains("stock (repeat 0) failed: vm1 <did> not start"));
+        assert!(table.contains("3, 1 failed"), "{table}");
     }
 
     #[test]

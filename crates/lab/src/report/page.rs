@@ -107,14 +107,21 @@ pub(super) fn integrity_sentence(integrity: &Integrity) -> String {
         None => "lost VMs were not counted".to_owned(),
     };
     let stamps = match integrity.stamp_errors {
-        Some(0) => ", every stamp in the guests intact".to_owned(),
+        Some(0) => ", every stamp that guests checked intact".to_owned(),
         Some(errors) => format!(
             ", {} found by the guests",
             text::plural(errors, "broken stamp")
         ),
-        None => String::new(),
+        None => ", no stamps checked in the guests".to_owned(),
     };
-    format!("{compared}; {lost}{stamps}.")
+    let unchecked = match integrity.unchecked {
+        0 => String::new(),
+        runs => format!(
+            " In {} neither was memory compared nor were stamps checked.",
+            text::plural(runs as u64, "run")
+        ),
+    };
+    format!("{compared}; {lost}{stamps}.{unchecked}")
 }
 
 fn failures(results: &Results) -> Markup {
@@ -152,7 +159,7 @@ fn headline(results: &Results, techniques: &[Technique<'_>]) -> Markup {
                         @for row in table::rows(techniques) {
                             tr.broken[row.integrity.verdict() == Verdict::Broken] {
                                 th scope="row" { (row.technique) }
-                                td { (row.runs) }
+                                td { (row.runs_text()) }
                                 @for cell in &row.cells { td { (cell) } }
                             }
                         }
@@ -160,7 +167,7 @@ fn headline(results: &Results, techniques: &[Technique<'_>]) -> Markup {
                 }
             }
             p.source {
-                "Means over the runs, ± the farthest run. "
+                "Means over the runs that did not fail, ± the farthest run. "
                 code { "runs[].core_bytes, total_migration_time_s, downtime_ms, compared_pages, \
                         mismatched_pages, vms_lost" }
             }
@@ -171,6 +178,8 @@ fn headline(results: &Results, techniques: &[Technique<'_>]) -> Markup {
 fn measures(techniques: &[Technique<'_>]) -> Markup {
     let missing: Vec<&str> = metric::ALL
         .iter()
+        // In pre-copy it is the total time.
+        .filter(|metric| metric.field != metric::RUNNING_TIME.field)
         .filter(|metric| {
             !techniques
                 .iter()
@@ -212,6 +221,7 @@ fn page_kinds(techniques: &[Technique<'_>]) -> Markup {
                 h2 { "How the pages crossed" }
                 figure {
                     @if let Some(sentence) = sentence::of_mixes(&mixes) { p { (sentence) } }
+                    @if let Some(sentence) = sentence::of_mapped(&mixes) { p { (sentence) } }
                     (drawing)
                     figcaption {
                         "Pages that QEMU sent, pages sent again included; mean of the runs. "

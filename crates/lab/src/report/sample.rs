@@ -104,6 +104,7 @@ fn run(shape: &Shape, repeat: u32) -> Run {
         target_to_target_bytes: Some(0),
         index_bytes: Some(0),
         total_migration_time_s: Some(seconds),
+        running_at_target_s: Some(seconds),
         mean_migration_time_s: Some(seconds * 0.93),
         eviction_time_s: Some(seconds + 0.4),
         downtime_ms: Downtime::of((0..4).map(each_ms).collect()),
@@ -139,7 +140,14 @@ fn run(shape: &Shape, repeat: u32) -> Run {
             .into_iter()
             .chain([(touch::NAME.to_owned(), json!(touches(factor)))])
             .collect(),
-        cpu_seconds: BTreeMap::from([("qemu_source".into(), 3.1), ("agents".into(), 1.4)]),
+        cpu_seconds: [
+            ("all_source", 3.1),
+            ("all_target", 2.9),
+            ("agents_source", 0.8),
+            ("agents_target", 0.6),
+        ]
+        .map(|(of, seconds)| (of.to_owned(), seconds))
+        .into(),
         ..Run::default()
     }
 }

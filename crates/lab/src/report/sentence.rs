@@ -99,6 +99,19 @@ pub(crate) fn of_mixes(mixes: &[Mix]) -> Option<String> {
     Some(sentence + ".")
 }
 
+/// How many of the pages are mapped, whichever way their contents crossed; `None` if none are.
+pub(crate) fn of_mapped(mixes: &[Mix]) -> Option<String> {
+    let mapping = mixes.iter().filter(|mix| mix.mapped > 0.0);
+    let each = mapping.map(|mix| format!("{} with {}", text::pages(mix.mapped), mix.technique));
+    let each: Vec<String> = each.collect();
+    (!each.is_empty()).then(|| {
+        format!(
+            "Of these pages are mapped copy-on-write at the target, whichever way they crossed: {}.",
+            each.join(", ")
+        )
+    })
+}
+
 /// What the timelines say.
 pub(crate) fn of_timelines(techniques: &[Technique<'_>]) -> Option<String> {
     let ends: Vec<(&str, Spread)> = techniques
@@ -185,6 +198,22 @@ mod tests {
             sentence,
             "The core traffic of gang+zstd is the smallest, 98 MB; that of oc the largest, 655 MB."
         );
+    }
+
+    #[test]
+    fn mapped_pages_are_a_number_of_their_own() {
+        let mix = |technique: &str, mapped| Mix {
+            technique: technique.into(),
+            total: 300.0,
+            parts: Vec::new(),
+            mapped,
+        };
+        assert_eq!(
+            of_mapped(&[mix("stock", 0.0), mix("slm", 120.0)]).unwrap(),
+            "Of these pages are mapped copy-on-write at the target, whichever way they crossed: 120 with \
+             slm."
+        );
+        assert_eq!(of_mapped(&[mix("stock", 0.0)]), None);
     }
 
     #[test]

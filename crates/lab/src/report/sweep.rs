@@ -51,7 +51,7 @@ const BY_HOSTS: &[Figure] = &[
     Figure {
         title: "Mean migration time of a VM",
         noun: "mean migration time",
-        meaning: "From a VM's start to its running at the target (IRLM figure 5)",
+        meaning: "From a VM's start to the end of its move (IRLM figure 5)",
         fields: "mean_migration_time_s",
         unit: Unit::Seconds,
         ends: &one(|run| run.mean_migration_time_s),
@@ -59,7 +59,7 @@ const BY_HOSTS: &[Figure] = &[
     Figure {
         title: "Total migration time",
         noun: "total migration time",
-        meaning: "From the first start to the last VM running at its target",
+        meaning: "From the first start to the end of the last VM's move",
         fields: "total_migration_time_s",
         unit: Unit::Seconds,
         ends: &one(|run| run.total_migration_time_s),
@@ -113,7 +113,8 @@ const BY_VMS: &[Figure] = &[
     Figure {
         title: "Total migration time",
         noun: "total migration time",
-        meaning: "From the first start to the last VM running at its target (SLM figure 5a)",
+        meaning: "From the first start to the last VM running at its target, and its source free of it where \
+                  memory follows (SLM figure 5a)",
         fields: "total_migration_time_s",
         unit: Unit::Seconds,
         ends: &one(|run| run.total_migration_time_s),
@@ -219,7 +220,7 @@ fn series(results: &Results, figure: &Figure, axis: Axis) -> Vec<Series> {
     let mut points = results.points();
     points.sort_unstable();
     let at = |name: &str, end: &End, point: Point| {
-        let runs = results.runs.iter();
+        let runs = results.runs.iter().filter(|run| run.failure.is_none());
         let of = runs.filter(|run| run.name() == name && results.point(run) == point);
         Some((f64::from(axis(point)), Spread::of(of.filter_map(end.read))?))
     };

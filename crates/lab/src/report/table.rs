@@ -24,10 +24,25 @@ pub(super) const NOTHING: &str = "–";
 /// One technique.
 pub(crate) struct Row {
     pub(crate) technique: String,
-    pub(crate) runs: usize,
+    runs: usize,
     /// As [`COLUMNS`].
     pub(crate) cells: [String; COLUMNS.len()],
     pub(crate) integrity: Integrity,
+}
+
+impl Row {
+    /// How many runs, and how many of them failed.
+    pub(crate) fn runs_text(&self) -> String {
+        runs_text(self.runs, self.integrity.failures)
+    }
+}
+
+/// "3", or "3, 1 failed".
+pub(crate) fn runs_text(runs: usize, failed: usize) -> String {
+    match failed {
+        0 => runs.to_string(),
+        failed => format!("{runs}, {failed} failed"),
+    }
 }
 
 /// Whether anything went wrong, over all repetitions of a technique or of all of them.
@@ -38,12 +53,14 @@ pub(crate) struct Integrity {
     pub(crate) lost: Option<u64>,
     pub(crate) stamp_errors: Option<u64>,
     pub(crate) failures: usize,
+    /// Completed runs in which VMs moved and neither memory was compared nor stamps were checked.
+    pub(crate) unchecked: usize,
 }
 
 /// What [`Integrity`] comes to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// Memory was compared and VMs were counted, and all is well.
+    /// In every run memory was compared or stamps were checked, and VMs were counted, and all is well.
     Whole,
     /// Nothing is known to be wrong, but not everything was looked at.
     Open,
@@ -59,6 +76,7 @@ impl Integrity {
             lost: add(all.lost, run.vms_lost.map(u64::from)),
             stamp_errors: add(all.stamp_errors, run.stamp_errors),
             failures: all.failures + usize::from(run.failure.is_some()),
+            unchecked: all.unchecked + usize::from(is_unchecked(run)),
         })
     }
 
@@ -66,12 +84,19 @@ impl Integrity {
         let wrong = [self.mismatched, self.lost, self.stamp_errors];
         if self.failures > 0 || wrong.into_iter().flatten().any(|count| count > 0) {
             Verdict::Broken
-        } else if self.mismatched.is_some() && self.lost.is_some() {
+        } else if self.unchecked == 0 && self.lost.is_some() {
             Verdict::Whole
         } else {
             Verdict::Open
         }
     }
+}
+
+/// Whether nothing tells that what was moved has arrived whole. Runs that measure preparation move nothing,
+/// and of those that failed that is known.
+fn is_unchecked(run: &Run) -> bool {
+    let moves = run.technique != crate::overhead::TECHNIQUE;
+    moves && run.failure.is_none() && !run.is_checked()
 }
 
 /// A sum of what was measured: absent only if nothing was.
@@ -189,7 +214,7 @@ fn technique_lines(results: &Results) -> Vec<Vec<String>> {
     let mut lines = vec![vec!["technique".to_owned(), "runs".to_owned()]];
     lines[0].extend(COLUMNS.map(str::to_owned));
     for row in rows(&results.techniques()) {
-        let mut line = vec![row.technique, row.runs.to_string()];
+        let mut line = vec![row.technique.clone(), row.runs_text()];
         line.extend(row.cells);
         lines.push(line);
     }
@@ -222,4 +247,43 @@ pub(crate) fn align(lines: &[Vec<String>]) -> String {
         out.push('\n');
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(compared: Option<u64>, stamp_errors: Option<u64>) -> Run {
+        Run {
+            technique: "slm".into(),
+            compared_pages: compared,
+            mismatched_pages: compared.map(|_| 0),
+            stamp_errors,
+            vms_lost: Some(0),
+            ..Run::default()
+        }
+    }
+
+    #[test]
+    fn all_is_well_only_if_every_run_was_looked_at() {
+        let verdict = |runs: &[Run]| Integrity::of(runs).verdict();
+        let (compared, stamped) = (run(Some(7), None), run(None, Some(0)));
+        let both = [compared.clone(), stamped];
+        assert_eq!(verdict(&both), Verdict::Whole);
+        let one_unchecked = [compared.clone(), run(None, None)];
+        assert_eq!(verdict(&one_unchecked), Verdict::Open);
+        assert_eq!(verdict(&[run(None, Some(1))]), Verdict::Broken);
+        let stays = Run {
+            technique: crate::overhead::TECHNIQUE.into(),
+            ..run(None, None)
+        };
+        assert_eq!(verdict(&[compared, stays]), Verdict::Whole);
+        assert_eq!(verdict(&[]), Verdict::Open);
+    }
+
+    #[test]
+    fn failed_runs_are_counted_beside_the_others() {
+        assert_eq!(runs_text(3, 0), "3");
+        assert_eq!(runs_text(3, 1), "3, 1 failed");
+    }
 }

@@ -16,10 +16,10 @@ const AXIS: f64 = 24.0;
 /// Two for each unit of width are more than a screen can show.
 const POINTS_MAX: usize = 400;
 
-/// The run of a technique that is drawn: its first one with a timeline.
+/// The run of a technique that is drawn: its first completed one with a timeline.
 pub(crate) fn run_shown<'a>(technique: &Technique<'a>) -> Option<&'a Run> {
-    let has_samples = |run: &&&Run| run.timeline.iter().any(|vm| !vm.samples.is_empty());
-    technique.runs.iter().find(has_samples).copied()
+    let has_samples = |run: &&Run| run.timeline.iter().any(|vm| !vm.samples.is_empty());
+    technique.completed().find(has_samples)
 }
 
 /// When the last sample of a VM was taken.

@@ -4,6 +4,7 @@
 mod claim;
 mod exhibits;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
@@ -17,13 +18,20 @@ use super::spread::Spread;
 use super::table::{self, Integrity, Verdict};
 use super::{FILE_NAME, WriteError, bars, scale, text};
 use crate::catalog;
+use crate::gangway::PLAN_SETTINGS;
 use crate::load::Throughput;
 use crate::results::{self, FileError, Point, Results, Run, Technique};
+use crate::scenario::Accel;
 use crate::stock;
 
 /// Reads the results of those scenarios of the papers that `dir` has.
 pub fn load(dir: &Path) -> Result<Vec<Results>, FileError> {
-    let dirs = catalog::PAPERS.iter().map(|name| dir.join(name));
+    load_of(dir, catalog::PAPERS)
+}
+
+/// Reads those of some scenarios, as far as `dir` has them.
+pub fn load_of(dir: &Path, names: &[&str]) -> Result<Vec<Results>, FileError> {
+    let dirs = names.iter().map(|name| dir.join(name));
     dirs.filter(|dir| dir.join(results::FILE_NAME).exists())
         .map(|dir| Results::load(&dir))
         .collect()
@@ -61,10 +69,7 @@ pub fn html(all: &[Results]) -> String {
                 header {
                     p.eyebrow { "Gangway lab" }
                     h1 { "The papers' evaluation" }
-                    p.lead {
-                        "Every table and figure of IRLM section 3 and SLM section IV, measured on \
-                         one machine with emulated guests, beside the techniques that QEMU brings."
-                    }
+                    p.lead { (lead(all)) }
                 }
                 main {
                     (verdict(all))
@@ -78,6 +83,40 @@ pub fn html(all: &[Results]) -> String {
         }
     };
     page.into_string()
+}
+
+/// What of the papers is here, and what is not.
+fn lead(all: &[Results]) -> String {
+    let is_measured = |exhibit: &&Exhibit| {
+        let results = all.iter().find(|one| one.scenario == exhibit.scenario);
+        results.is_some_and(|one| one.runs.iter().any(|run| run.failure.is_none()))
+    };
+    let (here, missing): (Vec<_>, Vec<_>) = exhibits::of_papers().partition(is_measured);
+    let missing = match &missing[..] {
+        [] => String::new(),
+        missing => {
+            let named = missing
+                .iter()
+                .map(|one| format!("{} ({})", one.title, one.scenario));
+            format!(
+                " Without a completed run: {}.",
+                named.collect::<Vec<_>>().join("; ")
+            )
+        }
+    };
+    let mut accelerators = all.iter().filter_map(|one| one.versions.get("accelerator"));
+    let emulated = accelerators.all(|name| name == Accel::Tcg.name());
+    format!(
+        "The tables and figures of IRLM section 3 and SLM section IV, {} of {} of them or groups of them, \
+         measured on one machine{}, beside the techniques that QEMU brings.{missing}",
+        here.len(),
+        exhibits::of_papers().count(),
+        if emulated {
+            " with emulated guests"
+        } else {
+            ""
+        },
+    )
 }
 
 fn verdict(all: &[Results]) -> Markup {
@@ -336,11 +375,12 @@ fn seconds(results: &Results, (title, key, unit): (&str, &str, Unit)) -> Markup 
     }
 }
 
-/// What the baselines were told to use, as they were told.
+/// What QEMU and Gangway were told, as they were told.
 fn settings(all: &[Results]) -> Markup {
     let mut said: Vec<(String, String)> = Vec::new();
     for run in all.iter().flat_map(|results| &results.runs) {
-        let settings = run.application.get(stock::SETTINGS);
+        let told = |name: &str| run.application.get(name);
+        let settings = told(stock::SETTINGS).or(told(PLAN_SETTINGS));
         if let Some(settings) = settings.and_then(serde_json::Value::as_str) {
             let pair = (plain_name(run), settings.to_owned());
             if !said.contains(&pair) {
@@ -352,9 +392,9 @@ fn settings(all: &[Results]) -> Markup {
     html! {
         @if !said.is_empty() {
             section {
-                h2 { "Settings of the baselines" }
+                h2 { "Settings of QEMU and of the plans" }
                 dl { @for (name, settings) in &said { dt { (name) } dd { code { (settings) } } } }
-                p.source { code { "runs[].application.qemu_settings" } }
+                p.source { code { "runs[].application.{qemu_settings,plan_settings}" } }
             }
         }
     }
@@ -372,15 +412,42 @@ fn origin(all: &[Results]) -> Markup {
                     td { code { (command(results)) } }
                 } } }
             } }
-            @if let Some(first) = all.first() {
-                dl { @for (name, version) in &first.versions { dt { (name) } dd { (version) } } }
-            }
+            dl { @for (name, version) in versions(all) { dt { (name) } dd { (version) } } }
             p.source {
                 "Each scenario has a directory with its " code { (results::FILE_NAME) }
                 " and a report of its own beside this page."
             }
         }
     }
+}
+
+/// Each version; where scenarios differ, each with those that had it.
+fn versions(all: &[Results]) -> Vec<(&str, String)> {
+    let names: BTreeSet<&str> = all
+        .iter()
+        .flat_map(|results| results.versions.keys().map(String::as_str))
+        .collect();
+    let said = |name: &str| {
+        let mut by_version: Vec<(&str, Vec<&str>)> = Vec::new();
+        for results in all {
+            let version = results.versions.get(name);
+            let version = version.map_or("not known", String::as_str);
+            let scenario = results.scenario.as_str();
+            match by_version.iter_mut().find(|(known, _)| *known == version) {
+                Some((_, scenarios)) => scenarios.push(scenario),
+                None => by_version.push((version, vec![scenario])),
+            }
+        }
+        match &by_version[..] {
+            [(version, _)] => (*version).to_owned(),
+            several => several
+                .iter()
+                .map(|(version, of)| format!("{version} ({})", of.join(", ")))
+                .collect::<Vec<_>>()
+                .join("; "),
+        }
+    };
+    names.into_iter().map(|name| (name, said(name))).collect()
 }
 
 /// The command without the directory that the program stands in.
@@ -468,7 +535,58 @@ mod tests {
         for outside in ["http:", "https:", "<script", "@import", "url(", "<link"] {
             assert!(!page.contains(outside), "the page contains {outside}");
         }
-        assert!(!page.contains("SLM figure 5"), "nothing of it was measured");
+        let section = "<h2>SLM figure 5";
+        assert!(!page.contains(section), "nothing of it was measured");
+    }
+
+    #[test]
+    fn the_lead_names_what_has_no_completed_run() {
+        let broken = Run {
+            failure: Some("it did not converge".into()),
+            ..run("stock", Some("iperf3"), 40)
+        };
+        let all = [
+            results("irlm-fig4", vec![run("stock", None, 100)]),
+            results("slm-fig6", vec![broken]),
+        ];
+        let said = lead(&all);
+        // Figures 4 and 5.
+        assert!(said.contains(", 2 of 11 of them"), "{said}");
+        let missing = said.split_once("Without a completed run: ").unwrap().1;
+        assert!(missing.contains("(slm-fig6)") && missing.contains("(irlm-table1)"));
+        assert!(!missing.contains("(irlm-fig4)"), "{missing}");
+    }
+
+    #[test]
+    fn versions_in_which_scenarios_differ_are_said_with_them() {
+        let of = |scenario: &str, kernel: &str| Results {
+            versions: [("host_kernel", kernel), ("machine", "10.0")]
+                .map(|(name, version)| (name.to_owned(), version.to_owned()))
+                .into(),
+            ..results(scenario, Vec::new())
+        };
+        let all = [
+            of("irlm-fig4", "6.18"),
+            of("peers", "6.17"),
+            of("unlike", "6.18"),
+        ];
+        let expected = [
+            (
+                "host_kernel",
+                "6.18 (irlm-fig4, unlike); 6.17 (peers)".to_owned(),
+            ),
+            ("machine", "10.0".to_owned()),
+        ];
+        assert_eq!(versions(&all), expected);
+    }
+
+    #[test]
+    fn results_of_an_earlier_version_of_the_lab_are_still_shown() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/results/papers");
+        let all = load(&dir).unwrap();
+        assert!(!all.is_empty());
+        let page = html(&all);
+        assert!(page.contains("SLM figure 5") && !page.contains("NaN"));
     }
 
     #[test]

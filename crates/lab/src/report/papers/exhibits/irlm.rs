@@ -2,7 +2,8 @@
 
 use super::super::claim::Claim;
 use super::{
-    BESIDE_KEPT, CLAIM, COMPUTING, CORE, Exhibit, KEPT, LOST, MEAN, TOTAL, WRITING, sweep,
+    BESIDE_KEPT, CLAIM, COMPUTING, CORE, Exhibit, KEPT, LOST, MEAN, PREPARE_KEPT, TOTAL, WRITING,
+    sweep,
 };
 use crate::report::metric::Unit;
 
@@ -100,6 +101,12 @@ pub(super) const ALL: &[Exhibit] = &[
                 "application.workload.during_of_before",
                 Unit::Share,
                 KEPT,
+            ),
+            sweep(
+                "Part of the throughput that is kept in the preparation phase before that",
+                "application.workload.prepare_of_before",
+                Unit::Share,
+                PREPARE_KEPT,
             ),
             sweep(
                 "Work lost to the move",

@@ -27,6 +27,11 @@ pub(super) fn all() -> impl Iterator<Item = &'static Exhibit> {
     [irlm::ALL, slm::ALL, own::ALL].into_iter().flatten()
 }
 
+/// Those of the papers, without ours.
+pub(super) fn of_papers() -> impl Iterator<Item = &'static Exhibit> {
+    [irlm::ALL, slm::ALL].into_iter().flatten()
+}
+
 /// What is drawn.
 pub(super) enum Plot {
     /// Against the number of hosts, or of VMs on a host; bars where there is one topology only.
@@ -65,7 +70,7 @@ const fn sweep(title: &'static str, field: &'static str, unit: Unit, read: Read)
 const CORE: Read = |run| run.core_bytes.map(|bytes| bytes as f64);
 const TOTAL: Read = |run| run.total_migration_time_s;
 const MEAN: Read = |run| run.mean_migration_time_s;
-const EVICTION: Read = |run| run.eviction_time_s;
+const RUNNING: Read = |run| run.running_at_target_s;
 const DOWNTIME: Read = |run| run.downtime_ms.map(|downtime| downtime.mean);
 const LITERAL: Read = |run| Some(run.pages?.literal? as f64);
 const FOOTPRINT: Read = |run| {
@@ -78,6 +83,8 @@ const GUESTS_PSS: Read = |run| {
     Some(of(run.target_footprint)? / of(run.source_footprint)?)
 };
 const KEPT: Read = |run| Throughput::of_run(run, WORKLOAD)?.during_of_before;
+/// While a preparation phase ran before the moves.
+const PREPARE_KEPT: Read = |run| Throughput::of_run(run, WORKLOAD)?.prepare_of_before;
 const LOST: Read = |run| Throughput::of_run(run, WORKLOAD)?.lost_s;
 const BESIDE_KEPT: Read = |run| Throughput::of_run(run, BACKGROUND)?.during_of_before;
 const COMPUTING: Read = |run| overhead(run, "subset-sum");
