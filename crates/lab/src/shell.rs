@@ -9,6 +9,9 @@ use anyhow::{Context, bail};
 
 use crate::session::spawn;
 
+/// How much of what a program has said is quoted.
+const SAID_CHARS_MAX: usize = 400;
+
 /// Runs `command` to its end and returns its standard output.
 pub fn output(command: &mut Command) -> anyhow::Result<String> {
     let done = command
@@ -52,13 +55,19 @@ pub fn output_with_input(command: &mut Command, input: &str) -> anyhow::Result<S
 
 fn finish(what: &str, done: Output) -> anyhow::Result<String> {
     if !done.status.success() {
-        bail!(
-            "{what}: {}: {}",
-            done.status,
-            String::from_utf8_lossy(&done.stderr).trim()
-        );
+        bail!("{what}: {}: {}", done.status, last_words(&done.stderr));
     }
     Ok(String::from_utf8_lossy(&done.stdout).into_owned())
+}
+
+/// The end of what a program has said: a report quotes it, and some say the same for minutes.
+fn last_words(said: &[u8]) -> String {
+    let said = String::from_utf8_lossy(said);
+    let said = said.trim();
+    match said.char_indices().rev().nth(SAID_CHARS_MAX) {
+        Some((at, _)) => format!("... {}", &said[at..]),
+        None => said.to_owned(),
+    }
 }
 
 fn describe(command: &Command) -> String {
@@ -76,4 +85,21 @@ pub fn say(text: &str) {
     let elapsed = STARTED.get_or_init(Instant::now).elapsed().as_secs_f64();
     // Not `eprintln`, which panics where the terminal is gone: what follows must be done then, too.
     let _ = writeln!(std::io::stderr(), "[{elapsed:7.1}s] {text}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_what_a_program_said_the_end_is_quoted_and_no_more_than_a_page_bears() {
+        let error = |line: &str| {
+            let mut command = Command::new("sh");
+            output(command.args(["-c", line])).unwrap_err().to_string()
+        };
+        assert!(error("echo no such disk >&2; exit 3").ends_with(": no such disk"));
+        let long = error("yes ü | head -5000 >&2; echo the end >&2; exit 3");
+        assert!(long.ends_with("the end"), "{long}");
+        assert!(long.chars().count() < SAID_CHARS_MAX + 200, "{long}");
+    }
 }
