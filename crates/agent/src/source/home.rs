@@ -48,7 +48,10 @@ pub(crate) enum Paused {
 #[derive(Debug)]
 pub(crate) enum NotBack {
     /// The process of its QEMU has ended.
-    Gone,
+    Gone {
+        /// It may have been resumed before.
+        went_on: bool,
+    },
     /// Its QEMU cannot be asked or does not obey.
     Lost(anyhow::Error),
 }
@@ -81,6 +84,8 @@ pub(crate) struct Home {
     migrates: bool,
     /// We let QEMU complete its migration, or perhaps did before a restart.
     completes: bool,
+    /// We have told the guest to go on here.
+    was_resumed: bool,
 }
 
 impl Home {
@@ -93,6 +98,7 @@ impl Home {
             settings: None,
             migrates: false,
             completes: false,
+            was_resumed: false,
         }
     }
 
@@ -313,7 +319,7 @@ impl Home {
         close: impl FnOnce(),
     ) -> Result<(), NotBack> {
         if self.is_gone() {
-            return Err(NotBack::Gone);
+            return Err(NotBack::Gone { went_on: false });
         }
         if !self.migrates {
             return Ok(());
@@ -337,7 +343,8 @@ impl Home {
             // The monitor of a QEMU that dies goes first.
             let is_gone = guest.process().wait_gone(DEATH_PATIENCE).unwrap_or(false);
             return Err(if is_gone {
-                NotBack::Gone
+                let went_on = self.was_resumed;
+                NotBack::Gone { went_on }
             } else {
                 NotBack::Lost(error)
             });
@@ -376,6 +383,7 @@ impl Home {
                     ));
                 }
                 RunState::PostMigrate | RunState::Paused if over && self.was_running => {
+                    self.was_resumed = true;
                     guest.cont().context("resuming the guest at the source")?;
                 }
                 // It waits for the end of something.

@@ -388,9 +388,10 @@ impl Run {
                 let back = self.home.bring_back(&self.context.run_dir, stopped, close);
                 Some(match back {
                     Ok(()) => SourceEvent::SourceRuns,
-                    Err(NotBack::Gone) => {
-                        SourceEvent::SourceGone("the source QEMU has ended".into())
-                    }
+                    Err(NotBack::Gone { went_on }) => SourceEvent::SourceGone {
+                        reason: "the source QEMU has ended".into(),
+                        went_on,
+                    },
                     Err(NotBack::Lost(error)) => SourceEvent::SourceLost(format!("{error:#}")),
                 })
             }

@@ -29,8 +29,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(8);
 ///      └───── failed, cancelled ────────────┴───────────────────────┘       never ran ◄──┘  │ │
 ///                        ▼                                                     │            │ │
 ///                     Undoing ◄────────────────────────────────────────────────┘            │ │
-///                        │ │ │ source QEMU gone, target loaded ────────────────────────────────┘
-///            source runs │ │ └ gone, nothing loaded; or it does not obey ───┐               │ no answer, lost
+///                        │ │ │ gone after it completed ────────────────────────────────────────┘
+///            source runs │ │ └ gone earlier; or it does not obey ───────────┐               │ no answer, lost
 ///                        ▼                                                  ▼               ▼
 ///                      Stayed                                           NeedsPerson ◄───────┘
 /// ```
@@ -152,7 +152,12 @@ pub enum SourceEvent {
     /// The source QEMU cannot be asked or does not obey.
     SourceLost(String),
     /// The process of the source QEMU has ended.
-    SourceGone(String),
+    SourceGone {
+        /// What is known of it.
+        reason: String,
+        /// It may have been resumed before: what the target has is old then.
+        went_on: bool,
+    },
     /// Memory flows again from QEMU to QEMU.
     Resumed,
     /// It does not flow again yet.
@@ -226,8 +231,9 @@ pub enum SourceJournal {
 pub struct SourceMove {
     state: SourceState,
     memory: Memory,
-    /// The target has all that it needs to run the VM.
-    is_loaded: bool,
+    /// The target has all of the VM, and the guest here has not gone on since: its QEMU has completed, or it was
+    /// stopped by hand. Not known any more after a restart: a QEMU that has not completed resumes when its socket closes.
+    is_whole_there: bool,
     /// How often memory was to flow again.
     tries: u32,
     /// How long that is tried.
@@ -250,7 +256,7 @@ impl Default for SourceMove {
         Self {
             state: SourceState::Preparing,
             memory: Memory::First,
-            is_loaded: false,
+            is_whole_there: false,
             tries: 0,
             patience: RESUME_PATIENCE,
         }
@@ -291,11 +297,7 @@ impl SourceMove {
             (S::Preparing, E::Restarted(SourceJournal::Following)) => {
                 self.recover(Duration::ZERO, "the agent was restarted".into())
             }
-            (
-                S::Preparing,
-                E::Restarted(journal @ (SourceJournal::Begun | SourceJournal::Completing)),
-            ) => {
-                self.is_loaded = journal == SourceJournal::Completing;
+            (S::Preparing, E::Restarted(SourceJournal::Begun | SourceJournal::Completing)) => {
                 undo("the agent was restarted during the move".into(), true)
             }
             (S::Copying, E::SourceHeld) => {
@@ -310,7 +312,7 @@ impl SourceMove {
                 undo("its QEMU went over to post-copy unasked".into(), true)
             }
             (S::Committed, E::TargetLoaded) if self.memory == Memory::After => {
-                self.is_loaded = true;
+                self.is_whole_there = true;
                 (S::Committed, complete())
             }
             (state @ (S::Releasing { .. } | S::Following), E::TargetLoaded)
@@ -352,12 +354,12 @@ impl SourceMove {
                 self.answered((Duration::ZERO, lost), answer)
             }
             // Without having been told of the switch: it converged first, and is done as always.
-            (S::Copying, E::TargetLoaded) => {
-                self.is_loaded = true;
-                (S::Completing, complete())
-            }
+            (S::Copying, E::TargetLoaded) => (S::Completing, complete()),
             (S::Completing | S::Committed, E::JournalFailed(reason)) => undo(reason, true),
-            (S::Completing, E::SourceCompleted) => (S::Committed, vec![A::AwaitConfirmation]),
+            (S::Completing, E::SourceCompleted) => {
+                self.is_whole_there = true;
+                (S::Committed, vec![A::AwaitConfirmation])
+            }
             (S::Committed, E::Confirmed) => {
                 let actions = vec![A::Journal(SourceJournal::Releasing), A::Release];
                 (
@@ -395,12 +397,12 @@ impl SourceMove {
             }
             // All of the VM is at the target and nowhere else. Nothing here can run it any more, so that no journal need
             // be ahead of the release.
-            (S::Undoing { .. }, E::SourceGone(_)) if self.is_loaded => {
+            (S::Undoing { .. }, E::SourceGone { went_on: false, .. }) if self.is_whole_there => {
                 self.memory = Memory::Done;
                 let (since, lost) = (Duration::ZERO, None);
                 (S::Releasing { since, lost }, vec![A::Release])
             }
-            (S::Undoing { reason, abort }, E::SourceGone(why)) => {
+            (S::Undoing { reason, abort }, E::SourceGone { reason: why, .. }) => {
                 let mut actions = tell_target(&reason, abort);
                 actions.push(A::ForgetJournal);
                 let (state, _) = person(Plight::Ended, format!("{reason}: {why}"));
@@ -454,7 +456,7 @@ impl SourceMove {
         match answer {
             MoveState::Running => moved(),
             MoveState::NeverRan { reason } => {
-                self.is_loaded = false;
+                self.is_whole_there = false;
                 undo(reason, false)
             }
             MoveState::Loaded | MoveState::Loading => (

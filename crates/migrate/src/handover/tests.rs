@@ -107,46 +107,60 @@ fn the_target_hears_that_a_move_is_off_only_when_the_source_runs() {
 
 #[test]
 fn a_vm_whose_source_is_gone_is_saved_at_a_target_that_has_all_of_it() {
-    let gone = || SourceEvent::SourceGone("killed".into());
+    let ended = |went_on| SourceEvent::SourceGone {
+        reason: "killed".into(),
+        went_on,
+    };
+    let gone = || ended(false);
     let failed = || SourceEvent::Failed("the source QEMU has ended".into());
     let mut steps = vec![
         SourceEvent::TargetReady,
         SourceEvent::TargetLoaded,
         SourceEvent::SourceCompleted,
     ];
-    for done in 2..=steps.len() {
-        let mut machine = machine_at(&steps[..done]);
-        machine.handle(failed());
-        assert_eq!(machine.handle(gone()), [SourceAction::Release]);
-        machine.handle(SourceEvent::Answer(MoveState::Running));
-        assert_eq!(*machine.state(), SourceState::Moved);
-    }
-    let mut restarted = machine_at(&[SourceEvent::Restarted(SourceJournal::Completing)]);
-    assert_eq!(restarted.handle(gone()), [SourceAction::Release]);
-
-    // If not all of it is there, it is nowhere: also where the target has given it up.
-    steps.truncate(1);
     let mut machine = machine_at(&steps);
     machine.handle(failed());
-    let actions = machine.handle(gone());
-    assert!(
-        matches!(
-            actions[..],
-            [SourceAction::AbortTarget(_), SourceAction::ForgetJournal]
-        ),
-        "{actions:?}"
-    );
+    assert_eq!(machine.handle(gone()), [SourceAction::Release]);
+    let mut given_up = machine_at(&steps);
+    given_up.handle(failed());
+    given_up.handle(gone());
+    machine.handle(SourceEvent::Answer(MoveState::Running));
+    assert_eq!(*machine.state(), SourceState::Moved);
+
+    // Of one that may have gone on since, what is there is old: its disks have gone on, too.
+    let mut resumed = machine_at(&steps);
+    resumed.handle(failed());
+    let mut uncompleted = machine_at(&steps[..2]);
+    uncompleted.handle(failed());
+    // If not all of it is there, it is nowhere.
+    steps.truncate(1);
+    let mut early = machine_at(&steps);
+    early.handle(failed());
+    let restarted = machine_at(&[SourceEvent::Restarted(SourceJournal::Completing)]);
+    for (mut machine, went_on) in [
+        (resumed, true),
+        (uncompleted, false),
+        (early, false),
+        (restarted, false),
+    ] {
+        let actions = machine.handle(ended(went_on));
+        assert!(
+            matches!(
+                actions[..],
+                [SourceAction::AbortTarget(_), SourceAction::ForgetJournal]
+            ),
+            "{actions:?}"
+        );
+    }
     let never = MoveState::NeverRan {
         reason: "lease".into(),
     };
-    restarted.handle(SourceEvent::Answer(never));
-    assert_eq!(restarted.handle(gone()), [SourceAction::ForgetJournal]);
-    for machine in [machine, restarted] {
-        let SourceState::NeedsPerson { plight, .. } = machine.state() else {
-            panic!("{:?}", machine.state())
-        };
-        assert_eq!(*plight, Plight::Ended);
-    }
+    given_up.handle(SourceEvent::Answer(never));
+    assert_eq!(given_up.handle(gone()), [SourceAction::ForgetJournal]);
+    let SourceState::NeedsPerson { plight, .. } = given_up.state() else {
+        panic!("{:?}", given_up.state())
+    };
+    assert_eq!(*plight, Plight::Ended);
 }
 
 #[test]

@@ -183,7 +183,10 @@ impl World {
             }
             SourceAction::BringBack => {
                 let event = match self.source_qemu {
-                    SourceQemu::Gone => SourceEvent::SourceGone("gone".into()),
+                    SourceQemu::Gone => SourceEvent::SourceGone {
+                        reason: "gone".into(),
+                        went_on: false,
+                    },
                     _ => {
                         self.source_qemu = SourceQemu::Running;
                         SourceEvent::SourceRuns
